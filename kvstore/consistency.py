@@ -1,0 +1,240 @@
+"""The consistency models, and the counting that they decide on. Pure.
+
+What this file decides: when a push takes effect and when a pull may be answered, for one key at
+one level. A :class:`Level` counts the rounds of its participants; a model (:class:`Sequential`,
+:class:`Bounded`, :class:`Eventual`) looks at the counts and says yes or no. The same classes serve
+the devices of a worker and the workers of a cluster.
+
+What it refuses to know: arrays, messages, clocks, threads. A push counts when :meth:`Level.push`
+is called; whoever calls it submits the work in the same order.
+
+Sources: bulk synchronous parallel (Valiant, CACM 1990); stale synchronous parallel (Ho et al.,
+NIPS 2013, section 3); asynchronous push and pull (Li et al., OSDI'14, section 3.4).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from kvstore.errors import OptionError
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """These pushes take effect now, together, merged in this order."""
+
+    round: int  # the largest round of the merged pushes; for one push its own round
+    contributions: tuple[tuple[int, int], ...]  # (participant, round)
+
+
+@dataclass(frozen=True, slots=True)
+class Pull:
+    """A wish to read. ``needs``: the participants it reads for, each with its own round."""
+
+    ticket: Hashable
+    needs: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The pull with this ticket may be answered with the value as it is after the updates so far."""
+
+    ticket: Hashable
+    version: int
+    staleness: int  # max(0, own round - smallest round of any member), the largest over ``needs``
+
+
+class Model(Protocol):
+    """One consistency model; see the table in docs/consistency.md."""
+
+    def due(self, level: Level, participant: int) -> list[Update]:
+        """What takes effect because ``participant`` pushed, or (-1) because somebody left."""
+
+    def answers(self, level: Level, participant: int, own: int) -> bool:
+        """May a pull by ``participant``, made after its ``own``-th push, be answered now?"""
+
+    def in_effect(self, level: Level, participant: int, round: int) -> bool:
+        """Has that push taken effect?"""
+
+    @property
+    def pull_before_next_push(self) -> bool:
+        """Must a pull be answered before its participant's next push is counted?"""
+
+
+@dataclass(frozen=True, slots=True)
+class Sequential:
+    """A round takes effect when every participant has pushed it; all read the same values."""
+
+    pull_before_next_push = True
+
+    def due(self, level: Level, participant: int) -> list[Update]:
+        updates = []
+        closed = level.closed
+        while members := level.members_of(closed + 1):
+            if any(level.rounds[p] <= closed for p in members):
+                break
+            closed += 1
+            updates.append(Update(closed, tuple((p, closed) for p in members)))
+        return updates
+
+    def answers(self, level: Level, participant: int, own: int) -> bool:
+        return level.closed >= own
+
+    def in_effect(self, level: Level, participant: int, round: int) -> bool:
+        return round <= level.closed
+
+    def __str__(self) -> str:
+        return "sequential"
+
+
+class _AtOnce:
+    """A push takes effect when it arrives."""
+
+    __slots__ = ()
+    pull_before_next_push = False
+
+    def due(self, level: Level, participant: int) -> list[Update]:
+        if participant < 0:
+            return []
+        round = level.rounds[participant]
+        return [Update(round, ((participant, round),))]
+
+    def in_effect(self, level: Level, participant: int, round: int) -> bool:
+        return round <= level.rounds.get(participant, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Bounded(_AtOnce):
+    """A pull waits until nobody is more than ``staleness`` rounds behind the one who pulls."""
+
+    staleness: int
+
+    def answers(self, level: Level, participant: int, own: int) -> bool:
+        return level.rounds.get(participant, own) >= own and level.slowest() >= own - self.staleness
+
+    def __str__(self) -> str:
+        return f"bounded({self.staleness})"
+
+
+@dataclass(frozen=True, slots=True)
+class Eventual(_AtOnce):
+    """A pull waits for nothing but the puller's own pushes."""
+
+    def answers(self, level: Level, participant: int, own: int) -> bool:
+        return level.rounds.get(participant, own) >= own
+
+    def __str__(self) -> str:
+        return "eventual"
+
+
+_FORM = re.compile(r"(sequential|eventual)|bounded\((\d{1,9})\)")
+
+
+def parse(text: str | Model) -> Model:
+    """The model that ``text`` names: ``sequential``, ``bounded(s)`` or ``eventual``.
+
+    Raises:
+        OptionError: another text.
+    """
+    if isinstance(text, Sequential | Bounded | Eventual):
+        return text
+    match = _FORM.fullmatch(text.replace(" ", "")) if isinstance(text, str) else None
+    if match is None:
+        raise OptionError(
+            "a consistency model: expected 'sequential', 'bounded(s)' with a whole number s >= 0, "
+            f"or 'eventual'; got {text!r}"
+        )
+    if match[2] is not None:
+        return Bounded(int(match[2]))
+    return Sequential() if match[1] == "sequential" else Eventual()
+
+
+@dataclass(slots=True)
+class Level:
+    """The rounds of one key at one level, and the pulls that wait for them.
+
+    Not thread-safe: the caller holds its lock and submits the returned updates and answers to the
+    engine, in their order, before it lets go.
+    """
+
+    model: Model
+    participants: Sequence[int]
+    rounds: dict[int, int] = field(init=False)  # members only: pushes counted so far
+    left: dict[int, int] = field(init=False)  # who left, with its last round
+    closed: int = 0  # the largest round that has taken effect
+    version: int = 0  # updates so far
+    waiting: dict[Hashable, Pull] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.participants = tuple(self.participants)
+        self.rounds = dict.fromkeys(self.participants, 0)
+        self.left = {}
+
+    def members_of(self, round: int) -> list[int]:
+        """The members of that round, in their order."""
+        return [p for p in self.participants if self.left.get(p, round) >= round]
+
+    def slowest(self) -> int:
+        """The smallest round of those who are still here; of all, when everybody left."""
+        here = [n for p, n in self.rounds.items() if p not in self.left]
+        return min(here or self.rounds.values(), default=0)
+
+    def push(self, participant: int) -> tuple[list[Update], list[Answer]]:
+        """Count one push. Raises KeyError when ``participant`` is not a member."""
+        self.rounds[participant] += 1
+        return self._advance(participant)
+
+    def pull(self, pull: Pull) -> Answer | None:
+        """Answer at once, or None: then a later push or leave answers it."""
+        if self._may_answer(pull):
+            return self._answer(pull)
+        self.waiting[pull.ticket] = pull
+        return None
+
+    def leave(self, participant: int) -> tuple[list[Update], list[Answer]]:
+        """``participant`` counts up to its last round and no further."""
+        if participant not in self.rounds or participant in self.left:
+            return [], []
+        self.left[participant] = self.rounds[participant]
+        return self._advance(-1)
+
+    def in_effect(self, participant: int, round: int) -> bool:
+        return self.model.in_effect(self, participant, round)
+
+    def behind(self, needed: int) -> list[int]:
+        """The members that have not yet pushed round ``needed``."""
+        return [p for p in self.members_of(needed) if self.rounds[p] < needed]
+
+    def blockers(self, pull: Pull) -> list[int]:
+        """The members a waiting pull waits for."""
+        slack = self.model.staleness if isinstance(self.model, Bounded) else 0
+        return self.behind(max(own for _, own in pull.needs) - slack)
+
+    def _advance(self, participant: int) -> tuple[list[Update], list[Answer]]:
+        updates = self.model.due(self, participant)
+        self.version += len(updates)
+        if updates:
+            self.closed = max(self.closed, updates[-1].round)
+        ready = [pull for pull in self.waiting.values() if self._may_answer(pull)]
+        for pull in ready:
+            del self.waiting[pull.ticket]
+        return updates, [self._answer(pull) for pull in ready]
+
+    def _may_answer(self, pull: Pull) -> bool:
+        return all(
+            participant not in self.rounds or self.model.answers(self, participant, own)
+            for participant, own in pull.needs
+        )
+
+    def _answer(self, pull: Pull) -> Answer:
+        slowest = self.slowest()
+        behind = [own - slowest for participant, own in pull.needs if participant in self.rounds]
+        return Answer(pull.ticket, self.version, max([0, *behind]))
+
+
+def participants_of(chosen: Iterable[int] | None, everybody: int) -> tuple[int, ...]:
+    """The participants of a key: those chosen, ascending, or everybody."""
+    return tuple(range(everybody)) if chosen is None else tuple(sorted(set(chosen)))

@@ -1,0 +1,469 @@
+"""The vocabulary of the cluster and its form on the wire. Pure.
+
+An **envelope** is one ZeroMQ message: a header frame and the raw value frames. The header is a
+msgpack list ``[protocol, cluster, epoch, rank, incarnation, messages]``, each message a list
+``[kind, request_id, fields..., frames]`` where ``frames`` says how many of the value frames that
+follow are its own, in order. docs/protocol.md says the same for those who write another client.
+
+Everything a peer sends is checked here against :data:`FORMS` before anything else sees it; what does not fit
+raises :class:`~kvstore.errors.ProtocolError`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgpack
+
+from kvstore.errors import ProtocolError, ProtocolVersionError
+from kvstore.protocol.pieces import Key
+
+PROTOCOL = 1
+HEADER_BYTES_MAX = 8 << 20
+MESSAGES_MAX = 1 << 16
+FRAMES_MAX = 1 << 16
+KEY_BYTES_MAX = 1024
+NDIM_MAX = 64
+TEXT_BYTES_MAX = 1 << 16
+
+NOBODY = -1  # rank and incarnation of a sender that has none (yet)
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """Root of all messages. A reply carries the ``request_id`` of its request."""
+
+    request_id: int
+
+
+# --- worker to server ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """All that worker and server must agree on about a key."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    piece_items: int
+    device_model: str
+    cluster_model: str
+    participants: tuple[int, ...] | None  # None: every worker
+
+    def __str__(self) -> str:
+        who = "every worker" if self.participants is None else f"workers {list(self.participants)}"
+        return (
+            f"shape {self.shape}, dtype {self.dtype}, pieces of {self.piece_items} elements, "
+            f"device level {self.device_model}, cluster level {self.cluster_model}, participants: {who}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Init(Message):
+    """Create a piece. The one from rank 0 carries the value; the others check and wait for it."""
+
+    key: Key
+    piece: int
+    spec: Spec
+
+
+@dataclass(frozen=True, slots=True)
+class Push(Message):
+    """A worker's ``round``-th push of a piece. Without its frame it asks what became of it."""
+
+    key: Key
+    piece: int
+    round: int
+    pull: bool  # answer with the value that a pull right after this push would get
+    acknowledge: bool  # say Accepted if it has to wait
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch(Message):
+    """A pull of a piece, made after the worker's ``round``-th push of the key."""
+
+    key: Key
+    piece: int
+    round: int
+
+
+@dataclass(frozen=True, slots=True)
+class SetOptimizer(Message):
+    """In effect for a key from the round after ``since[key]`` (0 where not named)."""
+
+    optimizer: dict[str, Any]
+    replace: bool
+    since: dict[Key, int]
+
+
+@dataclass(frozen=True, slots=True)
+class SetHyperparameters(Message):
+    """Change named numbers of the optimizer, from the round after ``since[key]``."""
+
+    changes: dict[str, Any]
+    since: dict[Key, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Drop(Message):
+    """Forget a key on this server (before it is initialised anew in another cut)."""
+
+    key: Key
+
+
+@dataclass(frozen=True, slots=True)
+class ReadState(Message):
+    """Ask for the optimizer's state of a piece."""
+
+    key: Key
+    piece: int
+
+
+@dataclass(frozen=True, slots=True)
+class WriteState(Message):
+    """Replace the optimizer's state of a piece: one frame per array."""
+
+    key: Key
+    piece: int
+    step: int
+    names: tuple[str, ...]
+    dtypes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Explain(Message):
+    """Why has my request ``about`` no answer yet?"""
+
+    about: int
+
+
+@dataclass(frozen=True, slots=True)
+class Leave(Message):
+    """The sender leaves: in order when ``reason`` is empty, else because it failed."""
+
+    reason: str
+
+
+# --- server to worker ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Initialized(Message):
+    """The piece exists; ``round`` is the sender's last accepted push of it."""
+
+    round: int
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted(Message):
+    """The server has the piece; it waits for its round."""
+
+
+@dataclass(frozen=True, slots=True)
+class Committed(Message):
+    """The push is merged and applied."""
+
+
+@dataclass(frozen=True, slots=True)
+class Value(Message):
+    """The piece's value, one frame."""
+
+    version: int
+    staleness: int
+
+
+@dataclass(frozen=True, slots=True)
+class State(Message):
+    """The optimizer's state of a piece: one frame per name."""
+
+    step: int
+    names: tuple[str, ...]
+    dtypes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Missing(Message):
+    """The push asked about never came: send it with its frame."""
+
+
+@dataclass(frozen=True, slots=True)
+class Done(Message):
+    """The request has been carried out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation(Message):
+    """The answer to :class:`Explain`."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Failed(Message):
+    """The request failed: a class name of :mod:`kvstore.errors` and its message."""
+
+    error: str
+    text: str
+
+
+# --- with the scheduler -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Register(Message):
+    """A worker or server presents itself. ``rank`` -1: any. ``address``: a server's own."""
+
+    role: str
+    rank: int
+    address: str
+    host: str
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Roster(Message):
+    """The answer to :class:`Register` once everybody is here."""
+
+    rank: int
+    incarnation: int
+    num_workers: int
+    servers: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Barrier(Message):
+    """The sender's ``number``-th barrier."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Departed(Message):
+    """From the scheduler to all: a member is gone; in order when ``reason`` is empty."""
+
+    role: str
+    rank: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReadStatus(Message):
+    """Ask a scheduler or server about itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Status(Message):
+    """The answer to :class:`ReadStatus`."""
+
+    report: dict[str, Any]
+
+
+# --- form on the wire ---------------------------------------------------------------------------
+
+Check = Callable[[Any], Any]  # returns the value in its Python form or raises ValueError
+
+
+def _natural(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 1 << 63:
+        raise ValueError("a whole number >= 0")
+    return value
+
+
+def _rank(value: Any) -> int:
+    if type(value) is not int or not NOBODY <= value < 1 << 31:
+        raise ValueError("a rank")
+    return value
+
+
+def _flag(value: Any) -> bool:
+    if type(value) is not bool:
+        raise ValueError("a boolean")
+    return value
+
+
+def _text(value: Any) -> str:
+    if type(value) is not str or len(value) > TEXT_BYTES_MAX:
+        raise ValueError(f"a text of at most {TEXT_BYTES_MAX} characters")
+    return value
+
+
+def key(value: Any) -> Key:
+    """A ``str`` of 1-1024 UTF-8 bytes, or an int64; anything else raises ValueError."""
+    if type(value) is str and 1 <= len(value) <= KEY_BYTES_MAX:
+        try:
+            if len(value.encode()) <= KEY_BYTES_MAX:
+                return value
+        except UnicodeEncodeError:
+            pass
+    elif type(value) is int and -(1 << 63) <= value < 1 << 63:
+        return value
+    raise ValueError(f"a str of 1-{KEY_BYTES_MAX} UTF-8 bytes or an int64")
+
+
+def _many(check: Check, limit: int) -> Check:
+    def checked(value: Any) -> tuple[Any, ...]:
+        if not isinstance(value, list | tuple) or len(value) > limit:
+            raise ValueError(f"a list of at most {limit} items")
+        return tuple(check(item) for item in value)
+
+    return checked
+
+
+def _numbers(value: Any, depth: int = 4) -> Any:
+    """A dict of plain values, as optimizers are described."""
+    if value is None or type(value) in (bool, int, float) or (type(value) is str and len(value) <= 256):
+        return value
+    if depth and type(value) is list and len(value) <= 1024:
+        return [_numbers(item, depth - 1) for item in value]
+    if depth and type(value) is dict and len(value) <= 256 and all(type(k) is str for k in value):
+        return {k: _numbers(item, depth - 1) for k, item in value.items()}
+    raise ValueError("plain numbers, texts, lists and maps")
+
+
+def _described(value: Any) -> dict[str, Any]:
+    if type(value) is not dict:
+        raise ValueError("a map")
+    plain: dict[str, Any] = _numbers(value)
+    return plain
+
+
+def _report(value: Any) -> dict[str, Any]:
+    if type(value) is not dict:
+        raise ValueError("a map")
+    return value
+
+
+def _since(value: Any) -> dict[Key, int]:
+    if type(value) is not dict or len(value) > 1 << 20:
+        raise ValueError("a map of keys to rounds")
+    return {key(name): _natural(round) for name, round in value.items()}
+
+
+def _spec(value: Any) -> Spec:
+    if not isinstance(value, list | tuple) or len(value) != 6:
+        raise ValueError("shape, dtype, piece items, two models and participants")
+    shape, dtype, piece_items, device_model, cluster_model, participants = value
+    shape = _many(_natural, NDIM_MAX)(shape)
+    items = 1
+    for length in shape:
+        items *= length
+    if items >= 1 << 60 or _natural(piece_items) == 0:
+        raise ValueError("a value that fits")
+    return Spec(
+        shape,
+        _text(dtype),
+        piece_items,
+        _text(device_model),
+        _text(cluster_model),
+        None if participants is None else _many(_natural, 1 << 20)(participants),
+    )
+
+
+_name_list = _many(_text, 64)
+
+FORMS: dict[int, tuple[type[Message], tuple[Check, ...]]] = {
+    1: (Init, (key, _natural, _spec)),
+    2: (Push, (key, _natural, _natural, _flag, _flag)),
+    3: (Fetch, (key, _natural, _natural)),
+    4: (SetOptimizer, (_described, _flag, _since)),
+    5: (SetHyperparameters, (_described, _since)),
+    6: (Drop, (key,)),
+    7: (ReadState, (key, _natural)),
+    8: (WriteState, (key, _natural, _natural, _name_list, _name_list)),
+    9: (Explain, (_natural,)),
+    10: (Leave, (_text,)),
+    32: (Initialized, (_natural,)),
+    33: (Accepted, ()),
+    34: (Committed, ()),
+    35: (Value, (_natural, _natural)),
+    36: (State, (_natural, _name_list, _name_list)),
+    37: (Missing, ()),
+    38: (Done, ()),
+    39: (Explanation, (_text,)),
+    40: (Failed, (_text, _text)),
+    64: (Register, (_text, _rank, _text, _text, _natural)),
+    65: (Roster, (_natural, _natural, _natural, _many(_text, 1 << 16))),
+    66: (Barrier, (_natural,)),
+    67: (Departed, (_text, _natural, _text)),
+    68: (ReadStatus, ()),
+    69: (Status, (_report,)),
+}
+_KINDS = {form[0]: kind for kind, form in FORMS.items()}
+_FIELDS = {form[0]: tuple(form[0].__dataclass_fields__)[1:] for form in FORMS.values()}
+_SPEC_FIELDS = tuple(Spec.__dataclass_fields__)
+
+
+@dataclass(frozen=True, slots=True)
+class Sender:
+    """Who sends: the first fields of every header."""
+
+    cluster: int  # 0: not known yet
+    epoch: int
+    rank: int
+    incarnation: int
+
+
+def encode(sender: Sender, messages: Iterable[tuple[Message, int]]) -> bytes:
+    """The header frame for ``messages``, each with the number of its value frames."""
+    rows = []
+    for message, frames in messages:
+        kind = type(message)
+        row: list[Any] = [_KINDS[kind], message.request_id]
+        for name in _FIELDS[kind]:
+            field = getattr(message, name)
+            row.append([getattr(field, part) for part in _SPEC_FIELDS] if type(field) is Spec else field)
+        row.append(frames)
+        rows.append(row)
+    header = [PROTOCOL, sender.cluster, sender.epoch, sender.rank, sender.incarnation, rows]
+    packed: bytes = msgpack.packb(header)
+    return packed
+
+
+def decode(header: bytes | memoryview, frames: int) -> tuple[Sender, list[tuple[Message, int]]]:
+    """What :func:`encode` made; ``frames`` is the number of value frames that came with it.
+
+    Raises:
+        ProtocolVersionError: a header of another protocol version.
+        ProtocolError: anything else that is not an envelope.
+    """
+    if len(header) > HEADER_BYTES_MAX:
+        raise ProtocolError(f"a header: expected at most {HEADER_BYTES_MAX} bytes, got {len(header)}")
+    try:
+        fields = msgpack.unpackb(header, strict_map_key=False, use_list=True)
+    except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
+        raise ProtocolError(f"a header: expected msgpack, got {len(header)} bytes that are not") from error
+    if not isinstance(fields, list) or not fields or type(fields[0]) is not int:
+        raise ProtocolError("a header: expected a list that begins with the protocol version")
+    if fields[0] != PROTOCOL:
+        raise ProtocolVersionError(f"protocol version: expected {PROTOCOL}, the peer speaks {fields[0]}")
+    if len(fields) != 6 or not isinstance(fields[5], list) or len(fields[5]) > MESSAGES_MAX:
+        raise ProtocolError("a header: expected [protocol, cluster, epoch, rank, incarnation, messages]")
+    try:
+        sender = Sender(_natural(fields[1]), _natural(fields[2]), _rank(fields[3]), _rank(fields[4]))
+        messages = [_decode_one(row) for row in fields[5]]
+    except (ValueError, TypeError) as error:
+        raise ProtocolError(f"a header field: expected {error}") from error
+    expected = sum(count for _, count in messages)
+    if frames > FRAMES_MAX or expected != frames:
+        raise ProtocolError(f"value frames: the header announces {expected}, {frames} came")
+    return sender, messages
+
+
+def _decode_one(row: Any) -> tuple[Message, int]:
+    if not isinstance(row, list) or len(row) < 3 or type(row[0]) is not int or row[0] not in FORMS:
+        raise ValueError("a message of a known kind")
+    kind, checks = FORMS[row[0]]
+    if len(row) != len(checks) + 3:
+        raise ValueError(f"{len(checks)} fields in a {kind.__name__}")
+    fields = [check(item) for check, item in zip(checks, row[2:-1], strict=True)]
+    return kind(_natural(row[1]), *fields), _natural(row[-1])
+
+
+def envelope(
+    sender: Sender, messages: Sequence[tuple[Message, Sequence[Any]]]
+) -> list[Any]:
+    """All frames of one ZeroMQ message: the header, then every message's value frames in order."""
+    header = encode(sender, [(message, len(payload)) for message, payload in messages])
+    return [header, *(frame for _, payload in messages for frame in payload)]

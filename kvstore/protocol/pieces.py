@@ -1,0 +1,46 @@
+"""How a value is cut into pieces and which server owns each. Pure.
+
+Every worker computes the same answer from the key, the value's description and the number of
+servers; nobody has to be asked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+Key = str | int
+
+PIECE_BYTES = 2 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """A flat value of ``items`` elements in pieces of ``piece_items`` (the last may be shorter)."""
+
+    items: int
+    piece_items: int
+
+    @classmethod
+    def of(cls, items: int, itemsize: int, *, whole: bool = False, piece_bytes: int = PIECE_BYTES) -> Cut:
+        """Pieces of ``piece_bytes``; one piece if ``whole``. An empty value is one empty piece."""
+        return cls(items, max(1, items) if whole else max(1, piece_bytes // itemsize))
+
+    def __len__(self) -> int:
+        return max(1, -(-self.items // self.piece_items))
+
+    def span(self, piece: int) -> tuple[int, int]:
+        """First element of ``piece`` and the one after its last."""
+        start = piece * self.piece_items
+        return start, min(self.items, start + self.piece_items)
+
+    def size(self, piece: int) -> int:
+        """How many elements ``piece`` has."""
+        start, stop = self.span(piece)
+        return stop - start
+
+
+def owner(key: Key, piece: int, num_servers: int) -> int:
+    """The server of a piece: a stable hash of the key, then in turn, so that big values spread evenly."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "big") + piece) % num_servers

@@ -1,0 +1,218 @@
+"""A worker's side of the conversation: in which order requests go out, and what replies mean. Pure.
+
+What this file decides:
+
+- the order: per piece, push n+1 goes out when push n has committed (and, in a sequential key, when
+  the pulls before it are answered); among what may go, larger priority first, then age;
+- the credit: bytes on the way to one server, from sending to acceptance, stay within a bound, so
+  that an urgent piece is never behind more than that;
+- resends: a request without an answer is sent again, a push that was accepted only asks, without
+  its bytes, what became of it.
+
+What it refuses to know: arrays (a payload is opaque), sockets, the clock (``now`` is an argument).
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, field
+
+from kvstore.errors import KVStoreError, from_wire
+from kvstore.protocol.messages import Accepted, Committed, Failed, Message, Missing, Push
+
+CREDIT_BYTES = 16 << 20
+CREDIT_FREE_BYTES = 64 << 10  # requests up to this size need no credit
+RESEND_S = 5.0
+RESEND_S_MAX = 30.0
+SLOWEST_LINK = 1 << 20  # bytes/s: how long the bytes ahead of a request may take before it is resent
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One request to one server, and how far it has come."""
+
+    server: int
+    message: Message
+    payload: object = None
+    nbytes: int = 0
+    priority: int = 0
+    channel: Hashable = None  # requests of one channel keep their order; None: no order
+    is_push: bool = False
+    is_pull: bool = False
+    sequence: int = field(default=0, init=False)
+    accepted: bool = field(default=False, init=False)
+    committed: bool = field(default=False, init=False)
+    holds_credit: bool = field(default=False, init=False)
+    queued: bool = field(default=False, init=False)
+    sent_times: int = field(default=0, init=False)
+    resend_at: float = field(default=0.0, init=False)
+
+    @property
+    def request_id(self) -> int:
+        return self.message.request_id
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """The request got its final reply."""
+
+    request: Request
+    reply: Message
+    payload: object
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The request failed."""
+
+    request: Request
+    error: KVStoreError
+
+
+Outcome = Answered | Refused
+
+
+@dataclass(slots=True)
+class _Channel:
+    pulls_first: bool
+    queue: deque[Request] = field(default_factory=deque)
+    pushing: Request | None = None
+    pulling: int = 0
+
+
+class Requesting:
+    """The pure core of one worker. Not thread-safe."""
+
+    def __init__(self, credit_bytes: int = CREDIT_BYTES, resend_s: float = RESEND_S) -> None:
+        self.credit_bytes = credit_bytes
+        self.resend_s = resend_s
+        self.open: dict[int, Request] = {}  # submitted and not finished, by request id
+        self.in_flight: dict[int, int] = {}  # server -> bytes that hold credit
+        self._ready: dict[int, list[tuple[int, int, Request]]] = {}
+        self._channels: dict[Hashable, _Channel] = {}
+        self._submitted = 0
+
+    def __repr__(self) -> str:
+        return f"<Requesting: {len(self.open)} open, in flight {self.in_flight}>"
+
+    def submit(self, request: Request, *, pulls_first: bool = False) -> None:
+        """Take over a request. ``pulls_first``: in this channel a push waits for earlier pulls."""
+        self._submitted += 1
+        request.sequence = self._submitted
+        self.open[request.request_id] = request
+        if request.channel is None:
+            self._enqueue(request)
+            return
+        channel = self._channels.get(request.channel)
+        if channel is None:
+            channel = self._channels[request.channel] = _Channel(pulls_first)
+        channel.queue.append(request)
+        self._release(channel)
+
+    def outgoing(self, server: int, now: float) -> Iterator[tuple[Message, object]]:
+        """What is to be sent to ``server`` now, with its payload; counts as sent when yielded."""
+        ready = self._ready.get(server)
+        while ready:
+            request = ready[0][2]
+            if request.request_id not in self.open:
+                heapq.heappop(ready)
+                continue
+            bare = request.accepted and isinstance(request.message, Push)
+            if not bare and not request.holds_credit and request.nbytes > CREDIT_FREE_BYTES:
+                used = self.in_flight.get(server, 0)
+                if used and used + request.nbytes > self.credit_bytes:
+                    return
+                self.in_flight[server] = used + request.nbytes
+                request.holds_credit = True
+            heapq.heappop(ready)
+            request.queued = False
+            patience = min(RESEND_S_MAX, self.resend_s * 2.0**request.sent_times)
+            request.sent_times += 1
+            request.resend_at = now + patience + self.in_flight.get(server, 0) / SLOWEST_LINK
+            yield request.message, None if bare else request.payload
+
+    def reply(self, message: Message, payload: object) -> Outcome | None:
+        """Conclude from a server's reply; None while the request stays open (or was closed before)."""
+        request = self.open.get(message.request_id)
+        if request is None:
+            return None
+        if isinstance(message, Missing):
+            request.accepted = False
+            self._enqueue(request)
+            return None
+        request.accepted = True
+        self._return_credit(request)
+        if isinstance(message, Accepted):
+            return None
+        if isinstance(message, Committed) and request.is_pull:
+            self._push_done(request)
+            return None
+        self._close(request)
+        if isinstance(message, Failed):
+            return Refused(request, from_wire(message.error, message.text))
+        return Answered(request, message, payload)
+
+    def tick(self, now: float) -> None:
+        """Queue again what has waited too long for a reply."""
+        for request in self.open.values():
+            if request.sent_times and not request.queued and now >= request.resend_at:
+                self._enqueue(request)
+
+    def abandon(self, server: int, error: KVStoreError) -> list[Outcome]:
+        """``server`` is gone: everything that waits for it, and would, fails."""
+        failed: list[Outcome] = []
+        while True:
+            mine = [request for request in self.open.values() if request.server == server]
+            if not mine:
+                return failed
+            for request in mine:
+                self._return_credit(request)
+                self._close(request)
+                failed.append(Refused(request, error))
+
+    def _enqueue(self, request: Request) -> None:
+        if not request.queued:
+            request.queued = True
+            heap = self._ready.setdefault(request.server, [])
+            heapq.heappush(heap, (-request.priority, request.sequence, request))
+
+    def _release(self, channel: _Channel) -> None:
+        while channel.queue:
+            request = channel.queue[0]
+            if request.is_push:
+                if channel.pushing is not None or (channel.pulls_first and channel.pulling):
+                    return
+                channel.pushing = request
+            if request.is_pull:
+                channel.pulling += 1
+            channel.queue.popleft()
+            self._enqueue(request)
+
+    def _push_done(self, request: Request) -> None:
+        request.committed = True
+        channel = self._channels.get(request.channel)
+        if channel is not None and channel.pushing is request:
+            channel.pushing = None
+            self._release(channel)
+
+    def _close(self, request: Request) -> None:
+        del self.open[request.request_id]
+        channel = self._channels.get(request.channel)
+        if channel is None:
+            return
+        if request in channel.queue:  # never went out
+            channel.queue.remove(request)
+        elif request.is_pull:
+            channel.pulling -= 1
+        if channel.pushing is request:
+            channel.pushing = None
+        self._release(channel)
+        if not channel.queue and channel.pushing is None and not channel.pulling:
+            del self._channels[request.channel]
+
+    def _return_credit(self, request: Request) -> None:
+        if request.holds_credit:
+            request.holds_credit = False
+            self.in_flight[request.server] -= request.nbytes
