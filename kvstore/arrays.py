@@ -1,0 +1,90 @@
+"""The one seam to array libraries: what counts as an array, and how its memory is seen.
+
+Everything behind this file works on NumPy arrays that share the caller's memory. CPU arrays of other
+libraries come in through DLPack (or the buffer they expose to NumPy) without a copy.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from kvstore.errors import DtypeError, ReadOnlyError
+
+Array = npt.NDArray[Any]
+
+_DTYPES = {
+    np.dtype(kind).name: np.dtype(kind)
+    for kind in (
+        *(bool, "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8"),
+        *("f2", "f4", "f8", "c8", "c16", ml_dtypes.bfloat16),
+    )
+}
+
+
+def dtype_named(name: str) -> np.dtype[Any]:
+    """The dtype that :func:`dtype_name` named. Raises DtypeError for another name."""
+    try:
+        return _DTYPES[name]
+    except KeyError:
+        raise DtypeError(f"a dtype: expected one of {', '.join(_DTYPES)}; got {name!r}") from None
+
+
+def is_array(value: object) -> bool:
+    """Is this one array (and not, say, a list of them)?"""
+    return isinstance(value, np.ndarray | np.generic) or hasattr(value, "__dlpack__")
+
+
+def view(value: object, what: str) -> Array:
+    """``value`` as a NumPy array that shares its memory; ``what`` names it in errors.
+
+    Raises:
+        DtypeError: not an array, or of a dtype that a store cannot hold.
+    """
+    if isinstance(value, np.ndarray):
+        array: Array = value
+    elif isinstance(value, np.generic):
+        array = np.asarray(value)
+    elif hasattr(value, "__dlpack__"):
+        array = _import(value, what)
+    else:
+        raise DtypeError(f"{what}: expected an array, got {type(value).__name__}")
+    if array.dtype.name not in _DTYPES or not array.dtype.isnative:
+        raise DtypeError(f"{what}: expected dtype one of {', '.join(_DTYPES)}; got {array.dtype}")
+    return array
+
+
+def writable_view(value: object, what: str) -> Array:
+    """Like :func:`view`, for an array that will be written.
+
+    Raises:
+        ReadOnlyError: it cannot be written.
+    """
+    array = view(value, what)
+    if not array.flags.writeable or isinstance(value, np.generic):
+        raise ReadOnlyError(f"{what}: expected an array that can be written, got a read-only {type(value).__name__}")
+    return array
+
+
+def is_writable(value: object) -> bool:
+    """Could ``value`` be an ``out``?"""
+    try:
+        writable_view(value, "")
+    except (ReadOnlyError, DtypeError):
+        return False
+    return True
+
+
+def _import(value: Any, what: str) -> Array:
+    try:
+        array: Array = np.from_dlpack(value)
+    except (TypeError, ValueError, RuntimeError, BufferError) as error:
+        raise DtypeError(f"{what}: expected an array in host memory that DLPack can share; {error}") from error
+    if not array.flags.writeable and hasattr(value, "__array__"):  # e.g. a torch tensor: NumPy's import is read-only
+        other = np.asarray(value)
+        if other.flags.writeable and other.size and np.shares_memory(other, array):
+            return other
+    return array

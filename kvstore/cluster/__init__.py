@@ -1,0 +1,1 @@
+"""The cluster level: the worker's client, the servers and the scheduler. Thin shells around ``protocol/``."""

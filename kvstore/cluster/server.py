@@ -1,0 +1,327 @@
+"""A server as a running process: a socket and the engine around :class:`kvstore.protocol.serving.Serving`.
+
+The core decides; this file turns its actions into engine ops on the piece's var. Small work is
+done at once on the server's own thread, larger work by the engine's pool.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+import engine
+from kvstore import optim
+from kvstore.arrays import Array, dtype_named
+from kvstore.cluster.address import advertised
+from kvstore.cluster.session import Session
+from kvstore.errors import DisagreementError, KVStoreError, OptionError, ProtocolError, to_wire
+from kvstore.protocol.messages import (
+    NOBODY,
+    Departed,
+    Done,
+    Failed,
+    Init,
+    Message,
+    Push,
+    ReadStatus,
+    Sender,
+    Spec,
+    State,
+    Status,
+    Value,
+    WriteState,
+    decode,
+    envelope,
+)
+from kvstore.protocol.pieces import Cut
+from kvstore.protocol.serving import (
+    Action,
+    Apply,
+    Create,
+    Forget,
+    PieceId,
+    Reply,
+    ReplyAfter,
+    ReplyValue,
+    SendState,
+    Serving,
+    StoreState,
+)
+from kvstore.stored import Stored
+from kvstore.transport.zeromq import Frames, Reactor
+
+log = logging.getLogger(__name__)
+
+INLINE_BYTES = 64 << 10
+JOIN_TIMEOUT_S = 300.0
+BATCH_BYTES = 256 << 10
+
+Outgoing = tuple[Message, Sequence[Any]]
+
+
+class Server:
+    """One server of a cluster.
+
+    Args:
+        address: the scheduler's.
+        bind: where to listen; port ``*`` lets the system choose.
+        advertise: the address that workers reach it by, if another than the bound one.
+    """
+
+    def __init__(self, address: str, *, bind: str = "tcp://127.0.0.1:*", advertise: str | None = None) -> None:
+        self._engine = engine.default()
+        self._reactor = Reactor("kvstore-server")
+        self._endpoint = self._reactor.endpoint(self._receive)
+        self._scheduler = address
+        try:
+            self.address = advertised(self._endpoint.bind(bind), advertise)
+        except OptionError:
+            self._reactor.abandon()
+            raise
+        self._session: Session | None = None
+        self._serving: Serving | None = None
+        self._stored: dict[PieceId, Stored] = {}
+        self._peers: dict[int, bytes] = {}  # rank -> its latest connection
+        self._outbox: dict[bytes, list[Outgoing]] = {}
+        self._stopped = threading.Event()
+        self._retained = False
+
+    def __repr__(self) -> str:
+        return f"<Server at {self.address}: {self._serving!r}>"
+
+    def start(self, connect_timeout: float = 30.0) -> None:
+        """Join the cluster and start to answer.
+
+        Raises:
+            UnreachableError: no scheduler at the address.
+            PeerError: the scheduler refused.
+        """
+        self._engine.retain()
+        self._retained = True
+        session = Session(self._scheduler, "server", self._departed)
+        self._session = session
+        try:
+            session.register(NOBODY, self.address, connect_timeout, JOIN_TIMEOUT_S)
+        except BaseException:
+            self.stop()
+            raise
+        name = f"server {session.sender.rank} at {self.address}"
+        self._serving = Serving(session.num_workers, optim.from_wire, name)
+        self._reactor.start()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until :meth:`stop` was called; False when ``timeout`` seconds passed first."""
+        return self._stopped.wait(timeout)
+
+    def stop(self) -> None:
+        """Stop answering. Safe from any thread, more than once."""
+        if self._stopped.is_set():
+            return
+        self._stopped.set()
+        if self._session is not None:
+            self._session.leave()
+        self._reactor.stop(linger_s=0.2)
+        if self._retained:
+            self._engine.release()
+
+    # --- on the reactor's thread ----------------------------------------------------------------
+
+    def _receive(self, peer: bytes, frames: Frames, fd: int) -> None:
+        assert self._session is not None
+        try:
+            sender, messages = decode(frames[0], len(frames) - 1)
+            if sender.cluster not in (0, self._session.sender.cluster):
+                raise DisagreementError("the sender belongs to another cluster than this server")
+        except KVStoreError as error:
+            self._queue(peer, Failed(0, *to_wire(error)))
+            self._flush()
+            return
+        if sender.rank >= 0:
+            self._peers[sender.rank] = peer
+        position = 1
+        for message, count in messages:
+            payload = frames[position : position + count]
+            position += count
+            self._handle(peer, sender, message, payload)
+        self._flush()
+
+    def _handle(self, peer: bytes, sender: Sender, message: Message, payload: Frames) -> None:
+        assert self._serving is not None
+        if isinstance(message, ReadStatus):
+            self._queue(peer, Status(message.request_id, self._report()))
+            return
+        try:
+            arrays = self._check(message, payload)
+        except KVStoreError as error:
+            self._queue(peer, Failed(message.request_id, *to_wire(error)))
+            return
+        now = time.monotonic()
+        self._perform(self._serving.handle(sender.rank, sender.incarnation, message, arrays, now))
+
+    def _check(self, message: Message, payload: Frames) -> Any:
+        """The frames as arrays of the right dtype and size; ProtocolError otherwise."""
+        assert self._serving is not None
+        if isinstance(message, Init):
+            _items(message.spec)
+            return self._one_frame(message, message.spec, message.piece, payload)
+        if isinstance(message, Push):
+            piece = self._serving.pieces.get((message.key, message.piece))
+            return None if piece is None else self._one_frame(message, piece.spec, message.piece, payload)
+        if isinstance(message, WriteState):
+            if not len(payload) == len(message.names) == len(message.dtypes):
+                raise ProtocolError(f"optimizer state of key {message.key!r}: expected one frame and dtype per name")
+            stored = self._stored.get((message.key, message.piece))
+            state = {}
+            for name, dtype, frame in zip(message.names, message.dtypes, payload, strict=True):
+                kind = dtype_named(dtype)
+                if stored is not None and len(frame) != stored.value.size * kind.itemsize:
+                    raise ProtocolError(f"optimizer state of key {message.key!r}: a frame of {len(frame)} bytes")
+                state[name] = np.frombuffer(frame, kind).copy()
+            return state
+        if payload:
+            raise ProtocolError(f"{type(message).__name__}: expected no value frame, got {len(payload)}")
+        return None
+
+    def _one_frame(self, message: Init | Push, spec: Spec, number: int, payload: Frames) -> Array | None:
+        if not payload:
+            return None
+        dtype, cut = dtype_named(spec.dtype), Cut(_items(spec), spec.piece_items)
+        expected = cut.size(number) * dtype.itemsize if number < len(cut) else -1
+        if len(payload) != 1 or len(payload[0]) != expected:
+            raise ProtocolError(
+                f"{type(message).__name__.lower()} of key {message.key!r}, piece {number}: expected one frame of "
+                f"{expected} bytes, got {[len(frame) for frame in payload]}"
+            )
+        array: Array = np.frombuffer(payload[0], dtype)
+        return array
+
+    def _perform(self, actions: list[Action]) -> None:
+        for action in actions:
+            match action:
+                case Reply(rank, message):
+                    self._reply(rank, message)
+                case ReplyValue(rank, request_id, piece, version, staleness):
+                    self._reply_value(rank, Value(request_id, version, staleness), self._stored[piece])
+                case ReplyAfter(rank, message, piece):
+                    self._then(self._stored[piece], rank, message.request_id, lambda m=message: (m, ()))  # type: ignore[misc]
+                case Apply():
+                    self._apply(action)
+                case Create(piece, spec, payload):
+                    assert isinstance(payload, np.ndarray)
+                    self._stored[piece] = Stored(payload, f"{piece[0]!r}[{piece[1]}]")
+                case SendState(rank, request_id, piece):
+                    self._then(
+                        self._stored[piece], rank, request_id,
+                        lambda s=self._stored[piece], i=request_id: _state_of(s, i),  # type: ignore[misc]
+                    )  # fmt: skip
+                case StoreState(rank, message, payload):
+                    self._store_state(rank, message, payload)
+                case Forget(piece):
+                    del self._stored[piece]
+
+    def _apply(self, action: Apply) -> None:
+        stored = self._stored[action.piece]
+        pushes: Any = action.payloads
+        rule: Any = action.rule
+        nbytes = stored.value.nbytes
+        info = {"key": action.piece[0], "bytes": nbytes, "round": action.round}
+        inline = nbytes <= INLINE_BYTES
+        if rule is None:
+            self._engine.push(
+                lambda: stored.assign(pushes), writes=[stored.var], name="merge", inline=inline, info=info
+            )
+        else:
+            self._engine.push(
+                lambda: stored.update(pushes, rule, action.generation),
+                reads=[stored.var], writes=[stored.var], name="merge+update", inline=inline, info=info,
+            )  # fmt: skip
+
+    def _reply_value(self, rank: int, message: Value, stored: Stored) -> None:
+        self._then(stored, rank, message.request_id, lambda: (message, (stored.share().view(np.uint8),)))
+
+    def _then(self, stored: Stored, rank: int, request_id: int, make: Callable[[], Outgoing]) -> None:
+        """Send what ``make`` returns after all earlier ops on the piece; or their failure."""
+
+        def reply() -> None:
+            message, frames = make()
+            if threading.current_thread() is self._reactor.thread:
+                self._reply(rank, message, frames)
+            else:
+                self._reactor.post(lambda: self._reply_now(rank, message, frames))
+
+        handle = self._engine.push(reply, reads=[stored.var], name="reply", inline=stored.value.nbytes <= INLINE_BYTES)
+
+        def ended(_: object) -> None:
+            error = handle.exception()
+            if error is not None:
+                failed = Failed(request_id, *to_wire(error))
+                self._reactor.post(lambda: self._reply_now(rank, failed, ()))
+
+        handle.add_done_callback(ended)
+
+    def _store_state(self, rank: int, message: WriteState, state: Any) -> None:
+        assert self._serving is not None
+        stored = self._stored[message.key, message.piece]
+        generation = self._serving.settings[-1].generation if self._serving.settings else 0
+        self._engine.push(
+            lambda: stored.restore(state, message.step, generation),
+            reads=[stored.var], writes=[stored.var], name="write state",
+        )  # fmt: skip
+        self._then(stored, rank, message.request_id, lambda: (Done(message.request_id), ()))
+
+    def _reply_now(self, rank: int, message: Message, frames: Sequence[Any]) -> None:
+        self._reply(rank, message, frames)
+        self._flush()
+
+    def _reply(self, rank: int, message: Message, frames: Sequence[Any] = ()) -> None:
+        peer = self._peers.get(rank)
+        if peer is not None:
+            self._queue(peer, message, frames)
+
+    def _queue(self, peer: bytes, message: Message, frames: Sequence[Any] = ()) -> None:
+        self._outbox.setdefault(peer, []).append((message, frames))
+
+    def _flush(self) -> None:
+        assert self._session is not None
+        outbox, self._outbox = self._outbox, {}
+        for peer, messages in outbox.items():
+            batch: list[Outgoing] = []
+            size = 0
+            for message, frames in messages:
+                batch.append((message, frames))
+                size += sum(frame.nbytes for frame in frames)
+                if size >= BATCH_BYTES:
+                    self._endpoint.send(peer, envelope(self._session.sender, batch))
+                    batch, size = [], 0
+            if batch:
+                self._endpoint.send(peer, envelope(self._session.sender, batch))
+
+    def _departed(self, gone: Departed) -> None:
+        def tell() -> None:
+            if self._serving is not None and gone.role == "worker" and gone.reason:
+                self._perform(self._serving.lost(gone.rank, gone.reason))
+                self._flush()
+
+        self._reactor.post(tell)
+
+    def _report(self) -> dict[str, Any]:
+        keys = {key for key, _ in self._stored}
+        return {"keys": len(keys), "bytes": sum(stored.value.nbytes for stored in self._stored.values())}
+
+
+def _items(spec: Spec) -> int:
+    items = 1
+    for length in spec.shape:
+        items *= length
+    return items
+
+
+def _state_of(stored: Stored, request_id: int) -> Outgoing:
+    arrays = {name: array.copy().reshape(-1) for name, array in stored.state.items()}
+    names, dtypes = tuple(arrays), tuple(array.dtype.name for array in arrays.values())
+    return State(request_id, stored.step, names, dtypes), tuple(array.view(np.uint8) for array in arrays.values())

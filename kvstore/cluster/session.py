@@ -1,0 +1,269 @@
+"""A process's conversations with the scheduler and the servers: sockets around :class:`Requesting`.
+
+Workers use it to reach everybody, servers to register. Requests may be submitted from any thread;
+their ``on_outcome`` runs on the session's own thread and must be quick.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+from kvstore.errors import (
+    ClosedError,
+    DeadlineError,
+    KVStoreError,
+    ProtocolError,
+    ServerLostError,
+    UnreachableError,
+)
+from kvstore.protocol.messages import (
+    NOBODY,
+    Departed,
+    Explain,
+    Explanation,
+    Leave,
+    Message,
+    Register,
+    Roster,
+    Sender,
+    decode,
+    envelope,
+)
+from kvstore.protocol.requesting import Answered, Outcome, Refused, Request, Requesting
+from kvstore.transport.zeromq import Connection, Frames, Reactor
+
+log = logging.getLogger(__name__)
+
+SCHEDULER = -1  # its number among the servers
+BATCH_BYTES = 256 << 10  # small messages to one server travel together up to this size
+EXPLAIN_S = 2.0  # how long a deadline's error may wait for the answer to "why"
+
+OnOutcome = Callable[[Outcome], None]
+
+
+class Session:
+    """One member's conversations.
+
+    Args:
+        address: the scheduler's.
+        role: ``worker`` or ``server``; ``observer`` registers nowhere.
+        on_departed: called on the session's thread for every member that is gone.
+    """
+
+    def __init__(self, address: str, role: str, on_departed: Callable[[Departed], None] | None = None) -> None:
+        self.address = address
+        self.role = role
+        self.sender = Sender(0, 0, NOBODY, NOBODY)
+        self.num_workers = 0
+        self.servers: tuple[str, ...] = ()
+        self.departed: list[Departed] = []
+        self._on_departed = on_departed
+        self._requests = Requesting()
+        self._on_outcome: dict[int, OnOutcome] = {}
+        self._connections: dict[int, Connection] = {}
+        self._heard_at: dict[int, float] = {}
+        self._ids = 0
+        self._lock = threading.Lock()
+        self._inbox: list[tuple[Request, bool]] = []
+        self._closed: KVStoreError | None = None
+        self._reactor = Reactor(f"kvstore-{role}", self._tick)
+        self._connections[SCHEDULER] = self._reactor.connection(
+            address, lambda frames: self._receive(SCHEDULER, frames)
+        )
+        self._reactor.start()
+
+    def __repr__(self) -> str:
+        return f"<Session {self.role} {self.sender.rank} at {self.address}: {self._requests}>"
+
+    def register(self, rank: int, own_address: str, connect_timeout: float, timeout: float) -> None:
+        """Join the cluster; returns when all its workers and servers have.
+
+        Raises:
+            UnreachableError: no scheduler answered within ``connect_timeout`` seconds.
+            DeadlineError: the cluster was not complete within ``timeout`` seconds.
+            PeerError: the scheduler refused.
+        """
+        hello = self.ask(SCHEDULER, lambda i: Explain(i, 0))
+        joined = self.ask(
+            SCHEDULER, lambda i: Register(i, self.role, rank, own_address, socket.gethostname(), os.getpid())
+        )
+        try:
+            hello.result(connect_timeout)
+        except TimeoutError as error:
+            raise UnreachableError(
+                f"scheduler at {self.address}: expected an answer within {connect_timeout:g} s, none came"
+            ) from error
+        try:
+            roster = joined.result(timeout)
+        except TimeoutError as error:
+            why = self.explain(SCHEDULER, 0)
+            raise DeadlineError(f"joining the cluster at {self.address}: not complete after {timeout:g} s; {why}") from error
+        assert isinstance(roster, Roster)
+        self.num_workers, self.servers = roster.num_workers, roster.servers
+        self.sender = Sender(self.sender.cluster, self.sender.epoch, roster.rank, roster.incarnation)
+
+    def connect_servers(self) -> None:
+        """Connect to all servers of the roster."""
+
+        def connect() -> None:
+            for number, address in enumerate(self.servers):
+                self._connections[number] = self._reactor.connection(
+                    address, lambda frames, number=number: self._receive(number, frames)  # type: ignore[misc]
+                )
+
+        self._reactor.call(connect)
+
+    def next_id(self) -> int:
+        """A fresh request id."""
+        with self._lock:
+            self._ids += 1
+            return self._ids
+
+    def submit(self, requests: Sequence[tuple[Request, OnOutcome]], *, pulls_first: bool = False) -> None:
+        """Send these when their turn comes. Thread-safe.
+
+        Raises:
+            ClosedError or the error that ended the session.
+        """
+        with self._lock:
+            if self._closed is not None:
+                raise self._closed
+            for request, on_outcome in requests:
+                self._on_outcome[request.request_id] = on_outcome
+                self._inbox.append((request, pulls_first))
+        self._reactor.post(self._take_inbox)
+
+    def ask(self, server: int, make: Callable[[int], Message], payload: object = None) -> Future[Message]:
+        """One request outside any channel; the future's result is the reply."""
+        answer: Future[Message] = Future()
+
+        def settle(outcome: Outcome) -> None:
+            if isinstance(outcome, Answered):
+                answer.set_result(outcome.reply)
+            else:
+                answer.set_exception(outcome.error)
+
+        self.submit([(Request(server, make(self.next_id()), payload), settle)])
+        return answer
+
+    def explain(self, server: int, about: int) -> str:
+        """Ask ``server`` why the request ``about`` has no answer yet."""
+        where = "the scheduler" if server == SCHEDULER else f"server {server} at {self.servers[server]}"
+        try:
+            reply = self.ask(server, lambda i: Explain(i, about)).result(EXPLAIN_S)
+        except (TimeoutError, KVStoreError):
+            heard = self._heard_at.get(server)
+            ago = "never heard of" if heard is None else f"last heard {time.monotonic() - heard:.1f} s ago"
+            return f"{where} does not answer ({ago})"
+        return reply.text if isinstance(reply, Explanation) else str(reply)
+
+    def leave(self) -> None:
+        """Tell the scheduler that this member leaves in order, then :meth:`close`."""
+        with contextlib.suppress(KVStoreError, TimeoutError):
+            self.ask(SCHEDULER, lambda i: Leave(i, "")).result(1.0)
+        self.close()
+
+    def close(self, linger_s: float = 1.0) -> None:
+        """End the conversations; what is open fails."""
+        self._fail_all(ClosedError("the store is closed"))
+        self._reactor.stop(linger_s)
+
+    # --- on the reactor's thread ----------------------------------------------------------------
+
+    def _take_inbox(self) -> None:
+        with self._lock:
+            inbox, self._inbox = self._inbox, []
+        for request, pulls_first in inbox:
+            gone = self._server_gone(request.server)
+            if gone is not None:
+                self._settle(Refused(request, gone))
+            else:
+                self._requests.submit(request, pulls_first=pulls_first)
+        self._pump()
+
+    def _pump(self) -> None:
+        now = time.monotonic()
+        for server, connection in self._connections.items():
+            batch: list[tuple[Message, Sequence[Any]]] = []
+            size = 0
+            for message, payload in self._requests.outgoing(server, now):
+                frames = () if payload is None else payload if isinstance(payload, tuple) else (payload,)
+                nbytes = sum(memoryview(frame).nbytes for frame in frames)
+                if batch and (size + nbytes > BATCH_BYTES or len(batch) >= 4096):
+                    connection.send(envelope(self.sender, batch))
+                    batch, size = [], 0
+                batch.append((message, frames))
+                size += nbytes + 64
+            if batch:
+                connection.send(envelope(self.sender, batch))
+
+    def _receive(self, server: int, frames: Frames) -> None:
+        try:
+            sender, messages = decode(frames[0], len(frames) - 1)
+        except ProtocolError as error:
+            who = "scheduler" if server == SCHEDULER else f"server {server}"
+            failure = type(error)(f"{who} at {self._connections[server].address}: {error}")
+            for outcome in self._requests.abandon(server, failure):
+                self._settle(outcome)
+            return
+        self._heard_at[server] = time.monotonic()
+        if server == SCHEDULER and sender.cluster:
+            self.sender = Sender(sender.cluster, sender.epoch, self.sender.rank, self.sender.incarnation)
+        position = 1
+        for message, count in messages:
+            payload = frames[position : position + count]
+            position += count
+            if isinstance(message, Departed):
+                self._take_departed(message)
+                continue
+            outcome = self._requests.reply(message, payload)
+            if outcome is not None:
+                self._settle(outcome)
+        self._pump()
+
+    def _take_departed(self, message: Departed) -> None:
+        self.departed.append(message)
+        if message.role == "server":
+            error = ServerLostError(f"server {message.rank} is gone: {message.reason or 'it was stopped'}")
+            for outcome in self._requests.abandon(message.rank, error):
+                self._settle(outcome)
+        if self._on_departed is not None:
+            self._on_departed(message)
+
+    def _server_gone(self, server: int) -> ServerLostError | None:
+        for gone in self.departed:
+            if gone.role == "server" and gone.rank == server:
+                return ServerLostError(f"server {server} is gone: {gone.reason or 'it was stopped'}")
+        return None
+
+    def _settle(self, outcome: Outcome) -> None:
+        with self._lock:
+            on_outcome = self._on_outcome.pop(outcome.request.request_id, None)
+        if on_outcome is not None:
+            try:
+                on_outcome(outcome)
+            except Exception:
+                log.exception("%r: a completion failed", self)
+
+    def _tick(self, now: float) -> None:
+        self._requests.tick(now)
+        self._pump()
+
+    def _fail_all(self, error: KVStoreError) -> None:
+        with self._lock:
+            if self._closed is not None:
+                return
+            self._closed = error
+            callbacks = list(self._on_outcome.items())
+            self._on_outcome.clear()
+        for request_id, on_outcome in callbacks:
+            on_outcome(Refused(Request(SCHEDULER, Message(request_id)), error))
+

@@ -1,0 +1,43 @@
+"""What a running cluster says about itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kvstore.cluster.session import SCHEDULER, Session
+from kvstore.errors import KVStoreError, UnreachableError
+from kvstore.protocol.messages import ReadStatus, Status
+
+
+def read_status(address: str, timeout: float = 5.0) -> dict[str, Any]:
+    """Ask the scheduler at ``address``, and each server it knows, about themselves.
+
+    Returns:
+        The scheduler's report: cluster, epoch, num_workers, num_servers and the lists ``workers`` and
+        ``servers``; servers also have ``keys`` and ``bytes`` (None when one does not answer).
+
+    Raises:
+        UnreachableError: no scheduler answered within ``timeout`` seconds.
+    """
+    session = Session(address, "observer")
+    try:
+        try:
+            reply = session.ask(SCHEDULER, ReadStatus).result(timeout)
+        except TimeoutError as error:
+            raise UnreachableError(
+                f"scheduler at {address}: expected an answer within {timeout:g} s, none came"
+            ) from error
+        assert isinstance(reply, Status)
+        report = reply.report
+        session.servers = tuple(server["address"] for server in report["servers"])
+        session.connect_servers()
+        asked = [session.ask(number, ReadStatus) for number in range(len(session.servers))]
+        for server, answer in zip(report["servers"], asked, strict=True):
+            try:
+                own = answer.result(timeout if server["state"] == "here" else 0.1)
+                server.update(own.report if isinstance(own, Status) else {})
+            except (TimeoutError, KVStoreError):
+                server.update(keys=None, bytes=None)
+        return report
+    finally:
+        session.close(linger_s=0)

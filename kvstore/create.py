@@ -1,0 +1,94 @@
+"""From the name of a store's type to a store."""
+
+from __future__ import annotations
+
+import math
+
+import engine
+from kvstore import consistency, environment
+from kvstore.cluster.client import ClusterHome
+from kvstore.cluster.session import Session
+from kvstore.consistency import Eventual, Model, Sequential
+from kvstore.errors import DeviceCountError, OptionError
+from kvstore.home import Home
+from kvstore.local import LocalHome
+from kvstore.store import KVStore
+
+_LOCAL = ("local", "device", "nccl")
+_CLUSTER: dict[str, tuple[Model, Model]] = {  # type -> models of the device level and the cluster level
+    "dist": (Sequential(), Sequential()),
+    "dist_sync": (Sequential(), Sequential()),
+    "dist_sync_device": (Sequential(), Sequential()),
+    "dist_device_sync": (Sequential(), Sequential()),
+    "dist_async": (Sequential(), Eventual()),
+    "dist_async_device": (Sequential(), Eventual()),
+}
+
+
+def create(
+    type: str = "local",
+    *,
+    devices: int | None = None,
+    device_consistency: str | Model | None = None,
+    cluster_consistency: str | Model | None = None,
+    address: str | None = None,
+    rank: int | None = None,
+    timeout: float = 300.0,
+    connect_timeout: float = 30.0,
+) -> KVStore:
+    """Make a store.
+
+    Args:
+        type: ``local`` or ``device`` (this process alone), ``dist``, ``dist_sync``, ``dist_async`` (a
+            cluster), and MXNet's other names for these. Without a GPU the ``device`` types equal the plain ones.
+        devices: how many devices this worker has; None: the first push says.
+        device_consistency, cluster_consistency: ``sequential``, ``bounded(s)`` or ``eventual``.
+        address: the scheduler's, ``tcp://host:port``; None: from ``KVSTORE_ADDRESS``.
+        rank: the rank wanted; None: from ``KVSTORE_RANK``, else any.
+        timeout: seconds that a wait may take when the call does not say.
+        connect_timeout: seconds within which the scheduler must answer.
+
+    Raises:
+        OptionError: an unknown type or model, or no address.
+        UnreachableError: nobody answers at the address.
+        DeadlineError: the cluster was not complete within ``timeout``.
+    """
+    if type not in _LOCAL and type not in _CLUSTER:
+        raise OptionError(f"create: expected a type among {', '.join([*_LOCAL, *_CLUSTER])}; got {type!r}")
+    if devices is not None and (not isinstance(devices, int) or devices < 1):
+        raise DeviceCountError(f"create: expected devices >= 1, got {devices!r}")
+    if not (isinstance(timeout, int | float) and timeout > 0) or not connect_timeout > 0:
+        raise OptionError(f"create: expected timeouts > 0 seconds, got {timeout!r} and {connect_timeout!r}")
+    defaults = _CLUSTER.get(type, (Sequential(), Sequential()))
+    device_model = defaults[0] if device_consistency is None else consistency.parse(device_consistency)
+    cluster_model = defaults[1] if cluster_consistency is None else consistency.parse(cluster_consistency)
+    runtime = engine.default()
+    if type in _LOCAL:
+        if cluster_consistency is not None or address is not None:
+            raise OptionError(f"create({type!r}): expected neither cluster_consistency nor address; they are for 'dist'")
+        runtime.retain()
+        home: Home = LocalHome(runtime)
+    else:
+        home = _join(address, rank, runtime, timeout, connect_timeout)
+    return KVStore(
+        type, home, runtime, devices=devices, device_model=device_model, cluster_model=cluster_model, timeout=timeout
+    )
+
+
+def _join(
+    address: str | None, rank: int | None, runtime: engine.Engine, timeout: float, connect_timeout: float
+) -> ClusterHome:
+    around = environment.read()
+    address = address or around.address
+    if address is None:
+        raise OptionError("create('dist'): expected the scheduler's address= or KVSTORE_ADDRESS; neither is set")
+    wanted = rank if rank is not None else around.rank if around.rank is not None else -1
+    session = Session(address, "worker")
+    try:
+        session.register(wanted, "", connect_timeout, 1e9 if timeout == math.inf else timeout)
+        session.connect_servers()
+    except BaseException:
+        session.close(linger_s=0)
+        raise
+    runtime.retain()
+    return ClusterHome(session, runtime)

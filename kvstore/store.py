@@ -1,0 +1,864 @@
+"""The store that users hold: checks every call, names its work to the engine, and is the device level.
+
+What this file decides: what an argument means and whether it is right; which engine ops a call
+consists of. When a push takes effect and when a pull may be answered among the devices is asked of
+:mod:`kvstore.consistency`; where the values live is behind :class:`kvstore.home.Home`.
+
+Per key there is a lock, held while the level counts and the ops that follow from it are
+submitted, so that the engine's order is the level's order. A push is: *stage* (merge the devices'
+arrays into memory of the store, at once in the caller's thread unless an engine op still has to
+write them), then the home's push. A pull is: the home's pull, then *deliver* (copy into the
+caller's arrays, an op that writes them, so that later ops which read them wait).
+"""
+
+from __future__ import annotations
+
+import atexit
+import math
+import os
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+import engine
+from kvstore import comm, consistency, states
+from kvstore.arrays import Array, is_array, is_writable, view, writable_view
+from kvstore.consistency import Answer, Level, Model, Pull, Update
+from kvstore.errors import (
+    CallerError,
+    ClosedError,
+    DeadlineError,
+    DeviceCountError,
+    DtypeError,
+    DuplicateKeyError,
+    KeyKindError,
+    KVStoreError,
+    OptimizerError,
+    OptionError,
+    ShapeError,
+    UnknownKeyError,
+)
+from kvstore.handle import Handle, countdown, gather
+from kvstore.home import Home, Parts, Source, Updater
+from kvstore.local import LocalHome
+from kvstore.optim import Optimizer
+from kvstore.protocol import messages
+from kvstore.protocol.messages import Spec
+from kvstore.protocol.pieces import PIECE_BYTES, Cut, Key
+
+Keys = Key | Sequence[Key]
+INLINE_BYTES = 64 << 10
+
+_stores: weakref.WeakSet[KVStore] = weakref.WeakSet()
+
+
+@dataclass(eq=False, slots=True)
+class _Contribution:
+    """What one device pushed in one round."""
+
+    device: int
+    arrays: list[Array]  # of the caller until staged; several when the key came twice in the call
+    reads: list[Any]  # what an op that reads ``arrays`` declares
+    priority: int
+    ended: Callable[[Future[Any]], None]  # to be told when the push is committed or failed
+
+
+@dataclass(eq=False, slots=True)
+class _Counted:
+    """One push call, counted at the device level but not yet performed."""
+
+    handle: Handle
+    contributions: list[_Contribution]
+    steps: list[tuple[list[Update], list[Answer]]]
+
+
+@dataclass(eq=False, slots=True)
+class _Waiting:
+    """A pull that the device level has not answered yet."""
+
+    completion: Any  # of the engine op that stands for the source
+    priority: int
+    source: Source | None = None
+    answer: Answer | None = None
+
+
+@dataclass(eq=False, slots=True)
+class _Entry:
+    """One key, as the device level sees it."""
+
+    key: Key
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    device_model: Model
+    level: Level | None = None  # from when the number of devices is known
+    held: dict[tuple[int, int], _Contribution] = field(default_factory=dict)
+    failed: list[Handle] = field(default_factory=list)
+    lock: threading.RLock = field(default_factory=threading.RLock)
+
+
+class KVStore:
+    """A store of values by key, kept in step across devices and, in a cluster, workers.
+
+    Made by :func:`kvstore.create`. All methods are thread-safe. Every method takes one key with
+    its value, or a list of keys with a list of values; a list call is checked whole before
+    anything is sent. A value is one array, or a list with one array per device.
+    """
+
+    def __init__(
+        self,
+        type: str,
+        home: Home,
+        runtime: engine.Engine,
+        *,
+        devices: int | None,
+        device_model: Model,
+        cluster_model: Model,
+        timeout: float,
+    ) -> None:
+        self.type = type
+        self.timeout = timeout
+        self._home = home
+        self._engine = runtime
+        self._devices = devices
+        self._devices_declared = devices is not None
+        self._device_model = device_model
+        self._cluster_model = cluster_model
+        self._entries: dict[Key, _Entry] = {}
+        self._kind: type[str] | type[int] | None = None  # type: ignore[valid-type]
+        self._optimizer: Optimizer | None = None
+        self._open: set[Handle] = set()
+        self._lock = threading.RLock()
+        self._closed = False
+        self._pid = os.getpid()
+        _stores.add(self)
+
+    def __repr__(self) -> str:
+        state = "closed, " if self._closed else ""
+        levels = f"{self._device_model}/{self._cluster_model}" if self._in_cluster else f"{self._device_model}"
+        return (
+            f"<KVStore {self.type}: {state}rank {self.rank} of {self.num_workers}, devices {self._devices or '?'} "
+            f"(host memory), {levels}, {len(self._entries)} keys>"
+        )
+
+    # --- what it is ---------------------------------------------------------------------------
+
+    @property
+    def rank(self) -> int:
+        """This worker's number, from 0."""
+        return self._home.rank
+
+    @property
+    def num_workers(self) -> int:
+        """How many workers the cluster was started with; 1 without a cluster."""
+        return self._home.num_workers
+
+    @property
+    def num_devices(self) -> int:
+        """Devices of this worker; 1 as long as neither ``create`` nor a push has said."""
+        return self._devices or 1
+
+    @property
+    def _in_cluster(self) -> bool:
+        return not isinstance(self._home, LocalHome)
+
+    def dead_workers(self) -> list[int]:
+        """Ranks of the workers that are lost (not of those that left)."""
+        return self._home.dead_workers()
+
+    # --- init ---------------------------------------------------------------------------------
+
+    def init(
+        self,
+        key: Keys,
+        value: Any,
+        *,
+        device_consistency: str | Model | None = None,
+        cluster_consistency: str | Model | None = None,
+        participants: Sequence[int] | None = None,
+    ) -> None:
+        """Create keys. Every worker calls it; rank 0's value counts. Returns when they exist.
+
+        Args:
+            key: one key or a list.
+            value: an array (any shape), or a list with one per key. It may be overwritten afterwards.
+            device_consistency, cluster_consistency: other models for these keys than the store's.
+            participants: ranks of the workers that push these keys; None: all. Others may pull.
+
+        Raises:
+            DuplicateKeyError: a key that this store has initialised, or twice in the call.
+            DtypeError, KeyKindError, OptionError: as named.
+            DisagreementError: the workers describe the key differently; nothing changes.
+            DeadlineError: rank 0's init did not come within the store's timeout.
+        """
+        self._check_open()
+        device_model = self._model(device_consistency, self._device_model)
+        cluster_model = self._model(cluster_consistency, self._cluster_model)
+        if participants is not None:
+            participants = tuple(sorted({int(p) for p in participants}))
+            if not participants or participants[0] < 0 or participants[-1] >= self.num_workers:
+                raise OptionError(
+                    f"participants: expected ranks within 0..{self.num_workers - 1}, got {list(participants)}"
+                )
+        keys = self._keys(key)
+        values = [value] if not isinstance(key, list | tuple) else self._as_many(keys, value, "values")
+        arrays = [view(v, f"init of key {k!r}") for k, v in zip(keys, values, strict=True)]
+        if len(set(keys)) != len(keys):
+            twice = next(k for k in keys if keys.count(k) > 1)
+            raise DuplicateKeyError(f"init of key {twice!r}: expected each key once, it comes {keys.count(twice)} times")
+        for k, array in zip(keys, arrays, strict=True):
+            if k in self._entries:
+                raise DuplicateKeyError(f"init of key {k!r}: expected a new key, this store has initialised it")
+            if self._optimizer is not None:
+                self._optimizer.check_dtype(array.dtype)
+        waiting = []
+        for k, array in zip(keys, arrays, strict=True):
+            whole = self._optimizer is not None and self._optimizer.whole_tensor
+            cut = Cut.of(array.size, array.dtype.itemsize, whole=whole, piece_bytes=PIECE_BYTES)
+            spec = Spec(
+                array.shape, array.dtype.name, cut.piece_items, str(device_model), str(cluster_model), participants
+            )
+            self._engine.wait(array, timeout=self.timeout)
+            waiting.append(self._home.init(k, spec, np.ascontiguousarray(array).reshape(-1)))
+        deadline_error: KVStoreError | None = None
+        for k, array, created in zip(keys, arrays, waiting, strict=True):
+            try:
+                created.result(self.timeout)
+            except TimeoutError as error:
+                if created.done():
+                    raise
+                raise DeadlineError(
+                    f"init of key {k!r}: not done after {self.timeout:g} s; {self._home.explain(k)}"
+                ) from error
+            except KVStoreError as error:
+                deadline_error = deadline_error or error
+                continue
+            entry = _Entry(k, array.shape, array.dtype, device_model)
+            if self._devices is not None:
+                entry.level = Level(device_model, range(self._devices))
+            with self._lock:
+                self._entries[k] = entry
+                self._kind = str if isinstance(k, str) else int
+        if deadline_error is not None:
+            raise deadline_error
+
+    def broadcast(self, key: Keys, value: Any, out: Any = None, priority: int = 0) -> Handle:
+        """``init`` with rank 0's value, then ``pull`` it; once per key.
+
+        Returns:
+            A handle like that of :meth:`pull`; ``out`` defaults to a new array.
+        """
+        first = value if not isinstance(value, list) or isinstance(key, list | tuple) else value[0]
+        if isinstance(key, list | tuple):
+            first = [v[0] if isinstance(v, list) else v for v in self._as_many(self._keys(key), value, "values")]
+        self.init(key, first)
+        return self.pull(key, out, priority)
+
+    # --- push and pull ------------------------------------------------------------------------
+
+    def push(self, key: Keys, value: Any, priority: int = 0, *, device: int | None = None) -> Handle:
+        """Push gradients (or values). They have been read when this returns.
+
+        Args:
+            key: one key or a list; a key twice in one call is one push of the sum.
+            value: an array, or a list with one per device; for a list of keys a list of those.
+            priority: larger goes sooner; never reorders one key.
+            device: this is one device's own push.
+
+        Returns:
+            A handle that is done when the push is committed: merged and applied. Its result is None.
+
+        Raises:
+            UnknownKeyError, ShapeError, DtypeError, DeviceCountError: before anything is sent.
+        """
+        pushes = self._check_push(key, value, device)
+        handles = []
+        for entry, per_device in pushes:
+            with entry.lock:
+                handles.append(self._push(entry, per_device, priority))
+        return self._one_or_all(key, handles, "push")
+
+    def pull(self, key: Keys, out: Any = None, priority: int = 0, *, device: int | None = None) -> Handle:
+        """Read values.
+
+        Args:
+            key: one key or a list.
+            out: an array, or a list with one per device (of one key); None makes a new array.
+            device: this is one device's own pull, answered under the device level's rule for it.
+
+        Returns:
+            A handle whose result is ``out`` (or the new array; a list for a list of keys).
+
+        Raises:
+            UnknownKeyError, ShapeError, DtypeError, DeviceCountError, ReadOnlyError: at once.
+        """
+        entries = self._known(self._keys(key))
+        self._check_device(device)
+        outs = [out] if not isinstance(key, list | tuple) else self._as_many(entries, out, "outs")
+        targets = [self._check_out(entry, o, device) for entry, o in zip(entries, outs, strict=True)]
+        handles = []
+        for entry, (arrays, result) in zip(entries, targets, strict=True):
+            with entry.lock:
+                handles.append(self._pull(entry, arrays, result, priority, device))
+        return self._one_or_all(key, handles, "pull")
+
+    def pushpull(
+        self, key: Keys, value: Any, out: Any = None, priority: int = 0, *, device: int | None = None
+    ) -> Handle:
+        """A push and the pull right after it, as one exchange where possible.
+
+        Args:
+            out: as in :meth:`pull`; it defaults to ``value``, in place. An immutable value is answered
+                with a new array. A value that is also out belongs to the store until the handle is done.
+        """
+        keys = self._keys(key)
+        many = isinstance(key, list | tuple)
+        if len(set(keys)) != len(keys):
+            raise DuplicateKeyError("pushpull: expected each key once in a call")
+        if out is None:
+            values = self._as_many(keys, value, "values") if many else [value]
+            outs = [self._own_out(v) for v in values]
+        else:
+            outs = self._as_many(keys, out, "outs") if many else [out]
+        pushes = self._check_push(key, value, device)
+        targets = [self._check_out(entry, o, device) for (entry, _), o in zip(pushes, outs, strict=True)]
+        handles = []
+        for (entry, per_device), (arrays, result) in zip(pushes, targets, strict=True):
+            with entry.lock:
+                handles.append(self._pushpull(entry, per_device, arrays, result, priority, device))
+        return self._one_or_all(key, handles, "pushpull")
+
+    @staticmethod
+    def _own_out(value: Any) -> Any:
+        arrays = value if isinstance(value, list) else [value]
+        return value if all(map(is_writable, arrays)) else None
+
+    def _push(self, entry: _Entry, per_device: dict[int, list[Array]], priority: int) -> Handle:
+        counted = self._count(entry, per_device, priority)
+        self._perform(entry, counted)
+        return counted.handle
+
+    def _pushpull(
+        self,
+        entry: _Entry,
+        per_device: dict[int, list[Array]],
+        outs: list[Array],
+        result: Any,
+        priority: int,
+        device: int | None,
+    ) -> Handle:
+        counted = self._count(entry, per_device, priority)
+        counted.handle.observed = True  # the pull's handle fails with it
+        updates = [update for step, _ in counted.steps for update in step]
+        level = self._level(entry)
+        pull = Pull(object(), self._needs(entry, device))
+        answer = level.pull(pull)
+        if answer is not None and len(updates) == 1 and not any(answers for _, answers in counted.steps):
+            source = self._commit(entry, updates[0], pull=True)
+            assert source is not None
+            self._stage_leftovers(entry, counted)
+            at_once = answer
+            return self._deliver(entry, outs, result, priority, source, lambda: at_once, "pushpull")
+        level.waiting.pop(pull.ticket, None)
+        self._perform(entry, counted)
+        return self._pull(entry, outs, result, priority, device, "pushpull")
+
+    def _count(self, entry: _Entry, per_device: dict[int, list[Array]], priority: int) -> _Counted:
+        """Count the pushes of one call at the device level."""
+        level = self._level(entry)
+        handle = self._handle(entry, "push")
+        ended = countdown(handle, len(per_device))
+        counted = _Counted(handle, [], [])
+        for device, arrays in per_device.items():
+            contribution = _Contribution(device, arrays, list(arrays), priority, ended)
+            entry.held[device, level.rounds[device] + 1] = contribution
+            counted.contributions.append(contribution)
+            counted.steps.append(level.push(device))
+        return counted
+
+    def _perform(self, entry: _Entry, counted: _Counted) -> None:
+        """Submit what follows from the count."""
+        for updates, answers in counted.steps:
+            for update in updates:
+                self._commit(entry, update, pull=False)
+            self._answer(entry, answers)
+        self._stage_leftovers(entry, counted)
+
+    def _commit(self, entry: _Entry, update: Update, pull: bool) -> Source | None:
+        """The merged pushes of ``update`` go to the home."""
+        parts = [entry.held.pop(contribution) for contribution in update.contributions]
+        arrays = [array for part in parts for array in part.arrays]
+        reads = [read for part in parts for read in part.reads]
+        priority = max(part.priority for part in parts)
+        staged, var = self._stage(entry, arrays, reads)
+        source: Source | None = None
+        committed: Future[Any]
+        if pull:
+            committed, source = self._home.pushpull(entry.key, staged, var, priority)
+        else:
+            committed = self._home.push(entry.key, staged, var, priority)
+        for part in parts:
+            committed.add_done_callback(part.ended)
+        return source
+
+    def _stage(self, entry: _Entry, arrays: list[Array], reads: list[Any]) -> tuple[Array, engine.Var]:
+        """Merge into fresh memory, at once unless an engine op still has to write one of ``arrays``."""
+        shape = entry.shape
+        staged = np.empty(math.prod(shape), entry.dtype)
+        var = engine.Var(f"staged {entry.key!r}")
+        target = staged.reshape(shape)
+        self._engine.push(
+            lambda: comm.merge(arrays, target), reads=reads, writes=[var], name="stage", inline=True,
+            info={"key": entry.key, "bytes": staged.nbytes},
+        )  # fmt: skip
+        return staged, var
+
+    def _stage_leftovers(self, entry: _Entry, counted: _Counted) -> None:
+        """Copy what has to wait for other devices, because the caller may overwrite it."""
+        waiting = set(map(id, entry.held.values()))
+        for contribution in counted.contributions:
+            if id(contribution) in waiting:
+                staged, var = self._stage(entry, contribution.arrays, contribution.reads)
+                contribution.arrays, contribution.reads = [staged.reshape(entry.shape)], [var]
+
+    def _answer(self, entry: _Entry, answers: list[Answer]) -> None:
+        """Pulls that waited at the device level may go to the home now."""
+        for answer in answers:
+            waiting = answer.ticket
+            assert isinstance(waiting, _Waiting)
+            source = self._home.pull(entry.key, waiting.priority)
+            waiting.source, waiting.answer = source, answer
+
+            def hand_on(waiting: _Waiting = waiting, source: Source = source) -> None:
+                waiting.completion.set_result(source.keep())
+
+            handle = self._engine.push(hand_on, reads=[source.var], name="answer", inline=True)
+
+            def failed(done: Future[Any], waiting: _Waiting = waiting) -> None:
+                error = done.exception()
+                if error is not None:
+                    waiting.completion.set_exception(error)
+
+            handle.add_done_callback(failed)
+
+    def _pull(
+        self,
+        entry: _Entry,
+        outs: list[Array],
+        result: Any,
+        priority: int,
+        device: int | None,
+        what: str = "pull",
+    ) -> Handle:
+        waiting = _Waiting(None, priority)
+        answer: Answer | None = Answer(waiting, 0, 0)
+        if entry.level is not None:
+            answer = entry.level.pull(Pull(waiting, self._needs(entry, device)))
+        if answer is not None:
+            at_once = answer
+            return self._deliver(
+                entry, outs, result, priority, self._home.pull(entry.key, priority), lambda: at_once, what
+            )
+        completions: list[Any] = []
+        var = engine.Var("device level")
+        gate = self._engine.push_async(completions.append, writes=[var], name="await devices", inline=True)
+        waiting.completion = completions[0]
+
+        def parts() -> Parts:
+            kept: Parts = gate.result(0)
+            return kept
+
+        source = Source(
+            var,
+            parts,
+            parts,
+            lambda: waiting.source.version() if waiting.source else None,
+            lambda: waiting.source.staleness() if waiting.source else None,
+        )
+        return self._deliver(entry, outs, result, priority, source, lambda: waiting.answer, what)
+
+    def _deliver(
+        self,
+        entry: _Entry,
+        outs: list[Array],
+        result: Any,
+        priority: int,
+        source: Source,
+        answer: Callable[[], Answer | None],
+        what: str,
+    ) -> Handle:
+        handle = self._handle(entry, what)
+
+        def copy() -> None:
+            for start, part in source.parts():
+                comm.broadcast(part, outs, start)
+
+        nbytes = math.prod(entry.shape) * entry.dtype.itemsize
+        copied = self._engine.push(
+            copy, reads=[source.var], writes=outs, priority=priority, name="deliver", inline=nbytes <= INLINE_BYTES,
+            info={"key": entry.key, "bytes": nbytes * len(outs)},
+        )  # fmt: skip
+
+        def done(_: Future[Any]) -> None:
+            error = copied.exception()
+            answered = answer()
+            if error is None and answered is not None:
+                version, cluster = source.version(), source.staleness()
+                handle.version = answered.version if version is None else version
+                handle.staleness = answered.staleness if cluster is None else (answered.staleness, cluster)
+            handle.finish(result, _translated(error, entry.key))
+
+        copied.add_done_callback(done)
+        return handle
+
+    # --- checks -------------------------------------------------------------------------------
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError(f"{self.type} store: it is closed")
+        if self._pid != os.getpid():
+            raise ClosedError(f"{self.type} store: it belongs to process {self._pid}, not to this forked one; create another")
+
+    def _model(self, chosen: str | Model | None, default: Model) -> Model:
+        return default if chosen is None else consistency.parse(chosen)
+
+    def _keys(self, key: Keys) -> list[Key]:
+        self._check_open()
+        keys = list(key) if isinstance(key, list | tuple) else [key]
+        checked: list[Key] = []
+        for one in keys:
+            if isinstance(one, np.integer):
+                one = int(one)
+            try:
+                checked.append(messages.key(one))
+            except ValueError as error:
+                raise KeyKindError(f"key {one!r}: expected {error}, got {type(one).__name__}") from None
+        kinds = {str if isinstance(one, str) else int for one in checked} | ({self._kind} if self._kind else set())
+        if len(kinds) > 1:
+            raise KeyKindError(
+                f"key {next(iter(checked))!r}: expected keys of one kind per store, got both str and int"
+                + (f"; this store's are {self._kind.__name__}" if self._kind else "")
+            )
+        return checked
+
+    def _as_many(self, keys: Sequence[Any], values: Any, what: str) -> list[Any]:
+        if values is None:
+            return [None] * len(keys)
+        if not isinstance(values, list | tuple) or len(values) != len(keys):
+            came = len(values) if isinstance(values, list | tuple) else type(values).__name__
+            raise ShapeError(f"a list call: expected {len(keys)} {what}, one per key; got {came}")
+        return list(values)
+
+    def _known(self, keys: list[Key]) -> list[_Entry]:
+        entries = []
+        for key in keys:
+            entry = self._entries.get(key)
+            if entry is None:
+                raise UnknownKeyError(f"key {key!r}: expected an initialised key; init has not been called for it")
+            self._raise_unseen(entry)
+            entries.append(entry)
+        return entries
+
+    def _raise_unseen(self, entry: _Entry) -> None:
+        """An error nobody looked at is raised by the next call on that key."""
+        with entry.lock:
+            unseen = [handle for handle in entry.failed if not handle.observed]
+            entry.failed.clear()
+        for handle in unseen:
+            error = handle.exception(0)
+            if error is not None:
+                raise error
+
+    def _check_device(self, device: int | None) -> None:
+        if device is None:
+            return
+        if not self._devices_declared:
+            raise DeviceCountError(f"device={device!r}: expected a store created with devices=; it was not")
+        assert self._devices is not None
+        if not isinstance(device, int) or not 0 <= device < self._devices:
+            raise DeviceCountError(f"device={device!r}: expected 0..{self._devices - 1}")
+
+    def _check_push(
+        self, key: Keys, value: Any, device: int | None
+    ) -> list[tuple[_Entry, dict[int, list[Array]]]]:
+        """The whole call, checked: per entry and device the arrays to be summed."""
+        keys = self._keys(key)
+        entries = self._known(keys)
+        self._check_device(device)
+        values = self._as_many(keys, value, "values") if isinstance(key, list | tuple) else [value]
+        pushes: dict[Key, tuple[_Entry, dict[int, list[Array]]]] = {}
+        count = self._devices
+        for entry, given in zip(entries, values, strict=True):
+            arrays = list(given) if isinstance(given, list | tuple) else [given]
+            if device is not None:
+                if isinstance(given, list | tuple):
+                    raise DeviceCountError(f"push of key {entry.key!r} by device {device}: expected one array, got a list")
+                devices: Sequence[int] = [device]
+            else:
+                count = len(arrays) if count is None else count
+                if len(arrays) != count or not arrays:
+                    raise DeviceCountError(
+                        f"push of key {entry.key!r}: expected {count} arrays, one per device; got {len(arrays)}"
+                    )
+                devices = range(count)
+            per_device = pushes.setdefault(entry.key, (entry, {}))[1]
+            for d, array in zip(devices, arrays, strict=True):
+                per_device.setdefault(d, []).append(self._fits(entry, view(array, f"push of key {entry.key!r}"), "push"))
+        if self._devices is None:
+            with self._lock:
+                if self._devices is None:
+                    self._devices = count
+        return list(pushes.values())
+
+    def _fits(self, entry: _Entry, array: Array, what: str) -> Array:
+        if array.shape != entry.shape:
+            raise ShapeError(f"{what} of key {entry.key!r}: expected shape {entry.shape}, got {array.shape}")
+        if array.dtype != entry.dtype:
+            raise DtypeError(f"{what} of key {entry.key!r}: expected dtype {entry.dtype.name}, got {array.dtype.name}")
+        return array
+
+    def _check_out(self, entry: _Entry, out: Any, device: int | None) -> tuple[list[Array], Any]:
+        """The arrays to write, and what the handle's result is."""
+        what = f"out for key {entry.key!r}"
+        if out is None:
+            fresh = np.empty(entry.shape, entry.dtype)
+            return [fresh], fresh
+        outs = list(out) if isinstance(out, list | tuple) else [out]
+        if device is not None and isinstance(out, list | tuple):
+            raise DeviceCountError(f"pull of key {entry.key!r} by device {device}: expected one array, got a list")
+        if isinstance(out, list | tuple) and self._devices is not None and len(outs) != self._devices:
+            raise DeviceCountError(f"{what}: expected {self._devices} arrays, one per device; got {len(outs)}")
+        arrays = [self._fits(entry, writable_view(o, what), "pull") for o in outs]
+        if isinstance(out, list | tuple):
+            return arrays, out
+        return arrays, out if is_array(out) else arrays[0]
+
+    # --- small parts of the calls ---------------------------------------------------------------
+
+    def _level(self, entry: _Entry) -> Level:
+        if entry.level is None:
+            assert self._devices is not None
+            entry.level = Level(entry.device_model, range(self._devices))
+        return entry.level
+
+    def _needs(self, entry: _Entry, device: int | None) -> tuple[tuple[int, int], ...]:
+        """The participants that a pull stands for, with their rounds."""
+        level = self._level(entry)
+        if device is not None:
+            return ((device, level.rounds[device]),)
+        return tuple(level.rounds.items())
+
+    def _handle(self, entry: _Entry, what: str) -> Handle:
+        handle = Handle(f"{what} of key {entry.key!r}", self.timeout, lambda: self._explain(entry))
+        with self._lock:
+            self._open.add(handle)
+
+        def ended(_: Future[Any]) -> None:
+            with self._lock:
+                self._open.discard(handle)
+            if not handle.observed and handle.exception_now() is not None:
+                with entry.lock:
+                    entry.failed.append(handle)
+
+        handle.add_done_callback(ended)
+        return handle
+
+    def _one_or_all(self, key: Keys, handles: list[Handle], what: str) -> Handle:
+        if not isinstance(key, list | tuple):
+            return handles[0]
+        return gather(f"{what} of {len(handles)} keys", self.timeout, handles)
+
+    def _explain(self, entry: _Entry) -> str:
+        """Why an operation on this key is not done."""
+        with entry.lock:
+            level = entry.level
+            if level is not None and (entry.held or level.waiting):
+                needed = max([round for _, round in entry.held] + [own for p in level.waiting.values() for _, own in p.needs])
+                blockers = {d for p in level.waiting.values() for d in level.blockers(p)}
+                blockers.update(d for _, round in entry.held for d in level.behind(round))
+                if blockers:
+                    return f"key {entry.key!r}, device round {needed}: waits for devices {sorted(blockers)}"
+        return self._home.explain(entry.key)
+
+    # --- optimizer ----------------------------------------------------------------------------
+
+    def set_optimizer(self, optimizer: Optimizer, replace: bool = False) -> None:
+        """From here on a push updates the value by ``optimizer`` instead of replacing it.
+
+        Every worker calls it; it precedes the caller's later pushes on every server. The first call
+        takes effect, an equal one changes nothing.
+
+        Raises:
+            OptimizerError: another optimizer is set already and ``replace`` is not given.
+            DtypeError: a key has a dtype that it cannot update.
+        """
+        self._check_open()
+        if not isinstance(optimizer, Optimizer):
+            raise OptimizerError(f"set_optimizer: expected one of kvstore.optim, got {type(optimizer).__name__}")
+        with self._lock:
+            entries = list(self._entries.values())
+        for entry in entries:
+            optimizer.check_dtype(entry.dtype)
+        if optimizer.whole_tensor:
+            self._place_whole()
+        self._home.set_optimizer(optimizer, replace, self._limit(None))
+        self._optimizer = optimizer
+
+    def _place_whole(self) -> None:
+        """An optimizer that needs the norm of the whole tensor needs its keys uncut."""
+        cut_keys: Callable[[], list[Key]] | None = getattr(self._home, "cut_keys", None)
+        for key in cut_keys() if cut_keys is not None else []:
+            value = self.pull(key).result()
+            self._home.place_whole(key, value.reshape(-1), self._limit(None))  # type: ignore[attr-defined]
+            entry = self._entries[key]
+            entry.level = None if self._devices is None else Level(entry.device_model, range(self._devices))
+
+    def set_updater(self, updater: Updater) -> None:
+        """``updater(key, merged, stored)`` changes ``stored`` in place for every push; local stores only.
+
+        It runs on an engine thread, keeps neither array, and its return value is ignored.
+
+        Raises:
+            OptimizerError: in a cluster, where no code travels.
+        """
+        self._check_open()
+        if not isinstance(self._home, LocalHome):
+            raise OptimizerError("set_updater: expected a local store; in a cluster no code travels, use set_optimizer")
+        if not callable(updater):
+            raise OptimizerError(f"set_updater: expected a function, got {type(updater).__name__}")
+        self._home.set_updater(updater)
+
+    def set_hyperparameters(self, **changes: Any) -> None:
+        """Change numbers of the optimizer, live: for each key from the caller's next round on.
+
+        Raises:
+            OptimizerError: no optimizer is set, an unknown name or a value out of range.
+        """
+        self._check_open()
+        if self._optimizer is not None:
+            changed = self._optimizer.with_hyperparameters(**changes)
+            self._home.set_hyperparameters(changes, self._limit(None))
+            self._optimizer = changed
+        else:
+            self._home.set_hyperparameters(changes, self._limit(None))
+
+    def save_optimizer_states(self, path: str | os.PathLike[str]) -> None:
+        """Write the optimizer's state of every key to a safetensors file, atomically."""
+        self.wait_for_commits(self._limit(None))
+        state = {key: self._home.read_state(key, self._limit(None)) for key in list(self._entries)}
+        states.save(path, state)
+
+    def load_optimizer_states(self, path: str | os.PathLike[str]) -> None:
+        """Read what :meth:`save_optimizer_states` wrote; one worker calls it, between two barriers.
+
+        Raises:
+            OptimizerError: not such a file, or of other keys than this store's.
+        """
+        self.wait_for_commits(self._limit(None))
+        loaded = states.load(path)
+        unknown = sorted(map(repr, set(loaded) - set(self._entries)))
+        if unknown:
+            raise OptimizerError(f"optimizer states: expected keys of this store, got {', '.join(unknown[:5])}")
+        for key, (step, state) in loaded.items():
+            items = math.prod(self._entries[key].shape)
+            if any(array.size != items for array in state.values()):
+                raise OptimizerError(f"optimizer state of key {key!r}: expected {items} elements per array")
+            self._home.write_state(key, step, state, self._limit(None))
+
+    # --- waiting and leaving --------------------------------------------------------------------
+
+    def _limit(self, timeout: float | None) -> float:
+        return self.timeout if timeout is None else timeout
+
+    def wait_for_commits(self, timeout: float | None = None) -> None:
+        """Wait until every operation of this store so far is done; raise the first error nobody saw."""
+        limit = self._limit(timeout)
+        with self._lock:
+            waiting = list(self._open)
+        for handle in waiting:
+            handle.exception(limit)
+            handle.observed = False
+        with self._lock:
+            entries = list(self._entries.values())
+        for handle in waiting:
+            error = handle.exception_now()
+            if error is not None:
+                for entry in entries:
+                    entry.failed.clear()
+                raise error
+        for entry in entries:
+            self._raise_unseen(entry)
+
+    def barrier(self, timeout: float | None = None) -> None:
+        """Wait for the commit of this worker's earlier pushes, then for every live worker.
+
+        Raises:
+            DeadlineError: naming the workers that did not come.
+            KVStoreError: the error of an earlier operation that nobody looked at.
+        """
+        self._check_open()
+        self.wait_for_commits(timeout)
+        limit = self._limit(timeout)
+        self._home.barrier(limit)
+
+    def close(self) -> None:
+        """Wait for commits, then leave the cluster. Closing twice is fine.
+
+        Raises:
+            KVStoreError: the error of an earlier operation that nobody looked at (the store is closed all the same).
+        """
+        if self._closed or self._pid != os.getpid():
+            return
+        try:
+            self.wait_for_commits()
+        except BaseException as error:
+            self._leave(f"{type(error).__name__}: {error}" if isinstance(error, DeadlineError) else "")
+            raise
+        self._leave("")
+
+    def _leave(self, reason: str) -> None:
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        _stores.discard(self)
+        try:
+            self._home.close(reason, 5.0 if reason else self.timeout)
+        except KVStoreError:
+            if not reason:
+                raise
+        finally:
+            self._engine.release()
+
+    def __enter__(self) -> KVStore:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+        else:
+            self._leave(f"worker {self.rank} failed: {type(error).__name__}: {error}")
+
+
+def _translated(error: BaseException | None, key: Key) -> BaseException | None:
+    """Errors of the engine's own, in this package's words."""
+    if isinstance(error, engine.EngineError) and not isinstance(error, KVStoreError):
+        wrapped = CallerError(f"key {key!r}: {error}")
+        wrapped.__cause__ = error
+        return wrapped
+    return error
+
+
+@atexit.register
+def _leave_all() -> None:
+    """At interpreter exit stores leave without waiting."""
+    for store in list(_stores):
+        if store._pid == os.getpid():
+            store._leave("its process ended without closing the store")

@@ -1,0 +1,95 @@
+"""Parameters, optimizer and store behind one ``step``.
+
+Gradients are pushed in the order in which they come; weights are fetched in the order in which
+the next forward pass needs them, the order of ``params``: earlier ones have the higher priority.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from kvstore.errors import ShapeError, UnknownKeyError
+from kvstore.handle import Handle
+from kvstore.optim import Optimizer
+from kvstore.protocol.pieces import Key
+from kvstore.store import KVStore
+
+
+class Trainer:
+    """Keeps ``params`` in step through ``store``.
+
+    Args:
+        params: by key, in the order of the forward pass: an array, or a list with one per device. They
+            are initialised with rank 0's (first device's) values and then written in place.
+        optimizer: runs where the values live.
+        store: made by :func:`kvstore.create`.
+        scale: what gradients are multiplied by before they are pushed; pushes are sums, so
+            ``1 / (global batch)`` gives a mean. The caller's arrays are not changed.
+
+    Raises:
+        as :meth:`KVStore.init` and :meth:`KVStore.set_optimizer`.
+    """
+
+    def __init__(
+        self, params: Mapping[Key, Any], optimizer: Optimizer, store: KVStore, *, scale: float = 1.0
+    ) -> None:
+        self.params = dict(params)
+        self.store = store
+        self.scale = scale
+        self._priority = {key: len(self.params) - position for position, key in enumerate(self.params)}
+        self._pulls: dict[Key, Handle] = {}
+        store.set_optimizer(optimizer)
+        keys = list(self.params)
+        store.init(keys, [v[0] if isinstance(v, list) else v for v in self.params.values()])
+        store.pull(keys, list(self.params.values())).result()
+
+    def __repr__(self) -> str:
+        return f"<Trainer: {len(self.params)} parameters in {self.store!r}>"
+
+    def push(self, key: Key, gradient: Any) -> Handle:
+        """Push one gradient as soon as it is ready, and ask for the new weights; :meth:`step` waits for them."""
+        if key not in self.params:
+            raise UnknownKeyError(f"key {key!r}: expected one of the trainer's parameters")
+        handle = self.store.pushpull(key, self._scaled(gradient), self.params[key], self._priority[key])
+        self._pulls[key] = handle
+        return handle
+
+    def step(self, grads: Mapping[Key, Any] | None = None) -> list[Handle]:
+        """Push ``grads`` (in their order) and wait until every parameter holds its new weights.
+
+        Args:
+            grads: gradients by key: an array, or a list with one per device. What :meth:`push` has
+                taken already may be left out.
+
+        Returns:
+            The pulls' handles, with ``.version`` and ``.staleness``, in the order of the parameters.
+
+        Raises:
+            ShapeError: a parameter without a gradient.
+        """
+        for key, gradient in (grads or {}).items():
+            self.push(key, gradient)
+        missing = [key for key in self.params if key not in self._pulls]
+        if missing:
+            raise ShapeError(f"step: expected a gradient for every parameter, none came for {missing[:5]!r}")
+        pulls, self._pulls = self._pulls, {}
+        for key in self.params:
+            pulls[key].result()
+        return [pulls[key] for key in self.params]
+
+    def _scaled(self, gradient: Any) -> Any:
+        if self.scale == 1.0:
+            return gradient
+        if isinstance(gradient, Sequence):
+            return [self._scaled(one) for one in gradient]
+        return gradient * gradient.dtype.type(self.scale)
+
+    def save_states(self, path: str | os.PathLike[str]) -> None:
+        """Write the optimizer's states; one worker calls it, between two barriers."""
+        self.store.save_optimizer_states(path)
+
+    def load_states(self, path: str | os.PathLike[str]) -> None:
+        """Read them again; one worker calls it, between two barriers."""
+        self.store.load_optimizer_states(path)

@@ -1,0 +1,1 @@
+"""How frames travel between processes. Frames are opaque here; this package never imports ``protocol``."""
