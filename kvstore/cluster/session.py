@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import secrets
 import socket
 import threading
 import time
@@ -92,8 +93,9 @@ class Session:
             PeerError: the scheduler refused.
         """
         hello = self.ask(SCHEDULER, lambda i: Explain(i, 0))
+        host, token = socket.gethostname(), secrets.randbits(62)
         joined = self.ask(
-            SCHEDULER, lambda i: Register(i, self.role, rank, own_address, socket.gethostname(), os.getpid())
+            SCHEDULER, lambda i: Register(i, self.role, rank, own_address, host, os.getpid(), token)
         )
         try:
             hello.result(connect_timeout)

@@ -213,13 +213,17 @@ class Failed(Message):
 
 @dataclass(frozen=True, slots=True)
 class Register(Message):
-    """A worker or server presents itself. ``rank`` -1: any. ``address``: a server's own."""
+    """A worker or server presents itself. ``rank`` -1: any. ``address``: a server's own.
+
+    ``token`` is drawn at random by the sender: the same one again is the same member again.
+    """
 
     role: str
     rank: int
     address: str
     host: str
     pid: int
+    token: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -383,7 +387,7 @@ FORMS: dict[int, tuple[type[Message], tuple[Check, ...]]] = {
     38: (Done, ()),
     39: (Explanation, (_text,)),
     40: (Failed, (_text, _text)),
-    64: (Register, (_text, _rank, _text, _text, _natural)),
+    64: (Register, (_text, _rank, _text, _text, _natural, _natural)),
     65: (Roster, (_natural, _natural, _natural, _many(_text, 1 << 16))),
     66: (Barrier, (_natural,)),
     67: (Departed, (_text, _natural, _text)),

@@ -35,6 +35,7 @@ class Member:
     address: str
     host: str
     pid: int
+    token: int
     incarnation: int = 1
     state: str = "here"  # here, left, lost
     heard: float = 0.0
@@ -118,14 +119,7 @@ class Membership:
         size = {"worker": self.num_workers, "server": self.num_servers}.get(message.role)
         if size is None:
             raise ProtocolError(f"register: expected role 'worker' or 'server', got {message.role!r}")
-        known = next(
-            (
-                m
-                for m in self.members.values()
-                if (m.role, m.host, m.pid, m.request_id) == (message.role, message.host, message.pid, message.request_id)
-            ),
-            None,
-        )
+        known = next((m for m in self.members.values() if m.token == message.token), None)
         if known is not None:  # the same process asks again: its connection was renewed
             known.peer = peer
             return self._welcome([known]) if self._complete() else []
@@ -142,7 +136,15 @@ class Membership:
                 f"register as {message.role} {rank}: expected a free rank below {size}, taken: {sorted(taken)}"
             )
         self.members[message.role, rank] = Member(
-            message.role, rank, peer, message.request_id, message.address, message.host, message.pid, heard=now
+            message.role,
+            rank,
+            peer,
+            message.request_id,
+            message.address,
+            message.host,
+            message.pid,
+            message.token,
+            heard=now,
         )
         return self._welcome(list(self.members.values())) if self._complete() else []
 

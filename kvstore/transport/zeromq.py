@@ -246,6 +246,7 @@ class Endpoint:
         Raises:
             OptionError: not an address, or one that cannot be bound.
         """
+        self._socket.setsockopt(zmq.IPV6, int("[" in address))
         try:
             self._socket.bind(address)
         except zmq.ZMQError as error:
