@@ -1,0 +1,302 @@
+"""The cluster level with real sockets: agreement of workers, the models, their nine combinations."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+
+import numpy as np
+import pytest
+
+import kvstore
+from kvstore import errors, optim
+from tests.clusters import DEADLINE_S, at_once, cluster
+
+ONE = np.ones(1, np.float32)
+MODELS = ["sequential", "bounded(1)", "eventual"]
+
+
+def test_sequential_workers_read_the_same_values_every_round():
+    def work(kv):
+        kv.init("w", np.zeros(3, np.float64))
+        return [kv.pushpull("w", np.full(3, 10.0**kv.rank * n)).result().tolist() for n in range(1, 6)]
+
+    with cluster(workers=3, servers=2) as c:
+        results = c.run(work)
+    assert results[0] == results[1] == results[2] == [[111.0 * n] * 3 for n in range(1, 6)]
+
+
+def test_rank_zero_alone_gives_the_first_value():
+    def work(kv):
+        kv.init(["w", "v"] if kv.rank else ["v", "w"], [np.full(2, kv.rank, np.float32)] * 2)
+        return kv.pull(["w", "v"]).result()
+
+    with cluster(workers=2, servers=2) as c:
+        for result in c.run(work):
+            assert [r.tolist() for r in result] == [[0, 0], [0, 0]]
+
+
+def test_every_value_comes_back_exact_from_three_servers():
+    import ml_dtypes
+
+    rng = np.random.default_rng(0)
+    base = rng.standard_normal((64, 48))
+    values = {
+        "hundred MB": rng.standard_normal(25_000_000).astype(np.float32),
+        "scalar": np.float32(3),
+        "empty": np.zeros((0, 4), np.float32),
+        "0-d": np.array(2.5),
+        "strided": base[::3, 1::2],
+        "fortran": np.asfortranarray(base),
+        **{
+            np.dtype(dtype).name: (base * 50).astype(dtype)
+            for dtype in ("float16", ml_dtypes.bfloat16, "float64", "int32", "int64")
+        },
+        "uint8": np.abs(base * 50).astype(np.uint8),
+    }
+
+    def work(kv):
+        keys = list(values)
+        kv.init(keys, [np.zeros_like(v) for v in values.values()])
+        zeros = [np.zeros_like(v) for v in values.values()]
+        kv.push(keys, list(values.values()) if kv.rank == 1 else zeros).result()
+        return kv.pull(keys).result()
+
+    with cluster(workers=2, servers=3) as c:
+        for result in c.run(work):
+            for (name, value), got in zip(values.items(), result, strict=True):
+                assert got.dtype == np.asarray(value).dtype, name
+                np.testing.assert_array_equal(got, value, err_msg=name)
+
+
+@pytest.mark.parametrize(("device_model", "cluster_model"), list(itertools.product(MODELS, MODELS)))
+def test_all_nine_combinations_lose_nothing(device_model, cluster_model):
+    """Every push of every device is in the value in the end, exactly once; staleness keeps its bound."""
+    rounds = 12
+
+    def work(kv):
+        kv.init("w", np.zeros(2))
+        kv.set_optimizer(optim.Accumulate())
+
+        def device(d):
+            seen = []
+            for _ in range(rounds):
+                kv.push("w", np.ones(2), device=d)
+                handle = kv.pull("w", device=d)
+                value = handle.result()
+                seen.append((value[0], handle.staleness))
+            return seen
+
+        seen = at_once(*(lambda d=d: device(d) for d in range(2)))
+        kv.barrier()
+        return seen, kv.pull("w").result().tolist()
+
+    with cluster(workers=2, servers=2) as c:
+        results = c.run(work, devices=2, device_consistency=device_model, cluster_consistency=cluster_model)
+    for seen, final in results:
+        assert final == [4.0 * rounds] * 2
+        for one_device in seen:
+            values = [value for value, _ in one_device]
+            assert values == sorted(values)
+            for n, (value, (device_staleness, cluster_staleness)) in enumerate(one_device, 1):
+                assert value >= n  # its own pushes
+                if device_model == "sequential":
+                    assert device_staleness == 0
+                if device_model == "bounded(1)":
+                    assert device_staleness <= 1
+                if cluster_model == "sequential":
+                    assert cluster_staleness == 0
+                    if device_model == "sequential":
+                        assert value == 4 * n
+                if cluster_model == "bounded(1)":
+                    assert cluster_staleness <= 1
+
+
+def run_with_a_slow_worker(model: str, rounds: int = 8) -> list[int]:
+    """The cluster staleness that a fast worker sees while worker 1 stands still until released."""
+    slow_may_go = threading.Event()
+
+    def work(kv):
+        kv.init("w", np.zeros(1, np.float32))
+        kv.barrier()
+        if kv.rank == 1:
+            assert slow_may_go.wait(DEADLINE_S)
+            for _ in range(rounds):
+                kv.pushpull("w", ONE.copy()).result()
+            return []
+        seen = []
+        for _ in range(rounds):
+            kv.push("w", ONE)
+            handle = kv.pull("w")
+            try:
+                handle.result(0.3)
+            except errors.DeadlineError as error:
+                assert "workers 1" in str(error)
+                slow_may_go.set()
+                handle.result()
+            seen.append(handle.staleness[1])
+        slow_may_go.set()
+        return seen
+
+    with cluster(workers=2, servers=1) as c:
+        return c.run(work, cluster_consistency=model)[0]
+
+
+def test_bounded_staleness_is_reached_and_never_exceeded():
+    seen = run_with_a_slow_worker("bounded(3)")
+    assert seen[:3] == [1, 2, 3]
+    assert max(seen) == 3
+
+
+def test_bounded_by_zero():
+    assert set(run_with_a_slow_worker("bounded(0)")) == {0}
+
+
+def test_eventual_runs_ahead():
+    assert run_with_a_slow_worker("eventual") == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_a_key_overrides_the_models_and_names_its_participants():
+    def work(kv):
+        kv.init("all", np.zeros(1, np.float32))
+        kv.init("mine", np.zeros(1, np.float32), participants=[1])
+        kv.init("loose", np.zeros(1, np.float32), cluster_consistency="eventual")
+        if kv.rank == 1:
+            kv.push("mine", 7 * ONE).result()
+            kv.push("loose", 3 * ONE).result()
+        kv.barrier()
+        if kv.rank == 0:
+            with pytest.raises(errors.DisagreementError, match=r"'mine'.*participant"):
+                kv.push("mine", ONE).result()
+        return kv.pull(["mine", "loose"]).result()
+
+    with cluster() as c:
+        assert [[v.tolist() for v in r] for r in c.run(work)] == [[[7], [3]]] * 2
+
+
+def test_workers_that_disagree_see_both_sides_and_go_on():
+    def work(kv):
+        kv.init("ok", np.zeros(1, np.float32))
+        if kv.rank == 0:
+            kv.init("w", np.zeros((2, 3), np.float32))
+        else:
+            with pytest.raises(errors.DisagreementError, match=r"(?s)'w'.*\(2, 3\).*\(3, 2\)"):
+                kv.init("w", np.zeros((3, 2), np.float32))
+            kv.init("w", np.zeros((2, 3), np.float32))
+        return kv.pushpull("w", np.ones((2, 3), np.float32)).result().sum()
+
+    with cluster() as c:
+        assert c.run(work) == [12, 12]
+
+
+def test_different_optimizers_are_an_error():
+    def work(kv):
+        kv.init("w", np.zeros(1, np.float32))
+        try:
+            kv.set_optimizer(optim.SGD(lr=0.1 * (1 + kv.rank)))
+        except errors.OptimizerError:
+            return "refused"
+        return "set"
+
+    with cluster() as c:
+        assert sorted(c.run(work)) == ["refused", "set"]
+
+
+def test_a_worker_leaves_and_the_others_go_on():
+    def work(kv):
+        kv.init("w", np.zeros(1, np.float32))
+        for _ in range(3 if kv.rank == 0 else 6):
+            value = kv.pushpull("w", ONE.copy()).result()
+        return float(value[0])
+
+    with cluster(workers=3) as c:
+        assert c.run(work) == [3, 2, 2]
+
+
+def test_a_worker_that_raises_ends_the_waits_of_the_others():
+    def work(kv):
+        kv.init("w", np.zeros(1, np.float32))
+        if kv.rank == 1:
+            raise RuntimeError("out of coffee")
+        kv.pushpull("w", ONE.copy()).result()
+
+    with cluster() as c, pytest.raises(RuntimeError, match="out of coffee"):
+        c.run(work)
+    reasons = []
+
+    def observe(kv):
+        try:
+            work(kv)
+        except errors.WorkerLostError as error:
+            reasons.append(str(error))
+
+    with cluster() as c, pytest.raises(RuntimeError):
+        c.run(observe)
+    assert "out of coffee" in reasons[0]
+    assert "worker 1" in reasons[0]
+
+
+def test_barrier_names_who_is_missing():
+    released = threading.Event()
+
+    def work(kv):
+        if kv.rank == 1:
+            assert released.wait(DEADLINE_S)
+            return kv.barrier()
+        with pytest.raises(errors.DeadlineError, match="workers 1"):
+            kv.barrier(timeout=0.2)
+        released.set()
+        return None
+
+    with cluster() as c:
+        c.run(work)
+
+
+def test_two_stores_in_one_process_side_by_side():
+    with cluster(workers=1) as one, cluster(workers=1, servers=2) as two:
+        stores = [
+            kvstore.create("local", timeout=30),
+            kvstore.create("dist", address=one.address, timeout=30),
+            kvstore.create("dist", address=two.address, timeout=30),
+        ]
+        for n, kv in enumerate(stores):
+            kv.init("w", np.full(2, n, np.float32))
+        for n, kv in enumerate(stores):
+            kv.push("w", np.full(2, 10 + n, np.float32))
+        assert [kv.pull("w").result()[0] for kv in stores] == [10, 11, 12]
+        for kv in stores:
+            kv.close()
+
+
+def test_hyperparameters_take_effect_from_one_round_at_every_piece():
+    def work(kv):
+        kv.init("w", np.zeros(1_500_000))
+        kv.set_optimizer(optim.SGD(lr=1.0))
+        seen = []
+        for n in range(4):
+            if n == 2:
+                kv.set_hyperparameters(lr=10.0)
+            value = kv.pushpull("w", np.ones(1_500_000)).result()
+            assert value.min() == value.max()
+            seen.append(-value[0])
+        return seen
+
+    with cluster(servers=3) as c:
+        assert c.run(work) == [[2, 4, 24, 44]] * 2
+
+
+def test_sequential_bits_do_not_depend_on_the_number_of_servers():
+    def work(kv):
+        rng = np.random.default_rng(kv.rank)
+        kv.init("w", np.zeros(1_100_000, np.float32))
+        kv.set_optimizer(optim.Adam(lr=0.01))
+        for _ in range(3):
+            value = kv.pushpull("w", rng.standard_normal(1_100_000).astype(np.float32)).result()
+        return value
+
+    results = []
+    for servers in (1, 3):
+        with cluster(workers=3, servers=servers) as c:
+            results += c.run(work)
+    for other in results[1:]:
+        np.testing.assert_array_equal(results[0], other)

@@ -1,0 +1,69 @@
+"""A whole cluster inside the test's process: real sockets on loopback, every member on its own threads."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import kvstore
+from kvstore.cluster.scheduler import Scheduler
+from kvstore.cluster.server import Server
+
+DEADLINE_S = 60.0
+
+
+class Cluster:
+    """A running scheduler with its servers; :meth:`run` runs a function as each of the workers."""
+
+    def __init__(self, workers: int, servers: int) -> None:
+        self.workers = workers
+        self.scheduler = Scheduler("tcp://127.0.0.1:*", workers, servers)
+        self.scheduler.start()
+        self.servers = [Server(self.address) for _ in range(servers)]
+        self._starting = [threading.Thread(target=server.start) for server in self.servers]
+        for thread in self._starting:
+            thread.start()
+
+    @property
+    def address(self) -> str:
+        return self.scheduler.address
+
+    def run(self, work: Callable[[kvstore.KVStore], Any], **options: Any) -> list[Any]:
+        """The results of ``work(store)`` in every worker, by rank; raises the first error."""
+        options.setdefault("timeout", DEADLINE_S)
+
+        def worker(rank: int) -> Any:
+            with kvstore.create("dist", address=self.address, rank=rank, **options) as store:
+                return work(store)
+
+        with ThreadPoolExecutor(self.workers) as pool:
+            running = [pool.submit(worker, rank) for rank in range(self.workers)]
+            errors = [future.exception(DEADLINE_S) for future in running]
+        for error in sorted(filter(None, errors), key=lambda e: isinstance(e, kvstore.WorkerLostError)):
+            raise error
+        return [future.result() for future in running]
+
+    def stop(self) -> None:
+        for server in self.servers:
+            server.stop()
+        self.scheduler.stop()
+        for thread in self._starting:
+            thread.join(DEADLINE_S)
+
+
+@contextlib.contextmanager
+def cluster(workers: int = 2, servers: int = 1) -> Iterator[Cluster]:
+    running = Cluster(workers, servers)
+    try:
+        yield running
+    finally:
+        running.stop()
+
+
+def at_once(*jobs: Callable[[], Any]) -> list[Any]:
+    """Run ``jobs`` on a thread each; their results."""
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        return [future.result(DEADLINE_S) for future in [pool.submit(job) for job in jobs]]

@@ -1,0 +1,323 @@
+"""What every store does, whatever its type: one contract, run on a local store and on a cluster of one worker."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import engine
+import kvstore
+from kvstore import errors, optim
+from tests.clusters import Cluster
+
+DTYPES = ["float16", "float32", "float64", "int8", "int32", "int64", "uint8", "bool", ml_dtypes.bfloat16]
+
+
+@pytest.fixture(scope="module", params=["local", "cluster of 1 server", "cluster of 3 servers"])
+def place(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def make(place: str) -> Iterator[object]:
+    """Makes a store; closes it and its cluster afterwards."""
+    clusters: list[Cluster] = []
+    stores: list[kvstore.KVStore] = []
+
+    def create(**options: object) -> kvstore.KVStore:
+        if place == "local":
+            store = kvstore.create("local", timeout=30, **options)
+        else:
+            clusters.append(Cluster(1, int(place.split()[2])))
+            store = kvstore.create("dist", address=clusters[-1].address, timeout=30, **options)
+        stores.append(store)
+        return store
+
+    yield create
+    for store in stores:
+        store.close()
+    for cluster in clusters:
+        cluster.stop()
+
+
+@pytest.fixture
+def kv(make):  # type: ignore[no-untyped-def]
+    return make()
+
+
+def test_push_assigns_the_value_without_an_optimizer(kv):
+    kv.init("w", np.zeros((2, 3), np.float32))
+    gradient = np.arange(6, dtype=np.float32).reshape(2, 3)
+    assert kv.push("w", gradient).result() is None
+    gradient[:] = -1  # the store has read it
+    out = np.empty((2, 3), np.float32)
+    assert kv.pull("w", out).result() is out
+    np.testing.assert_array_equal(out, np.arange(6).reshape(2, 3))
+    assert kv.pull("w").version == 1 or kv.pull("w").result() is not None
+
+
+def test_init_value_is_pulled_and_not_aliased(kv):
+    value = np.ones(4, np.float32)
+    kv.init("w", value)
+    value[:] = 7
+    first = kv.pull("w").result()
+    np.testing.assert_array_equal(first, 1)
+    first[:] = 9
+    np.testing.assert_array_equal(kv.pull("w").result(), 1)
+
+
+def test_pushpull_in_place_and_into_out(kv):
+    kv.init("w", np.zeros(5, np.float64))
+    value = np.full(5, 2.0)
+    assert kv.pushpull("w", value).result() is value
+    out = np.empty(5)
+    assert kv.pushpull("w", np.full(5, 3.0), out).result() is out
+    np.testing.assert_array_equal(out, 3)
+
+
+def test_pushpull_of_an_immutable_value_returns_a_new_array(kv):
+    kv.init("w", np.zeros(2, np.float32))
+    value = np.ones(2, np.float32)
+    value.flags.writeable = False
+    result = kv.pushpull("w", value).result()
+    assert result is not value
+    np.testing.assert_array_equal(result, 1)
+
+
+def test_lists_of_keys_and_integer_keys(kv):
+    keys = [3, -1, 2**40]
+    kv.init(keys, [np.full(n + 1, n, np.float32) for n in range(3)])
+    results = kv.pull(keys).result()
+    assert [r.tolist() for r in results] == [[0], [1, 1], [2, 2, 2]]
+    kv.push(keys, [np.full(n + 1, 10 + n, np.float32) for n in range(3)]).result()
+    assert kv.pull(2**40).result().tolist() == [12, 12, 12]
+
+
+def test_a_key_twice_in_one_push_is_one_push_of_the_sum(kv):
+    kv.init("w", np.zeros(2, np.float32))
+    kv.push(["w", "w"], [np.ones(2, np.float32), np.full(2, 2, np.float32)]).result()
+    handle = kv.pull("w")
+    assert handle.result().tolist() == [3, 3]
+    assert handle.version == 1
+
+
+def test_two_devices_are_summed_and_both_receive(make):
+    kv = make(devices=2)
+    kv.init("w", np.zeros(3, np.float32))
+    outs = [np.empty(3, np.float32), np.empty(3, np.float32)]
+    kv.pushpull("w", [np.full(3, 1, np.float32), np.full(3, 2, np.float32)], outs).result()
+    assert [o.tolist() for o in outs] == [[3, 3, 3]] * 2
+    assert kv.num_devices == 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(), (0,), (7,), (3, 4, 5), (0, 3)], ids=str)
+def test_every_dtype_and_shape_comes_back_exact(kv, dtype, shape):
+    value = (np.arange(int(np.prod(shape, dtype=int))).reshape(shape) % 100).astype(dtype)
+    kv.init("w", value)
+    result = kv.pull("w").result()
+    assert result.dtype == np.dtype(dtype)
+    assert result.shape == shape
+    np.testing.assert_array_equal(result, value)
+    np.testing.assert_array_equal(kv.pushpull("w", value.copy()).result(), value)
+
+
+def test_arrays_of_every_layout(kv):
+    base = np.arange(48, dtype=np.float32).reshape(6, 8)
+    for name, value in {"strided": base[::2, ::3], "fortran": np.asfortranarray(base), "back": base[::-1]}.items():
+        kv.init(name, np.zeros(value.shape, np.float32))
+        kv.push(name, value).result()
+        out = np.empty((value.shape[0] * 2, value.shape[1]), np.float32)[::2]
+        np.testing.assert_array_equal(kv.pull(name, out).result(), value)
+        fortran = np.empty(value.shape, np.float32, order="F")
+        np.testing.assert_array_equal(kv.pull(name, fortran).result(), value)
+
+
+def test_values_of_many_pieces(kv):
+    value = np.random.default_rng(0).random(1_500_000)  # 12 MB
+    kv.init("big", np.zeros_like(value))
+    np.testing.assert_array_equal(kv.pushpull("big", value.copy()).result(), value)
+    fortran = np.empty((1000, 1500), order="F")
+    kv.init("matrix", value.reshape(1000, 1500))
+    np.testing.assert_array_equal(kv.pull("matrix", fortran).result(), value.reshape(1000, 1500))
+
+
+def test_optimizer_updates_and_hyperparameters_change_live(kv):
+    kv.init("w", np.full(3, 10, np.float32))
+    kv.set_optimizer(optim.SGD(lr=1.0))
+    kv.set_optimizer(optim.SGD(lr=1.0))
+    kv.push("w", np.ones(3, np.float32)).result()
+    assert kv.pull("w").result().tolist() == [9, 9, 9]
+    kv.set_hyperparameters(lr=0.5)
+    kv.push("w", np.ones(3, np.float32))
+    assert kv.pull("w").result().tolist() == [8.5, 8.5, 8.5]
+    with pytest.raises(errors.OptimizerError):
+        kv.set_optimizer(optim.SGD(lr=3.0))
+    kv.set_optimizer(optim.SGD(lr=3.0), replace=True)
+    kv.push("w", np.ones(3, np.float32))
+    assert kv.pull("w").result().tolist() == [5.5, 5.5, 5.5]
+
+
+def test_an_optimizer_of_whole_tensors_set_after_init(kv):
+    """Same result as on one piece, whatever the number of pieces and servers."""
+    value = np.random.default_rng(1).standard_normal(700_000)
+    gradient = np.random.default_rng(2).standard_normal(700_000)
+    rule = optim.LARS(lr=0.1, momentum=0.9)
+    expected, state = value.copy(), rule.create_state(value)
+    rule.update(expected, gradient, state, 1)
+    kv.init("w", value)
+    kv.set_optimizer(rule)
+    np.testing.assert_array_equal(kv.pushpull("w", gradient.copy()).result(), expected)
+
+
+def test_optimizer_states_are_saved_and_loaded(make, tmp_path):
+    first = make()
+    first.init(["a", "b"], [np.ones(3, np.float32), np.ones(700_000, np.float32)])
+    first.set_optimizer(optim.SGD(lr=0.1, momentum=0.9))
+    for _ in range(3):
+        first.push(["a", "b"], [np.ones(3, np.float32), np.ones(700_000, np.float32)])
+    values = first.pull(["a", "b"]).result()
+    first.save_optimizer_states(tmp_path / "states")
+    second = make()
+    second.init(["a", "b"], values)
+    second.set_optimizer(optim.SGD(lr=0.1, momentum=0.9))
+    second.load_optimizer_states(tmp_path / "states")
+    for kv in (first, second):
+        kv.push(["a", "b"], [np.ones(3, np.float32), np.ones(700_000, np.float32)])
+    for mine, theirs in zip(first.pull(["a", "b"]).result(), second.pull(["a", "b"]).result(), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+def test_a_push_waits_for_the_engine_op_that_writes_the_gradient(kv):
+    kv.init("w", np.zeros(3, np.float32))
+    gradient = np.zeros(3, np.float32)
+    gate: list[engine.Completion] = []
+    engine.push_async(gate.append, writes=[gradient], inline=True)
+    handle = kv.push("w", gradient)
+    assert not handle.done()
+    gradient[:] = 5
+    gate[0].set_result(None)
+    handle.result()
+    assert kv.pull("w").result().tolist() == [5, 5, 5]
+
+
+def test_an_engine_op_that_reads_out_waits_for_the_pull(kv):
+    kv.init("w", np.full(3, 4, np.float32))
+    out = np.zeros(3, np.float32)
+    kv.pull("w", out)
+    assert engine.push(lambda: out.sum(), reads=[out]).result(30) == 12
+
+
+def test_broadcast_and_trainer(kv):
+    weights = {"a": np.ones(2, np.float32), "b": np.ones(3, np.float32)}
+    trainer = kvstore.Trainer(weights, optim.SGD(lr=0.5), kv, scale=0.5)
+    trainer.step({"b": np.ones(3, np.float32), "a": np.full(2, 2, np.float32)})
+    assert weights["a"].tolist() == [0.5, 0.5]
+    assert weights["b"].tolist() == [0.75] * 3
+    assert kv.broadcast("c", np.full(2, 3, np.float32)).result().tolist() == [3, 3]
+
+
+# --- bad use ------------------------------------------------------------------------------------------
+
+
+def bad(kv, call, error, *parts):
+    with pytest.raises(error) as caught:
+        call()
+    for part in parts:
+        assert part in str(caught.value), caught.value
+    kv.push("w", np.ones((2, 3), np.float32)).result()  # afterwards the store goes on working
+    assert kv.pull("w").result().tolist() == [[1, 1, 1]] * 2
+
+
+def test_bad_use_raises_its_own_error_and_changes_nothing(kv):
+    good = np.ones((2, 3), np.float32)
+    kv.init("w", good)
+    read_only = good.copy()
+    read_only.flags.writeable = False
+    bad(kv, lambda: kv.push("v", good), errors.UnknownKeyError, "'v'", "initialised")
+    bad(kv, lambda: kv.pull("v"), errors.UnknownKeyError, "'v'")
+    bad(kv, lambda: kv.init("w", good), errors.DuplicateKeyError, "'w'")
+    bad(kv, lambda: kv.init(["x", "y", "x"], [good] * 3), errors.DuplicateKeyError, "'x'", "2 times")
+    bad(kv, lambda: kv.push("w", good[:1]), errors.ShapeError, "'w'", "(2, 3)", "(1, 3)")
+    bad(kv, lambda: kv.push("w", good.astype(np.float64)), errors.DtypeError, "'w'", "float32", "float64")
+    bad(kv, lambda: kv.pull("w", np.empty((2, 3))), errors.DtypeError, "'w'", "float32", "float64")
+    bad(kv, lambda: kv.pull("w", read_only), errors.ReadOnlyError, "'w'")
+    bad(kv, lambda: kv.init(5, good), errors.KeyKindError, "5")
+    bad(kv, lambda: kv.init("", good), errors.KeyKindError, "''")
+    bad(kv, lambda: kv.init("k" * 1025, good), errors.KeyKindError)
+    bad(kv, lambda: kv.init(2.5, good), errors.KeyKindError, "2.5")
+    bad(kv, lambda: kv.init("s", np.array(["a"])), errors.DtypeError, "'s'")
+    bad(kv, lambda: kv.init("s", [1.0]), errors.DtypeError, "'s'")
+    bad(kv, lambda: kv.push("w", [good, good]), errors.DeviceCountError, "'w'", "expected 1", "got 2")
+    bad(kv, lambda: kv.push("w", good, device=0), errors.DeviceCountError, "devices=")
+    bad(kv, lambda: kv.push(["w", "w"], [good]), errors.ShapeError)
+    bad(kv, lambda: kv.set_optimizer("sgd"), errors.OptimizerError)
+    bad(kv, lambda: kv.init("z", good, cluster_consistency="bounded"), errors.OptionError, "'bounded'")
+    bad(kv, lambda: kv.set_hyperparameters(lr=1.0), errors.OptimizerError)
+
+
+def test_a_list_call_is_checked_whole_before_anything_is_sent(kv):
+    good = np.ones(2, np.float32)
+    kv.init(["a", "b"], [np.zeros(2, np.float32)] * 2)
+    with pytest.raises(errors.ShapeError):
+        kv.push(["a", "b"], [good, np.ones(3, np.float32)])
+    assert kv.pull("a").result().tolist() == [0, 0]
+
+
+def test_a_closed_store_is_an_error_and_closing_twice_is_not(kv):
+    kv.init("w", np.zeros(1, np.float32))
+    kv.close()
+    kv.close()
+    with pytest.raises(errors.ClosedError):
+        kv.pull("w")
+
+
+def test_unknown_types_and_options():
+    with pytest.raises(errors.OptionError, match="'distributed'"):
+        kvstore.create("distributed")
+    with pytest.raises(errors.OptionError, match=r"bounded\(-1\)"):
+        kvstore.create("local", device_consistency="bounded(-1)")
+    with pytest.raises(errors.DeviceCountError):
+        kvstore.create("local", devices=0)
+
+
+def test_updater_of_a_local_store():
+    with kvstore.create("local", timeout=30) as kv:
+        kv.init("w", np.zeros((2, 2), np.float32))
+        seen = []
+
+        def updater(key, merged, stored):
+            seen.append((key, merged.shape))
+            stored += 2 * merged
+
+        kv.set_updater(updater)
+        kv.push("w", np.ones((2, 2), np.float32)).result()
+        assert kv.pull("w").result().tolist() == [[2, 2]] * 2
+        assert seen == [("w", (2, 2))]
+
+        def broken(key, merged, stored):
+            raise RuntimeError("no such luck")
+
+        kv.set_updater(broken)
+        with pytest.raises(errors.UpdateError, match=r"'w'.*no such luck"):
+            kv.push("w", np.ones((2, 2), np.float32)).result()
+
+
+def test_an_error_nobody_looked_at_is_raised_by_the_next_call_on_that_key():
+    with kvstore.create("local", timeout=30) as kv:
+        kv.init(["w", "v"], [np.zeros(1, np.float32)] * 2)
+
+        def broken(key, merged, stored):
+            if key == "w":
+                raise RuntimeError("no such luck")
+            stored += merged
+
+        kv.set_updater(broken)
+        kv.push("w", np.ones(1, np.float32))
+        kv.push("v", np.ones(1, np.float32)).result()  # other keys go on
+        with pytest.raises(errors.UpdateError):
+            kv.push("w", np.ones(1, np.float32))
+        kv.set_updater(lambda key, merged, stored: None)
