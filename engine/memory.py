@@ -1,0 +1,100 @@
+"""Which arrays share memory: from an array to the vars of all memory it overlaps.
+
+An array counts by the range of bytes between its first and last element, so two views interleaved
+in one buffer conflict; that is safe, and cheap to decide. A range stays known while an op uses it,
+and after a failed write until it is written whole or its memory is freed.
+"""
+
+from __future__ import annotations
+
+import weakref
+from bisect import bisect_left, bisect_right, insort
+from typing import Any
+
+import numpy as np
+
+from engine.errors import ArgumentError
+from engine.var import Var
+
+try:
+    from numpy.lib.array_utils import byte_bounds
+except ImportError:  # NumPy 1
+    from numpy import byte_bounds  # type: ignore[attr-defined,no-redef]
+
+
+class Memory:
+    """The ranges of bytes in use. Not thread-safe."""
+
+    def __init__(self) -> None:
+        self._vars: dict[tuple[int, int], Var] = {}
+        self._ranges: list[tuple[int, int]] = []  # sorted
+        self._longest = 0
+        self._crowded = 64
+        self._owners: dict[tuple[int, int], weakref.ref[Any]] = {}
+        self._freed: list[tuple[int, int]] = []  # filled by weakref callbacks, emptied under the lock
+
+    def __repr__(self) -> str:
+        return f"<Memory: {len(self._ranges)} ranges>"
+
+    def vars_of(self, array: Any) -> tuple[list[Var], list[Var]]:
+        """The vars of the ranges that the array covers whole (its own among them), and of those it overlaps in part.
+
+        Raises:
+            ArgumentError: not an array.
+        """
+        if not isinstance(array, np.ndarray):
+            if not hasattr(array, "__array_interface__"):
+                raise ArgumentError(f"reads and writes: expected Vars or arrays, got {type(array).__name__}")
+            array = np.asarray(array)
+        if array.size == 0:
+            return [], []
+        self._tidy()
+        low, high = byte_bounds(array)
+        range_ = (int(low), int(high))
+        own = self._vars.get(range_)
+        if own is None:
+            own = self._vars[range_] = Var(f"array {array.dtype}{array.shape}")
+            insort(self._ranges, range_)
+            self._longest = max(self._longest, range_[1] - range_[0])
+            self._watch(range_, array)
+        whole, part = [own], []
+        if len(self._ranges) > 1:
+            first = bisect_left(self._ranges, (range_[0] - self._longest, 0))
+            last = bisect_right(self._ranges, (range_[1], 0))
+            for other in self._ranges[first:last]:
+                if other != range_ and other[1] > range_[0] and other[0] < range_[1]:
+                    covered = range_[0] <= other[0] and other[1] <= range_[1]
+                    (whole if covered else part).append(self._vars[other])
+        return whole, part
+
+    def _tidy(self) -> None:
+        """Now and then, forget the ranges that no op uses and no error marks."""
+        if self._freed:
+            self._forget_freed()
+        if len(self._ranges) > self._crowded:
+            self._keep([r for r in self._ranges if not (self._vars[r].idle and self._vars[r].poison is None)])
+            self._crowded = 64 + 2 * len(self._ranges)
+
+    def _watch(self, range_: tuple[int, int], array: np.ndarray[Any, Any]) -> None:
+        owner: Any = array
+        while isinstance(owner.base, np.ndarray):
+            owner = owner.base
+        freed = self._freed
+        self._owners[range_] = weakref.ref(owner, lambda _: freed.append(range_))
+
+    def _forget_freed(self) -> None:
+        gone = set()
+        while self._freed:
+            range_ = self._freed.pop()
+            owner = self._owners.get(range_)
+            if owner is not None and owner() is None and self._vars[range_].idle:
+                gone.add(range_)
+        if gone:
+            self._keep([r for r in self._ranges if r not in gone])
+
+    def _keep(self, ranges: list[tuple[int, int]]) -> None:
+        for gone in set(self._ranges).difference(ranges):
+            del self._vars[gone]
+            self._owners.pop(gone, None)
+        self._ranges = ranges
+        self._longest = max((high - low for low, high in ranges), default=0)

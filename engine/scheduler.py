@@ -1,0 +1,181 @@
+"""Which op may run when. Pure: no thread, no lock, no clock.
+
+Per var there is a FIFO of reads and writes. A read holds the var together with the reads beside
+it, a write holds it alone. :meth:`Scheduler.submit` says whether the op may run at once,
+:meth:`Scheduler.complete` which ops may run now. What an op does, and on what thread, is unknown here.
+
+The order is the one of program order per var, so the outcome is that of serial execution (the
+argument is that of MXNet's engine: Chen et al. 2015, arXiv 1512.01274, section 3.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from engine.var import Var
+
+WAITING, READY, RUNNING, DONE = "waiting", "ready", "running", "done"
+
+
+class Op:
+    """A unit of work with what it reads and writes; what runs it hangs more on it."""
+
+    __slots__ = (
+        *("async_start", "async_thread", "deadline_error", "fn", "handle", "holds", "info", "lane", "missing"),
+        *("name", "partial", "priority", "reads", "sequence", "site", "started_at", "state", "writes"),
+    )
+
+    def __init__(
+        self, name: str, reads: Iterable[Var], writes: Iterable[Var], priority: int = 0, partial: Iterable[Var] = ()
+    ) -> None:
+        self.name = name
+        self.partial = frozenset(partial)  # writes that do not cover the var: they cannot heal it
+        self.writes = tuple(dict.fromkeys(writes))
+        self.reads = tuple(dict.fromkeys(reads))
+        self.priority = priority
+        self.sequence = 0
+        self.missing = 0  # vars that it does not hold yet
+        self.state = WAITING
+        self.fn: Any = None
+        self.handle: Any = None
+        self.holds: Any = None  # arrays, kept alive until the op ends
+        self.info: dict[str, Any] | None = None
+        self.lane = "cpu"
+        self.site = ""
+        self.started_at = 0.0
+        self.async_start = False
+        self.async_thread = 0
+        self.deadline_error: BaseException | None = None
+
+    def __repr__(self) -> str:
+        return f"<Op {self.sequence} {self.name}: {self.state}, pushed at {self.site or '?'}>"
+
+    def __lt__(self, other: Op) -> bool:  # for heaps: larger priority first, then age
+        return (-self.priority, self.sequence) < (-other.priority, other.sequence)
+
+
+class Scheduler:
+    """The queues of all vars. Not thread-safe."""
+
+    def __init__(self) -> None:
+        self.pending: dict[int, Op] = {}  # submitted and not complete, by sequence
+        self._submitted = 0
+
+    def __repr__(self) -> str:
+        return f"<Scheduler: {self._submitted} submitted, {len(self.pending)} pending>"
+
+    def submit(self, op: Op) -> bool:
+        """Take an op; True if it may run now."""
+        self._submitted += 1
+        op.sequence = self._submitted
+        self.pending[op.sequence] = op
+        missing = 0
+        writes = op.writes
+        for var in writes:
+            if var.writer is not None or var.readers or var.queue:
+                var.queue.append((op, True))
+                missing += 1
+            else:
+                var.writer = op
+        for var in op.reads:
+            if var in writes:
+                continue
+            if var.writer is not None or var.queue:
+                var.queue.append((op, False))
+                missing += 1
+            else:
+                var.readers.add(op)
+        op.missing = missing
+        if missing:
+            return False
+        op.state = READY
+        return True
+
+    def poison_of(self, op: Op) -> BaseException | None:
+        """The error that came to the op through what it reads."""
+        for var in op.reads:
+            if var.poison is not None:
+                return var.poison
+        return None
+
+    def complete(self, op: Op, error: BaseException | None) -> list[Op]:
+        """The op has ended; its writes carry ``error`` (None: they are whole again). The ops that may run now."""
+        op.state = DONE
+        del self.pending[op.sequence]
+        ready: list[Op] = []
+        partial = op.partial
+        for var in op.writes:
+            var.writer = None
+            if error is not None or var not in partial:
+                var.poison = error
+            if var.queue:
+                self._advance(var, ready)
+        for var in op.reads:
+            if op in var.readers:
+                var.readers.discard(op)
+                if var.queue:
+                    self._advance(var, ready)
+        return ready
+
+    def _advance(self, var: Var, ready: list[Op]) -> None:
+        queue = var.queue
+        while queue:
+            op, writes = queue[0]
+            if var.writer is not None or (writes and var.readers):
+                return
+            queue.popleft()
+            if writes:
+                var.writer = op
+            else:
+                var.readers.add(op)
+            op.missing -= 1
+            if not op.missing:
+                op.state = READY
+                ready.append(op)
+
+    def blockers(self, op: Op) -> set[Op]:
+        """The ops that ``op`` waits for, directly."""
+        found: set[Op] = set()
+        if op.state != WAITING:
+            return found
+        for var in {*op.reads, *op.writes}:
+            ahead = []
+            for queued, _ in var.queue:
+                if queued is op:
+                    found.update(ahead)
+                    found.update(var.readers)
+                    if var.writer is not None:
+                        found.add(var.writer)
+                    break
+                ahead.append(queued)
+        found.discard(op)
+        return found
+
+    def waits_for(self, op: Op, target: Op) -> bool:
+        """Does ``op`` wait for ``target``, directly or through others?"""
+        seen: set[Op] = set()
+        front = [op]
+        while front:
+            one = front.pop()
+            if one is target:
+                return True
+            if one not in seen:
+                seen.add(one)
+                front.extend(self.blockers(one))
+        return False
+
+    def validate(self) -> None:
+        """Assert what must hold between any two calls."""
+        for op in self.pending.values():
+            assert (op.missing == 0) == (op.state != WAITING), op
+            held = 0
+            for var in op.writes:
+                assert var.writer is op or any(queued is op for queued, _ in var.queue), (op, var)
+                held += var.writer is op
+            for var in op.reads:
+                if var not in op.writes:
+                    assert op in var.readers or any(queued is op for queued, _ in var.queue), (op, var)
+                    held += op in var.readers
+                assert not (var.writer is not None and var.readers), var
+            assert held + op.missing == len({*op.reads, *op.writes}), op
