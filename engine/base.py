@@ -119,7 +119,7 @@ class Engine(ABC):
         with self._lock:
             if self._closed:
                 raise ClosedError("the engine is closed")
-            op = self._op(name or getattr(fn, "__name__", "op"), reads, writes, priority)
+            op = self._op(name or str(getattr(fn, "__name__", "op")), reads, writes, priority)
             op.fn = fn
             op.holds = (reads, writes)
             op.info = info
@@ -256,7 +256,7 @@ class Engine(ABC):
         end = None if timeout is None else time.monotonic() + timeout
         while True:
             with self._lock:
-                op = next((o for o in self._scheduler.pending.values() if o.state == READY), None)
+                op = min((o for o in self._scheduler.pending.values() if o.state == READY), default=None)
                 if op is not None and self._claim(op):
                     pass
                 elif not self._scheduler.pending:

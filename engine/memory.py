@@ -57,7 +57,8 @@ class Memory:
             insort(self._ranges, range_)
             self._longest = max(self._longest, range_[1] - range_[0])
             self._watch(range_, array)
-        whole, part = [own], []
+        whole: list[Var] = [own]
+        part: list[Var] = []
         if len(self._ranges) > 1:
             first = bisect_left(self._ranges, (range_[0] - self._longest, 0))
             last = bisect_right(self._ranges, (range_[1], 0))

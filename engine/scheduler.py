@@ -100,7 +100,11 @@ class Scheduler:
         return None
 
     def complete(self, op: Op, error: BaseException | None) -> list[Op]:
-        """The op has ended; its writes carry ``error`` (None: they are whole again). The ops that may run now."""
+        """The op has ended; its writes carry ``error`` (None: they are whole again).
+
+        Returns:
+            The ops that may run now.
+        """
         op.state = DONE
         del self.pending[op.sequence]
         ready: list[Op] = []
@@ -140,7 +144,7 @@ class Scheduler:
         if op.state != WAITING:
             return found
         for var in {*op.reads, *op.writes}:
-            ahead = []
+            ahead: list[Op] = []
             for queued, _ in var.queue:
                 if queued is op:
                     found.update(ahead)

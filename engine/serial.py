@@ -7,7 +7,7 @@ from engine.scheduler import RUNNING, Op
 
 
 class SerialEngine(Engine):
-    """Runs ops in program order. An op behind an asynchronous one that is not complete runs at its completion."""
+    """Runs ops in program order; one behind an asynchronous op runs when that is complete."""
 
     def _dispatch(self, op: Op) -> None:
         if op.handle is not None:

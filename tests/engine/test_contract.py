@@ -1,0 +1,255 @@
+"""What every engine does."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import CancelledError, wait
+
+import numpy as np
+import pytest
+
+import engine
+
+LIMIT_S = 30
+
+
+@pytest.fixture(params=["threaded", "serial"])
+def runtime(request: pytest.FixtureRequest) -> Iterator[engine.Engine]:
+    one = engine.create(request.param)
+    yield one
+    one.validate()
+    one.close()
+
+
+@pytest.fixture
+def threaded() -> Iterator[engine.Engine]:
+    one = engine.create("threaded", threads=2)
+    yield one
+    one.validate()
+    one.close()
+
+
+def test_program_order_per_var(runtime):
+    var, seen = engine.Var("v"), []
+    handles = [runtime.push(lambda n=n: seen.append(n), writes=[var], priority=n) for n in range(50)]
+    for handle in handles:
+        handle.result(LIMIT_S)
+    assert seen == list(range(50))
+
+
+def test_result_and_error_reach_the_handle_with_the_site(runtime):
+    assert runtime.push(lambda: 42).result(LIMIT_S) == 42
+    handle = runtime.push(lambda: 1 / 0, name="divide")
+    with pytest.raises(ZeroDivisionError) as caught:
+        handle.result(LIMIT_S)
+    assert any("divide" in note and "test_contract.py" in note for note in caught.value.__notes__)
+
+
+def test_errors_travel_with_the_data_until_the_next_full_write(runtime):
+    array = np.zeros(4)
+    runtime.push(lambda: 1 / 0, writes=[array])
+    assert isinstance(runtime.push(lambda: None, reads=[array]).exception(LIMIT_S), ZeroDivisionError)
+    with pytest.raises(ZeroDivisionError):
+        runtime.wait(array, timeout=LIMIT_S)
+    other = np.zeros(4)
+    assert runtime.push(lambda: None, reads=[array], writes=[other]).exception(LIMIT_S)
+    with pytest.raises(ZeroDivisionError):
+        runtime.wait(other[1:], timeout=LIMIT_S)
+    runtime.push(lambda: array[:2].fill(1), writes=[array[:2]])  # not a full write
+    with pytest.raises(ZeroDivisionError):
+        runtime.wait(array, timeout=LIMIT_S)
+    runtime.push(lambda: array.fill(1), writes=[array]).result(LIMIT_S)
+    runtime.wait(array, timeout=LIMIT_S)
+    with pytest.raises(ZeroDivisionError):  # the others who shared the error still have it
+        runtime.wait(other, timeout=LIMIT_S)
+
+
+def test_async_ops_end_when_completed(runtime):
+    var, completions = engine.Var(), []
+    handle = runtime.push_async(completions.append, writes=[var], inline=True)
+    behind = runtime.push(lambda: "behind", reads=[var])
+    assert not handle.done()
+    assert not behind.done()
+    assert runtime.pending(var)
+    completions[0].set_result("done")
+    assert handle.result(LIMIT_S) == "done"
+    assert behind.result(LIMIT_S) == "behind"
+    assert not runtime.pending(var)
+    completions[0].set_result("again")  # ignored
+
+
+def test_bad_arguments_are_refused_before_anything_is_submitted(runtime):
+    for call in (
+        lambda: runtime.push(3),
+        lambda: runtime.push(print, reads=[object()]),
+        lambda: runtime.push(print, writes=engine.Var()),
+        lambda: runtime.push(print, lane=3),
+    ):
+        with pytest.raises(engine.ArgumentError):
+            call()
+    runtime.wait_all(timeout=LIMIT_S)
+
+
+def test_inline_runs_in_the_calling_thread_when_nothing_is_in_the_way(runtime):
+    here = threading.get_ident()
+    assert runtime.push(threading.get_ident, inline=True).result(0) == here
+
+
+def test_reads_share_and_disjoint_ops_overlap(threaded):
+    meet = threading.Barrier(2)
+    var = engine.Var()
+    first = threaded.push(lambda: meet.wait(LIMIT_S), reads=[var])
+    threaded.push(lambda: meet.wait(LIMIT_S), reads=[var]).result(LIMIT_S)
+    first.result(LIMIT_S)
+
+
+def test_ready_ops_start_by_priority_then_age():
+    one = engine.create("threaded", threads=1)
+    running, gate, seen = threading.Event(), threading.Event(), []
+    one.push(lambda: (running.set(), gate.wait(LIMIT_S)))
+    assert running.wait(LIMIT_S)
+    handles = [one.push(lambda n=n, p=p: seen.append((p, n)), priority=p) for n, p in enumerate([0, 5, 1, 5])]
+    gate.set()
+    assert not wait(handles, LIMIT_S).not_done  # which does not help, unlike the handles' own
+    assert seen == [(5, 1), (5, 3), (1, 2), (0, 0)]
+    one.close()
+
+
+def test_a_waiter_runs_a_ready_op_itself(threaded):
+    gate = threading.Event()
+    blocked = [threaded.push(lambda: gate.wait(LIMIT_S)) for _ in range(2)]  # every thread is busy
+    assert threaded.push(threading.get_ident).result(LIMIT_S) == threading.get_ident()
+    gate.set()
+    for handle in blocked:
+        handle.result(LIMIT_S)
+
+
+def test_a_wait_inside_an_op_on_what_it_blocks_is_an_error(threaded):
+    var, started = engine.Var(), threading.Event()
+    inner = []
+
+    def outer():
+        started.wait(LIMIT_S)
+        inner[0].result(LIMIT_S)
+
+    handle = threaded.push(outer, writes=[var])
+    inner.append(threaded.push(lambda: None, reads=[var]))
+    started.set()
+    with pytest.raises(engine.DeadlockError):
+        handle.result(LIMIT_S)
+
+
+def test_other_waits_inside_ops_lend_the_thread(threaded):
+    def nested(depth):
+        if depth:
+            threaded.push(lambda: nested(depth - 1)).result(LIMIT_S)
+        return depth
+
+    gate = threading.Event()
+
+    def wait_for_another():
+        return threaded.push(lambda: gate.wait(LIMIT_S), lane="other").result(LIMIT_S)
+
+    waiting = [threaded.push(wait_for_another) for _ in range(4)]
+    opener = threaded.push(gate.set)
+    opener.result(LIMIT_S)
+    assert all(handle.result(LIMIT_S) for handle in waiting)
+    assert threaded.push(lambda: nested(20)).result(LIMIT_S) == 20
+
+
+def test_cancel_poisons_what_would_have_been_written(threaded):
+    var, gate = engine.Var(), threading.Event()
+    threaded.push(lambda: gate.wait(LIMIT_S), writes=[var])
+    handle = threaded.push(lambda: None, writes=[var])
+    assert handle.cancel()
+    gate.set()
+    threaded.wait_all(LIMIT_S)
+    assert handle.cancelled()
+    with pytest.raises(CancelledError):
+        threaded.wait(var, timeout=LIMIT_S)
+
+
+def test_deadlines(threaded):
+    var, completions = engine.Var(), []
+    handle = threaded.push_async(completions.append, writes=[var], deadline=0.01, name="slow")
+    with pytest.raises(engine.DeadlineError, match="slow"):
+        handle.result(LIMIT_S)
+    threaded.wait_all(LIMIT_S)
+    with pytest.raises(engine.DeadlineError):
+        threaded.wait(var, timeout=LIMIT_S)
+    gate = threading.Event()
+    held = threaded.push(lambda: gate.wait(LIMIT_S), writes=[var], name="holder")
+    behind = threaded.push(lambda: None, reads=[var], name="behind")
+    with pytest.raises(engine.DeadlineError, match=r"behind.*holder"):
+        behind.result(0.01)
+    gate.set()
+    held.result(LIMIT_S)
+    behind.result(LIMIT_S)
+
+
+def test_threads_end_with_the_last_user_and_start_again():
+    one = engine.create("threaded", threads=2)
+
+    def threads():
+        return [t for t in threading.enumerate() if t.name.startswith("engine-")]
+
+    before = set(threads())
+    one.retain()
+    var = engine.Var()
+    one.push_async(lambda c: threading.Thread(target=c.set_result, args=(1,)).start(), writes=[var])
+    one.wait(var, timeout=LIMIT_S)
+    one.release()
+    for thread in set(threads()) - before:
+        thread.join(LIMIT_S)
+    assert set(threads()) <= before
+    handle = one.push(lambda: 5)
+    assert handle.result(LIMIT_S) == 5
+    one.close()
+
+
+def test_profile_writes_a_trace(runtime, tmp_path):
+    with runtime.profile(tmp_path / "trace.json"):
+        runtime.push(lambda: None, name="named", info={"key": "w"}).result(LIMIT_S)
+        runtime.wait_all(LIMIT_S)
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert [e["name"] for e in events] == ["named"]
+    assert events[0]["args"]["key"] == "w"
+
+
+def test_an_inherited_engine_raises_in_a_forked_child(threaded):
+    threaded.push(lambda: None).result(LIMIT_S)
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            threaded.push(lambda: None)
+        except engine.ForkedError:
+            code = 7 if engine.create("serial").push(lambda: 1).result(1) == 1 else 2
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+
+
+def test_exit_with_pending_ops_does_not_hang():
+    program = (
+        "import engine, threading\n"
+        "gate = threading.Event()\n"
+        "engine.push(lambda: gate.wait(600))\n"
+        "engine.push_async(lambda c: None)\n"
+        "print('leaving')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=LIMIT_S)
+    assert (done.returncode, done.stdout) == (0, "leaving\n"), done.stderr
+
+
+def test_memory_that_is_freed_forgets_its_error(threaded):
+    array = np.zeros(1000)
+    assert threaded.push(lambda: 1 / 0, writes=[array]).exception(LIMIT_S)
+    del array
+    for _ in range(200):
+        threaded.wait(np.zeros(1000), timeout=LIMIT_S)
