@@ -78,7 +78,7 @@ class Reactor:
             if self._awake:
                 return
             self._awake = True
-        os.eventfd_write(self._wake_fd, 1)
+            os.eventfd_write(self._wake_fd, 1)
 
     def call(self, work: Callable[[], T], timeout_s: float = 30.0) -> T:
         """Run ``work`` on the thread and return what it returns. Not from the thread itself."""
@@ -100,9 +100,9 @@ class Reactor:
                 return
             self._stopping = True
             self._linger_ms = int(linger_s * 1000)
-        if self._pid != os.getpid():
-            return
-        os.eventfd_write(self._wake_fd, 1)
+            if self._pid != os.getpid():
+                return
+            os.eventfd_write(self._wake_fd, 1)
         if self.thread.is_alive() and self.thread is not threading.current_thread():
             self.thread.join(linger_s + 10)
         elif not self.thread.ident:
@@ -157,7 +157,8 @@ class Reactor:
     def _release(self) -> None:
         for socket in self._sockets:
             socket.close(linger=self._linger_ms)
-        os.close(self._wake_fd)
+        with self._lock:
+            os.close(self._wake_fd)
         self.context.term()
 
     def _guarded(self, work: Callable[[], None]) -> None:
