@@ -23,13 +23,18 @@ class Cluster:
         self.scheduler = Scheduler("tcp://127.0.0.1:*", workers, servers)
         self.scheduler.start()
         self.servers = [Server(self.address) for _ in range(servers)]
-        self._starting = [threading.Thread(target=server.start) for server in self.servers]
+        self._starting = [threading.Thread(target=self._start, args=(server,)) for server in self.servers]
         for thread in self._starting:
             thread.start()
 
     @property
     def address(self) -> str:
         return self.scheduler.address
+
+    @staticmethod
+    def _start(server: Server) -> None:
+        with contextlib.suppress(kvstore.errors.ClosedError):  # stopped before the cluster was complete
+            server.start()
 
     def run(self, work: Callable[[kvstore.KVStore], Any], **options: Any) -> list[Any]:
         """The results of ``work(store)`` in every worker, by rank; raises the first error."""

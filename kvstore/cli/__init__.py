@@ -1,0 +1,158 @@
+"""The command line: ``kvstore run``, ``scheduler``, ``server``, ``status``, ``bench``.
+
+Commands import what they need when they run, so that ``--help`` is quick. A failure is one line on
+stderr and a non-zero code.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import click
+
+from kvstore.errors import KVStoreError
+
+
+class _Commands(click.Group):
+    """Turns the package's errors into one line."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KVStoreError as error:
+            click.echo(f"kvstore: {error}", err=True)
+            ctx.exit(1)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="kvstore")
+def main() -> None:
+    """A two-level key-value store that keeps a model's parameters in step."""
+
+
+@main.command(context_settings={"ignore_unknown_options": True})
+@click.option("-w", "--workers", type=int, default=1, show_default=True, help="Worker processes.")
+@click.option("-s", "--servers", type=int, default=1, show_default=True, help="Server processes.")
+@click.option("--grace", type=float, default=5.0, show_default=True, help="Seconds to end in before the kill.")
+@click.argument("command", nargs=-1, type=click.UNPROCESSED)
+def run(workers: int, servers: int, grace: float, command: tuple[str, ...]) -> None:
+    """Run a whole cluster on this machine: COMMAND once per worker, with a scheduler and servers.
+
+    Children's output is copied line by line with a prefix. When one fails, all are stopped and its code
+    is returned.
+
+    Example: kvstore run -w 2 -s 1 -- python train.py
+    """
+    for what, count in (("--workers", workers), ("--servers", servers)):
+        if count < 1:
+            raise click.UsageError(f"{what} {count}: a cluster needs at least 1 of them")
+    if not command:
+        raise click.UsageError("expected a command for the workers, e.g. kvstore run -w 2 -- python train.py")
+    from kvstore.cli.launch import run_cluster
+
+    sys.exit(run_cluster(workers, servers, list(command), grace))
+
+
+@main.command()
+@click.option("--bind", default="tcp://127.0.0.1:9091", show_default=True, help="Where to listen; port * is any free one.")
+@click.option("--advertise", help="The address others reach it by, if another.")
+@click.option("-w", "--workers", type=int, required=True, help="Workers of the cluster.")
+@click.option("-s", "--servers", type=int, default=1, show_default=True, help="Servers of the cluster.")
+def scheduler(bind: str, advertise: str | None, workers: int, servers: int) -> None:
+    """Run the scheduler of a cluster until SIGINT or SIGTERM."""
+    from kvstore.cli.daemon import serve
+    from kvstore.cluster.scheduler import Scheduler
+
+    one = Scheduler(bind, workers, servers, advertise=advertise)
+    one.start()
+    click.echo(f"scheduler at {one.address}")
+    sys.exit(serve(one))
+
+
+@main.command()
+@click.option("--address", envvar="KVSTORE_ADDRESS", help="The scheduler's address (or KVSTORE_ADDRESS).")
+@click.option("--bind", default="tcp://127.0.0.1:*", show_default=True, help="Where to listen; port * is any free one.")
+@click.option("--advertise", help="The address that workers reach it by, if another.")
+@click.option("--with-scheduler", is_flag=True, help="Be the scheduler too, bound at --address: a whole service.")
+@click.option("-w", "--workers", type=int, help="With --with-scheduler: workers of the cluster.")
+def server(
+    address: str | None, bind: str, advertise: str | None, with_scheduler: bool, workers: int | None
+) -> None:
+    """Run a server until SIGINT or SIGTERM."""
+    from kvstore.cli.daemon import serve
+    from kvstore.cluster.scheduler import Scheduler
+    from kvstore.cluster.server import Server
+
+    if with_scheduler != (workers is not None):
+        raise click.UsageError("--with-scheduler and --workers belong together")
+    beside = None
+    if with_scheduler:
+        beside = Scheduler(address or "tcp://127.0.0.1:9091", workers or 0, 1)
+        beside.start()
+        address = beside.address
+        click.echo(f"scheduler at {address}")
+    if address is None:
+        raise click.UsageError("expected --address or KVSTORE_ADDRESS, the scheduler's address")
+    one = Server(address, bind=bind, advertise=advertise)
+    click.echo(f"server at {one.address}")
+    sys.exit(serve(one, beside))
+
+
+@main.command()
+@click.option("--address", envvar="KVSTORE_ADDRESS", required=True, help="The scheduler's (or KVSTORE_ADDRESS).")
+@click.option("--timeout", type=float, default=5.0, show_default=True, help="Seconds to wait for an answer.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def status(address: str, timeout: float, as_json: bool) -> None:
+    """Show the members of a cluster and what the servers hold."""
+    from kvstore.cluster.status import read_status
+
+    report = read_status(address, timeout)
+    if as_json:
+        click.echo(json.dumps(report, indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"cluster {report['cluster']}, epoch {report['epoch']}, devices: host memory only")
+    for column in ("role", "rank", "state", "host", "pid", "last heard", "address", "keys", "bytes"):
+        table.add_column(column)
+    for role in ("worker", "server"):
+        for row in report[f"{role}s"]:
+            heard = f"{row['heard_s']:.1f} s ago"
+            cells = (role, row["rank"], row["state"], row["host"], row["pid"], heard, row["address"])
+            table.add_row(*map(str, cells), str(row.get("keys", "")), str(row.get("bytes", "")))
+    Console().print(table)
+
+
+@main.group()
+def bench() -> None:
+    """Measure."""
+
+
+@bench.command()
+@click.option("--workers", default="1,2,4", show_default=True, help="Numbers of workers to compare.")
+@click.option("-s", "--servers", type=int, default=1, show_default=True)
+@click.option("--model", type=click.Choice(["mlp", "resnet50", "bert-base"]), default="mlp", show_default=True)
+@click.option("--compute-ms", type=float, default=50.0, show_default=True, help="Emulated compute per step.")
+@click.option("--steps", type=int, default=20, show_default=True)
+@click.option("--batch", type=int, default=32, show_default=True, help="Samples per worker and step.")
+@click.option("--consistency", default="sequential", show_default=True, help="Of the cluster level.")
+@click.option("--plot", type=click.Path(dir_okay=False), help="Write a PNG.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def scaling(workers: str, as_json: bool, plot: str | None, **options: Any) -> None:
+    """Samples per second and efficiency with 1, 2, 4 ... workers on this machine."""
+    try:
+        counts = [int(one) for one in workers.split(",")]
+    except ValueError:
+        raise click.UsageError(f"--workers: expected numbers such as 1,2,4, got {workers!r}") from None
+    if not counts or min(counts) < 1:
+        raise click.UsageError(f"--workers: expected numbers >= 1, got {workers!r}")
+    from kvstore.bench.scaling import measure, show
+
+    rows = measure(counts, **options)
+    if as_json:
+        click.echo(json.dumps(rows, indent=2))
+    else:
+        show(rows, plot)

@@ -1,0 +1,77 @@
+"""``kvstore run``: a whole cluster on this machine, as long as its workers run."""
+
+from __future__ import annotations
+
+import queue
+import signal
+import sys
+
+import click
+
+from kvstore import environment
+from kvstore.cli.supervisor import Ended, Supervisor
+from kvstore.environment import Environment
+
+START_TIMEOUT_S = 60.0
+
+
+def run_cluster(workers: int, servers: int, command: list[str], grace_s: float) -> int:
+    """Run ``command`` as each worker; the exit code of the first that fails, else 0."""
+    supervisor = Supervisor()
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, lambda n, _: supervisor.events.put(n))
+    try:
+        return _run(supervisor, workers, servers, command, grace_s)
+    finally:
+        supervisor.stop(supervisor.children, grace_s)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _run(supervisor: Supervisor, workers: int, servers: int, command: list[str], grace_s: float) -> int:
+    inherited = environment.inherited()
+    own = [sys.executable, "-m", "kvstore"]
+    first_line: queue.Queue[str] = queue.Queue()
+    supervisor.start(
+        "scheduler",
+        [*own, "scheduler", "--bind", "tcp://127.0.0.1:*", "-w", str(workers), "-s", str(servers)],
+        inherited,
+        first_line,
+    )
+    try:
+        address = first_line.get(timeout=START_TIMEOUT_S).removeprefix("scheduler at ")
+    except queue.Empty:
+        address = ""
+    if not address.startswith("tcp://"):
+        click.echo("kvstore run: the scheduler did not start", err=True)
+        return 1
+
+    def around(role: str, rank: int | None) -> dict[str, str]:
+        said = Environment(address, role, rank, workers, servers).variables()
+        return {**inherited, "PYTHONUNBUFFERED": "1", **said}
+
+    for rank in range(servers):
+        supervisor.start(f"server {rank}", [*own, "server", "--address", address], around("server", None))
+    running = set()
+    for rank in range(workers):
+        try:
+            running.add(supervisor.start(f"worker {rank}", command, around("worker", rank)))
+        except OSError as error:
+            click.echo(f"kvstore run: worker {rank}: cannot start {command[0]!r}: {error.strerror}", err=True)
+            return 127
+    while running:
+        event = supervisor.events.get()
+        if not isinstance(event, Ended):
+            name = signal.Signals(event).name
+            click.echo(f"kvstore run: {name}: stopping everything", err=True)
+            supervisor.stop([child for child in supervisor.children if child in running], grace_s, event)
+            return 128 + event
+        child, code = event.child, event.code
+        if code == 0 and child in running:
+            running.discard(child)
+            continue
+        how = f"ended with code {code}" if code >= 0 else f"was ended by {signal.Signals(-code).name}"
+        click.echo(f"kvstore run: {child.name} {how}: stopping everything", err=True)
+        return code if code > 0 else 128 - code if code < 0 else 1
+    return 0
