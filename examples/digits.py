@@ -29,7 +29,9 @@ HELD_OUT = 360  # of the 1,797 images
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--steps", type=int, help="stop after so many steps")
@@ -151,7 +153,11 @@ class Progress:
             f"[{bar:<20}] step {step}/{self.total}  loss {loss:.4f}  "
             f"{samples / (now - self.started):,.0f} samples/s  staleness {staleness}"
         )
-        print(f"\r{line}" if self.live else line, end="" if self.live and step < self.total else "\n", flush=True)
+        print(
+            f"\r{line}" if self.live else line,
+            end="" if self.live and step < self.total else "\n",
+            flush=True,
+        )
 
 
 def train(kv: kvstore.KVStore, args: argparse.Namespace) -> float:
