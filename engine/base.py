@@ -264,7 +264,9 @@ class Engine(ABC):
                 elif not self._idle.wait(0.05 if end is None else max(0.0, min(0.05, end - time.monotonic()))) and (
                     end is not None and time.monotonic() >= end
                 ):
-                    raise DeadlineError(f"wait_all: after {timeout:g} s still pending: {self._list(self._scheduler.pending.values())}")
+                    raise DeadlineError(
+                        f"wait_all: after {timeout:g} s still pending: {self._list(self._scheduler.pending.values())}"
+                    )
                 else:
                     continue
             self._run(op)
@@ -303,7 +305,9 @@ class Engine(ABC):
         except TimeoutError:
             with self._lock:
                 ahead = self._list(self._scheduler.blockers(op)) if op.state == WAITING else repr(op)
-            raise DeadlineError(f"op {op.name!r} pushed at {op.site}: not done after {timeout:g} s; waits for {ahead}") from None
+            raise DeadlineError(
+                f"op {op.name!r} pushed at {op.site}: not done after {timeout:g} s; waits for {ahead}"
+            ) from None
         finally:
             if stack:
                 self._take_back()

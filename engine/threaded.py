@@ -57,9 +57,7 @@ class ThreadedEngine(Engine):
         elif lane.alive < lane.size:
             lane.alive += 1
             number = lane.alive
-            threading.Thread(
-                target=self._work, args=(lane,), name=f"engine-{lane.name}-{number}", daemon=True
-            ).start()
+            threading.Thread(target=self._work, args=(lane,), name=f"engine-{lane.name}-{number}", daemon=True).start()
 
     def _work(self, lane: _Lane) -> None:
         self._local.lane = lane

@@ -29,9 +29,7 @@ HELD_OUT = 360  # of the 1,797 images
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--steps", type=int, help="stop after so many steps")
@@ -122,7 +120,7 @@ class Replica:
             np.sum(e, axis=0, out=gb)
             if layer:
                 np.matmul(e, w.T, out=before)
-                before *= x > 0
+                np.multiply(before, x > 0, out=before)
 
         engine.push(compute, reads=[x, e, w], writes=[gw, gb, before], name=f"backward {layer}")
 
@@ -213,9 +211,7 @@ def main() -> None:
     args = parse()
     kind = "local" if environment.read().address is None else "dist"
     options = {"cluster_consistency": args.cluster_consistency} if kind == "dist" else {}
-    with kvstore.create(
-        kind, devices=args.devices, device_consistency=args.device_consistency, **options
-    ) as kv:
+    with kvstore.create(kind, devices=args.devices, device_consistency=args.device_consistency, **options) as kv:
         reached = train(kv, args)
         print(f"accuracy {reached:.4f} on {HELD_OUT} held-out images", flush=True)
 

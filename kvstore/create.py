@@ -65,7 +65,9 @@ def create(
     runtime = engine.default()
     if type in _LOCAL:
         if cluster_consistency is not None or address is not None:
-            raise OptionError(f"create({type!r}): expected neither cluster_consistency nor address; they are for 'dist'")
+            raise OptionError(
+                f"create({type!r}): expected neither cluster_consistency nor address; they are for 'dist'"
+            )
         runtime.retain()
         home: Home = LocalHome(runtime)
     else:

@@ -43,10 +43,12 @@ def save(path: str | os.PathLike[str], states: States) -> None:
 def load(path: str | os.PathLike[str]) -> States:
     """Read what :func:`save` wrote. Raises OptimizerError when the file is something else."""
     try:
-        with safe_open(path, framework="numpy") as file:  # type: ignore[no-untyped-call]
+        with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != _FORMAT:
-                raise OptimizerError(f"optimizer states: expected a file of format {_FORMAT!r}, got {metadata.get('format')!r}")
+                raise OptimizerError(
+                    f"optimizer states: expected a file of format {_FORMAT!r}, got {metadata.get('format')!r}"
+                )
             index = json.loads(metadata["index"])
             return {
                 key: (step, {name: file.get_tensor(tensor) for name, tensor in names.items()})

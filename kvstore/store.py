@@ -130,7 +130,7 @@ class KVStore:
         self._device_model = device_model
         self._cluster_model = cluster_model
         self._entries: dict[Key, _Entry] = {}
-        self._kind: type[str] | type[int] | None = None  # type: ignore[valid-type]
+        self._kind = ""  # of the keys: "str" or "int", from the first init on
         self._optimizer: Optimizer | None = None
         self._open: set[Handle] = set()
         self._lock = threading.RLock()
@@ -210,7 +210,9 @@ class KVStore:
         arrays = [view(v, f"init of key {k!r}") for k, v in zip(keys, values, strict=True)]
         if len(set(keys)) != len(keys):
             twice = next(k for k in keys if keys.count(k) > 1)
-            raise DuplicateKeyError(f"init of key {twice!r}: expected each key once, it comes {keys.count(twice)} times")
+            raise DuplicateKeyError(
+                f"init of key {twice!r}: expected each key once, it comes {keys.count(twice)} times"
+            )
         for k, array in zip(keys, arrays, strict=True):
             if k in self._entries:
                 raise DuplicateKeyError(f"init of key {k!r}: expected a new key, this store has initialised it")
@@ -243,7 +245,7 @@ class KVStore:
                 entry.level = Level(device_model, range(self._devices))
             with self._lock:
                 self._entries[k] = entry
-                self._kind = str if isinstance(k, str) else int
+                self._kind = type_of(k)
         if deadline_error is not None:
             raise deadline_error
 
@@ -522,7 +524,9 @@ class KVStore:
         if self._closed:
             raise ClosedError(f"{self.type} store: it is closed")
         if self._pid != os.getpid():
-            raise ClosedError(f"{self.type} store: it belongs to process {self._pid}, not to this forked one; create another")
+            raise ClosedError(
+                f"{self.type} store: it belongs to process {self._pid}, not to this forked one; create another"
+            )
 
     def _model(self, chosen: str | Model | None, default: Model) -> Model:
         return default if chosen is None else consistency.parse(chosen)
@@ -538,12 +542,10 @@ class KVStore:
                 checked.append(messages.key(one))
             except ValueError as error:
                 raise KeyKindError(f"key {one!r}: expected {error}, got {type(one).__name__}") from None
-        kinds = {str if isinstance(one, str) else int for one in checked} | ({self._kind} if self._kind else set())
-        if len(kinds) > 1:
-            raise KeyKindError(
-                f"key {next(iter(checked))!r}: expected keys of one kind per store, got both str and int"
-                + (f"; this store's are {self._kind.__name__}" if self._kind else "")
-            )
+        kind = self._kind or (type_of(checked[0]) if checked else "")
+        for one in checked:
+            if type_of(one) != kind:
+                raise KeyKindError(f"key {one!r}: expected {kind}, the kind of this store's keys; got {type_of(one)}")
         return checked
 
     def _as_many(self, keys: Sequence[Any], values: Any, what: str) -> list[Any]:
@@ -583,9 +585,7 @@ class KVStore:
         if not isinstance(device, int) or not 0 <= device < self._devices:
             raise DeviceCountError(f"device={device!r}: expected 0..{self._devices - 1}")
 
-    def _check_push(
-        self, key: Keys, value: Any, device: int | None
-    ) -> list[tuple[_Entry, dict[int, list[Array]]]]:
+    def _check_push(self, key: Keys, value: Any, device: int | None) -> list[tuple[_Entry, dict[int, list[Array]]]]:
         """The whole call, checked: per entry and device the arrays to be summed."""
         keys = self._keys(key)
         entries = self._known(keys)
@@ -597,7 +597,9 @@ class KVStore:
             arrays = list(given) if isinstance(given, list | tuple) else [given]
             if device is not None:
                 if isinstance(given, list | tuple):
-                    raise DeviceCountError(f"push of key {entry.key!r} by device {device}: expected one array, got a list")
+                    raise DeviceCountError(
+                        f"push of key {entry.key!r} by device {device}: expected one array, got a list"
+                    )
                 devices: Sequence[int] = [device]
             else:
                 count = len(arrays) if count is None else count
@@ -608,7 +610,9 @@ class KVStore:
                 devices = range(count)
             per_device = pushes.setdefault(entry.key, (entry, {}))[1]
             for d, array in zip(devices, arrays, strict=True):
-                per_device.setdefault(d, []).append(self._fits(entry, view(array, f"push of key {entry.key!r}"), "push"))
+                per_device.setdefault(d, []).append(
+                    self._fits(entry, view(array, f"push of key {entry.key!r}"), "push")
+                )
         if self._devices is None:
             with self._lock:
                 if self._devices is None:
@@ -678,7 +682,9 @@ class KVStore:
         with entry.lock:
             level = entry.level
             if level is not None and (entry.held or level.waiting):
-                needed = max([round for _, round in entry.held] + [own for p in level.waiting.values() for _, own in p.needs])
+                needed = max(
+                    [round for _, round in entry.held] + [own for p in level.waiting.values() for _, own in p.needs]
+                )
                 blockers = {d for p in level.waiting.values() for d in level.blockers(p)}
                 blockers.update(d for _, round in entry.held for d in level.behind(round))
                 if blockers:
@@ -845,6 +851,11 @@ class KVStore:
             self.close()
         else:
             self._leave(f"worker {self.rank} failed: {type(error).__name__}: {error}")
+
+
+def type_of(key: Key) -> str:
+    """The kind of a key."""
+    return "str" if isinstance(key, str) else "int"
 
 
 def _translated(error: BaseException | None, key: Key) -> BaseException | None:

@@ -32,9 +32,7 @@ class Trainer:
         as :meth:`KVStore.init` and :meth:`KVStore.set_optimizer`.
     """
 
-    def __init__(
-        self, params: Mapping[Key, Any], optimizer: Optimizer, store: KVStore, *, scale: float = 1.0
-    ) -> None:
+    def __init__(self, params: Mapping[Key, Any], optimizer: Optimizer, store: KVStore, *, scale: float = 1.0) -> None:
         self.params = dict(params)
         self.store = store
         self.scale = scale

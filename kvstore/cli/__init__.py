@@ -56,7 +56,9 @@ def run(workers: int, servers: int, grace: float, command: tuple[str, ...]) -> N
 
 
 @main.command()
-@click.option("--bind", default="tcp://127.0.0.1:9091", show_default=True, help="Where to listen; port * is any free one.")
+@click.option(
+    "--bind", default="tcp://127.0.0.1:9091", show_default=True, help="Where to listen; port * is any free one."
+)
 @click.option("--advertise", help="The address others reach it by, if another.")
 @click.option("-w", "--workers", type=int, required=True, help="Workers of the cluster.")
 @click.option("-s", "--servers", type=int, default=1, show_default=True, help="Servers of the cluster.")
@@ -77,9 +79,7 @@ def scheduler(bind: str, advertise: str | None, workers: int, servers: int) -> N
 @click.option("--advertise", help="The address that workers reach it by, if another.")
 @click.option("--with-scheduler", is_flag=True, help="Be the scheduler too, bound at --address: a whole service.")
 @click.option("-w", "--workers", type=int, help="With --with-scheduler: workers of the cluster.")
-def server(
-    address: str | None, bind: str, advertise: str | None, with_scheduler: bool, workers: int | None
-) -> None:
+def server(address: str | None, bind: str, advertise: str | None, with_scheduler: bool, workers: int | None) -> None:
     """Run a server until SIGINT or SIGTERM."""
     from kvstore.cli.daemon import serve
     from kvstore.cluster.scheduler import Scheduler

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -193,9 +194,21 @@ class ClusterHome(Home):
     ) -> None:
         """Run ``submit`` when ``reads`` are written, in this key's order of calls."""
         handle = self._engine.push(
-            submit, reads=reads, writes=[remote.order], priority=priority, name=name, inline=True, info={"bytes": nbytes}
+            submit,
+            reads=reads,
+            writes=[remote.order],
+            priority=priority,
+            name=name,
+            inline=True,
+            info={"bytes": nbytes},
         )
-        handle.add_done_callback(lambda h: h.exception() is None or failed(_error_of(h)))
+
+        def ended(done: Future[Any]) -> None:
+            error = done.exception()
+            if error is not None:
+                failed(error)
+
+        handle.add_done_callback(ended)
 
     def _expect(
         self, remote: _Remote
@@ -317,13 +330,8 @@ class ClusterHome(Home):
             start, stop = remote.cut.span(piece)
             frames = tuple(array[start:stop].view(np.uint8) for array in state.values())
             names, dtypes = tuple(state), tuple(array.dtype.name for array in state.values())
-            asked.append(
-                self._session.ask(
-                    owner(key, piece, len(self._servers)),
-                    lambda i, piece=piece: WriteState(i, key, piece, step, names, dtypes),  # type: ignore[misc]
-                    frames,
-                )
-            )
+            make = partial(WriteState, key=key, piece=piece, step=step, names=names, dtypes=dtypes)
+            asked.append(self._session.ask(owner(key, piece, len(self._servers)), make, frames))
         self._wait(asked, timeout_s, f"writing the optimizer's state of key {key!r}")
 
     # --- the cluster --------------------------------------------------------------------------
@@ -395,9 +403,3 @@ def _gather(outcomes: list[Answered], remote: _Remote) -> _Pulled:
         versions.append(reply.version)
         staleness.append(reply.staleness)
     return _Pulled(parts, min(versions), max(staleness))
-
-
-def _error_of(handle: Future[Any]) -> BaseException:
-    error = handle.exception()
-    assert error is not None
-    return error

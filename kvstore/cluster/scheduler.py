@@ -32,7 +32,9 @@ class Scheduler:
 
     def __init__(self, bind: str, num_workers: int, num_servers: int, *, advertise: str | None = None) -> None:
         if num_workers < 1 or num_servers < 1:
-            raise OptionError(f"a cluster: expected at least 1 worker and 1 server, got {num_workers} and {num_servers}")
+            raise OptionError(
+                f"a cluster: expected at least 1 worker and 1 server, got {num_workers} and {num_servers}"
+            )
         self.membership = Membership(secrets.randbits(62) | 1, num_workers, num_servers)
         self._reactor = Reactor("kvstore-scheduler", self._tick)
         self._endpoint: Endpoint = self._reactor.endpoint(self._receive, watch=True)

@@ -94,9 +94,7 @@ class Session:
         """
         hello = self.ask(SCHEDULER, lambda i: Explain(i, 0))
         host, token = socket.gethostname(), secrets.randbits(62)
-        joined = self.ask(
-            SCHEDULER, lambda i: Register(i, self.role, rank, own_address, host, os.getpid(), token)
-        )
+        joined = self.ask(SCHEDULER, lambda i: Register(i, self.role, rank, own_address, host, os.getpid(), token))
         try:
             hello.result(connect_timeout)
         except TimeoutError as error:
@@ -107,7 +105,9 @@ class Session:
             roster = joined.result(timeout)
         except TimeoutError as error:
             why = self.explain(SCHEDULER, 0)
-            raise DeadlineError(f"joining the cluster at {self.address}: not complete after {timeout:g} s; {why}") from error
+            raise DeadlineError(
+                f"joining the cluster at {self.address}: not complete after {timeout:g} s; {why}"
+            ) from error
         assert isinstance(roster, Roster)
         self.num_workers, self.servers = roster.num_workers, roster.servers
         self.sender = Sender(self.sender.cluster, self.sender.epoch, roster.rank, roster.incarnation)
@@ -118,7 +118,8 @@ class Session:
         def connect() -> None:
             for number, address in enumerate(self.servers):
                 self._connections[number] = self._reactor.connection(
-                    address, lambda frames, number=number: self._receive(number, frames)  # type: ignore[misc]
+                    address,
+                    lambda frames, number=number: self._receive(number, frames),  # type: ignore[misc]
                 )
 
         self._reactor.call(connect)
@@ -226,9 +227,9 @@ class Session:
             if isinstance(message, Departed):
                 self._take_departed(message)
                 continue
-            outcome = self._requests.reply(message, payload)
-            if outcome is not None:
-                self._settle(outcome)
+            concluded = self._requests.reply(message, payload)
+            if concluded is not None:
+                self._settle(concluded)
         self._pump()
 
     def _take_departed(self, message: Departed) -> None:
@@ -268,4 +269,3 @@ class Session:
             self._on_outcome.clear()
         for request_id, on_outcome in callbacks:
             on_outcome(Refused(Request(SCHEDULER, Message(request_id)), error))
-

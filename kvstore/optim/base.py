@@ -134,7 +134,9 @@ class Optimizer(ABC):
         for name in changes:
             if name not in known:
                 raise OptimizerError(f"optimizer {self.name}: expected a name among {', '.join(known)}; got {name!r}")
-        described = {k: schedules.from_wire(v) if isinstance(v, dict) else v for k, v in changes.items()}
+        described: dict[str, Any] = {
+            name: schedules.from_wire(value) if isinstance(value, dict) else value for name, value in changes.items()
+        }
         return replace(self, **described)
 
     def to_wire(self) -> dict[str, Any]:

@@ -109,7 +109,7 @@ class Polynomial(Schedule):
 
     def _after(self, done: int) -> float:
         left = 1 - min(1.0, done / max(1, self.total))
-        return self.final + (self.base - self.final) * left**self.power
+        return float(self.final + (self.base - self.final) * left**self.power)
 
 
 SCHEDULES: dict[str, type[Schedule]] = {

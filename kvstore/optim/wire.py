@@ -13,8 +13,7 @@ from kvstore.optim.descent import SGD, Accumulate
 from kvstore.optim.layerwise import LAMB, LARS
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {
-    kind.name: kind
-    for kind in (SGD, Adam, AdamW, Adagrad, RMSProp, Adadelta, FTRL, LARS, LAMB, Accumulate)
+    kind.name: kind for kind in (SGD, Adam, AdamW, Adagrad, RMSProp, Adadelta, FTRL, LARS, LAMB, Accumulate)
 }
 
 

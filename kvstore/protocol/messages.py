@@ -465,9 +465,7 @@ def _decode_one(row: Any) -> tuple[Message, int]:
     return kind(_natural(row[1]), *fields), _natural(row[-1])
 
 
-def envelope(
-    sender: Sender, messages: Sequence[tuple[Message, Sequence[Any]]]
-) -> list[Any]:
+def envelope(sender: Sender, messages: Sequence[tuple[Message, Sequence[Any]]]) -> list[Any]:
     """All frames of one ZeroMQ message: the header, then every message's value frames in order."""
     header = encode(sender, [(message, len(payload)) for message, payload in messages])
     return [header, *(frame for _, payload in messages for frame in payload)]

@@ -85,9 +85,7 @@ class Membership:
 
     def here(self, role: str) -> list[Member]:
         """Who of that role is in the cluster now, by rank."""
-        return sorted(
-            (m for m in self.members.values() if m.role == role and m.state == "here"), key=lambda m: m.rank
-        )
+        return sorted((m for m in self.members.values() if m.role == role and m.state == "here"), key=lambda m: m.rank)
 
     def report(self, now: float) -> dict[str, Any]:
         """What ``kvstore status`` shows."""
@@ -211,7 +209,5 @@ class Membership:
                 f"the cluster has {have['worker']} of {self.num_workers} workers "
                 f"and {have['server']} of {self.num_servers} servers"
             )
-        absent = [
-            f"{m.rank} (last heard {now - m.heard:.1f} s ago)" for m in self.here("worker") if m.waiting is None
-        ]
+        absent = [f"{m.rank} (last heard {now - m.heard:.1f} s ago)" for m in self.here("worker") if m.waiting is None]
         return f"the barrier waits for workers {', '.join(absent) or 'nobody'}"

@@ -13,7 +13,7 @@ a reply can never run ahead of its update.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -199,9 +199,7 @@ class Serving:
     def __repr__(self) -> str:
         return f"<Serving {self.name}: {len(self.pieces)} pieces, heard of {sorted(self.heard)}, gone {self.gone}>"
 
-    def handle(
-        self, rank: int, incarnation: int, message: Message, payload: object, now: float
-    ) -> list[Action]:
+    def handle(self, rank: int, incarnation: int, message: Message, payload: object, now: float) -> list[Action]:
         """One message of a worker; ``payload`` is None when it came without a frame."""
         known = self.incarnations.get(rank, incarnation)
         if incarnation < known:
@@ -258,7 +256,10 @@ class Serving:
         for left, reason in self.gone.items():
             if not reason:
                 piece.level.leave(left)
-        actions: list[Action] = [Create(piece_id, message.spec, payload), Reply(rank, Initialized(message.request_id, 0))]
+        actions: list[Action] = [
+            Create(piece_id, message.spec, payload),
+            Reply(rank, Initialized(message.request_id, 0)),
+        ]
         for other, init in self._early.pop(piece_id, {}).items():
             actions.append(self._agree(other, init, piece))
         return actions
@@ -332,9 +333,7 @@ class Serving:
         answer = piece.level.pull(Pull((rank, request_id), ((rank, round),)))
         return [] if answer is None else [_value(piece_id, answer)]
 
-    def _perform(
-        self, piece_id: PieceId, piece: Piece, updates: list[Update], answers: list[Answer]
-    ) -> list[Action]:
+    def _perform(self, piece_id: PieceId, piece: Piece, updates: list[Update], answers: list[Answer]) -> list[Action]:
         actions: list[Action] = []
         for update in updates:
             rule, generation = self._setting(piece_id[0], update.round)
@@ -413,7 +412,7 @@ class Serving:
             missing = lost.intersection(piece.level.blockers(pull))
             if missing:
                 del piece.level.waiting[pull.ticket]
-                rank, request_id = pull.ticket  # type: ignore[misc]
+                rank, request_id = _asker(pull.ticket)
                 error = self._lost_error(piece_id, pull.needs[0][1], sorted(missing))
                 actions.append(Reply(rank, Failed(request_id, *to_wire(error))))
         for (rank, round), request_id in list(piece.commits.items()):
@@ -458,5 +457,12 @@ def _failed(rank: int, message: Message, error: KVStoreError) -> Reply:
 
 
 def _value(piece_id: PieceId, answer: Answer) -> ReplyValue:
-    rank, request_id = answer.ticket  # type: ignore[misc]
+    rank, request_id = _asker(answer.ticket)
     return ReplyValue(rank, request_id, piece_id, answer.version, answer.staleness)
+
+
+def _asker(ticket: Hashable) -> tuple[int, int]:
+    """Rank and request id, of which this file makes its tickets."""
+    assert isinstance(ticket, tuple)
+    rank, request_id = ticket
+    return rank, request_id

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import threading
 import time
@@ -133,7 +134,9 @@ class Reactor:
             while not self._stopping:
                 with self._lock:
                     self._awake = bool(self._posted)
-                ready = self._poller.poll(0 if self._awake else max(0.0, next_tick - time.monotonic()) * 1000)
+                ready = self._poller.poll(
+                    0 if self._awake else max(0, math.ceil((next_tick - time.monotonic()) * 1000))
+                )
                 with self._lock:
                     self._awake = True
                 for socket, _ in ready:
@@ -147,8 +150,7 @@ class Reactor:
                 if now >= next_tick:
                     next_tick = now + TICK_S
                     if self._on_tick is not None:
-                        tick = self._on_tick
-                        self._guarded(lambda: tick(now))
+                        self._guarded(self._on_tick, now)
         finally:
             while self._posted:  # farewells that were posted before the stop
                 self._guarded(self._posted.popleft())
@@ -161,9 +163,9 @@ class Reactor:
             os.close(self._wake_fd)
         self.context.term()
 
-    def _guarded(self, work: Callable[[], None]) -> None:
+    def _guarded(self, work: Callable[..., None], *args: Any) -> None:
         try:
-            work()
+            work(*args)
         except Exception:
             log.exception("%r: an event handler failed", self)
 
@@ -251,7 +253,9 @@ class Endpoint:
         try:
             self._socket.bind(address)
         except zmq.ZMQError as error:
-            raise OptionError(f"bind: expected a free address such as tcp://0.0.0.0:9091, got {address!r} ({error})") from error
+            raise OptionError(
+                f"bind: expected a free address such as tcp://0.0.0.0:9091, got {address!r} ({error})"
+            ) from error
         self.address = self._socket.getsockopt(zmq.LAST_ENDPOINT).rstrip(b"\0").decode()  # type: ignore[union-attr]
         return self.address
 
