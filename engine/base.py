@@ -239,9 +239,15 @@ class Engine(ABC):
             if handle is not None:
                 handle.result(None if end is None else max(0.0, end - time.monotonic()))
 
+    def _vars_of(self, item: Any) -> list[Var]:
+        if isinstance(item, Var):
+            return [item]
+        whole, part = self._memory.vars_of(item)
+        return whole + part
+
     def _reader(self, item: Any) -> Handle | None:
         with self._lock:
-            vars_ = [item] if isinstance(item, Var) else sum(self._memory.vars_of(item), [])
+            vars_ = self._vars_of(item)
             if all(v.writer is None and not v.queue for v in vars_):
                 error = next((v.poison for v in vars_ if v.poison is not None), None)
                 if error is None:
@@ -275,7 +281,7 @@ class Engine(ABC):
         """Is there an unfinished op that writes any of these arrays or vars?"""
         with self._lock:
             for item in items:
-                for var in [item] if isinstance(item, Var) else sum(self._memory.vars_of(item), []):
+                for var in self._vars_of(item):
                     if var.writer is not None or any(writes for _, writes in var.queue):
                         return True
         return False

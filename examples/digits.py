@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from itertools import pairwise
 
 import numpy as np
 from sklearn.datasets import load_digits
@@ -55,7 +56,7 @@ def images(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
 def initial_weights(sizes: list[int], seed: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     weights = {}
-    for layer, (fan_in, fan_out) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+    for layer, (fan_in, fan_out) in enumerate(pairwise(sizes)):
         scale = np.sqrt(2 / fan_in)
         weights[f"w{layer}"] = (rng.standard_normal((fan_in, fan_out)) * scale).astype(np.float32)
         weights[f"b{layer}"] = np.zeros(fan_out, np.float32)

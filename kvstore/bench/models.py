@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 Shapes = dict[str, tuple[int, ...]]
 
 
 def mlp(sizes: tuple[int, ...] = (784, 512, 512, 10)) -> Shapes:
     """A multi-layer perceptron (0.67 M parameters by default)."""
     shapes: Shapes = {}
-    for layer, (fan_in, fan_out) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+    for layer, (fan_in, fan_out) in enumerate(pairwise(sizes)):
         shapes[f"layer{layer}.weight"] = (fan_out, fan_in)
         shapes[f"layer{layer}.bias"] = (fan_out,)
     return shapes
@@ -40,7 +42,7 @@ def resnet50() -> Shapes:
 
 
 def bert_base() -> Shapes:
-    """BERT-base, uncased (Devlin et al. 2018) with its pooler: 199 tensors, 109,482,240 parameters, 438 MB in float32."""
+    """BERT-base, uncased (Devlin et al. 2018), with pooler: 199 tensors, 109,482,240 parameters, 438 MB in float32."""
     shapes: Shapes = {
         "embeddings.word": (30522, 768),
         "embeddings.position": (512, 768),

@@ -211,7 +211,7 @@ class Server:
                     self._then(self._stored[piece], rank, message.request_id, lambda m=message: (m, ()))  # type: ignore[misc]
                 case Apply():
                     self._apply(action)
-                case Create(piece, spec, payload):
+                case Create(piece, _, payload):
                     assert isinstance(payload, np.ndarray)
                     self._stored[piece] = Stored(payload, f"{piece[0]!r}[{piece[1]}]")
                 case SendState(rank, request_id, piece):

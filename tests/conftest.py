@@ -1,0 +1,47 @@
+"""Every test leaves the process as it found it: no thread, no child, no shared-memory segment more."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PATIENCE_S = 10.0
+SHARED_MEMORY = Path("/dev/shm")
+OURS = ("kvstore", "engine")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--simulation-seeds", type=int, default=20, help="seeds for the simulation of a cluster")
+
+
+def threads() -> set[threading.Thread]:
+    return {t for t in threading.enumerate() if t.name.startswith(OURS)}
+
+
+def segments() -> set[str]:
+    return {path.name for path in SHARED_MEMORY.glob("kvstore*")} if SHARED_MEMORY.is_dir() else set()
+
+
+def children() -> set[str]:
+    return set(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()) if os.path.isdir("/proc") else set()
+
+
+@pytest.fixture(autouse=True)
+def nothing_leaks() -> Iterator[None]:
+    before = threads(), segments(), children()
+    yield
+    end = time.monotonic() + PATIENCE_S
+    while True:
+        left = [now - then for now, then in zip((threads(), segments(), children()), before, strict=True)]
+        if not any(left):
+            return
+        if time.monotonic() > end:
+            pytest.fail(f"left behind: threads {left[0]}, segments {left[1]}, children {left[2]}")
+        gc.collect()
+        time.sleep(0.01)  # between looks
