@@ -1,15 +1,16 @@
-"""Train a multi-layer perceptron on handwritten digits through the store, with NumPy alone.
+"""Handwritten digits: a network in NumPy, trained by any number of devices and workers.
 
-One process, one process with several devices, or a cluster; the program is the same::
+    python examples/digits.py                                         # one process
+    python examples/digits.py --devices 2                             # one process, two devices
+    kvstore run -w 2 -s 1 -- python examples/digits.py --devices 2    # a cluster, two devices in each worker
 
-    python examples/digits.py
-    python examples/digits.py --devices 2
-    kvstore run -w 2 -s 1 -- python examples/digits.py --devices 2
+It is the same program each time, and under the default consistency each time the same training: the
+batch is divided over all devices of all workers, and their gradients are summed.
 
-Every layer's forward and backward pass is an op of the engine, which knows what it reads and writes.
-So a layer's gradient travels while the layer before it is still computing, and the next forward
-pass of a layer starts as soon as its own weights have arrived. The global batch is the same however
-many workers and devices share it.
+The loop in ``train`` never waits for a layer. It pushes the step's work to the engine, and the engine
+runs each op as soon as what it reads is there: a layer's gradients travel while the layer before it is
+still being differentiated, and the next forward pass begins with the first layer's new weights while
+those of later layers are still on their way.
 """
 
 from __future__ import annotations
@@ -17,9 +18,13 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections import deque
+from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
+import threadpoolctl
+from rich.progress import BarColumn, Progress, TextColumn
 from sklearn.datasets import load_digits
 
 import engine
@@ -27,194 +32,208 @@ import kvstore
 from kvstore import environment
 
 HELD_OUT = 360  # of the 1,797 images
+CLASSES = 10
+STEPS_IN_FLIGHT = 2
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--devices", type=int, default=1)
-    parser.add_argument("--epochs", type=int, default=40)
-    parser.add_argument("--steps", type=int, help="stop after so many steps")
-    parser.add_argument("--batch", type=int, default=64, help="images per step, over all workers and devices")
-    parser.add_argument("--hidden", type=int, nargs="*", default=[128, 64])
-    parser.add_argument("--lr", type=float, default=0.1)
-    parser.add_argument("--momentum", type=float, default=0.9)
-    parser.add_argument("--device-consistency", default="sequential")
-    parser.add_argument("--cluster-consistency", default="sequential")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--save-weights", help="write the final weights to this .npz file (rank 0)")
-    return parser.parse_args()
-
-
-def images(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Training and held-out images (n x 64, float32 in 0..1) with their digits."""
-    data = load_digits()
-    order = np.random.default_rng(seed).permutation(len(data.target))
-    pixels, digits = (data.data[order] / 16).astype(np.float32), data.target[order]
-    return pixels[HELD_OUT:], digits[HELD_OUT:], pixels[:HELD_OUT], digits[:HELD_OUT]
-
-
-def initial_weights(sizes: list[int], seed: int) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(seed)
-    weights = {}
-    for layer, (fan_in, fan_out) in enumerate(pairwise(sizes)):
-        scale = np.sqrt(2 / fan_in)
-        weights[f"w{layer}"] = (rng.standard_normal((fan_in, fan_out)) * scale).astype(np.float32)
-        weights[f"b{layer}"] = np.zeros(fan_out, np.float32)
-    return weights
+def load(dtype: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Images and labels to train with, then those held out. An image is 64 pixels and a one, for the bias."""
+    images, labels = load_digits(return_X_y=True)
+    images = np.hstack([images / 16, np.ones((len(images), 1))]).astype(dtype)
+    order = np.random.default_rng(0).permutation(len(images))
+    images, labels = images[order], labels[order]
+    return images[HELD_OUT:], labels[HELD_OUT:], images[:HELD_OUT], labels[:HELD_OUT]
 
 
 class Replica:
-    """One device's copy of the network: its weights, gradients and activations, and the ops on them."""
+    """One device: its copy of the weights, and memory for one step.
 
-    def __init__(self, weights: dict[str, np.ndarray], batch: int, share: int) -> None:
-        self.weights = {key: value.copy() for key, value in weights.items()}
-        self.gradients = {key: np.zeros_like(value) for key, value in weights.items()}
-        self.layers = len(weights) // 2
-        widths = [weights["w0"].shape[0]] + [weights[f"b{layer}"].size for layer in range(self.layers)]
-        self.activations = [np.zeros((share, width), np.float32) for width in widths]
-        self.errors = [np.zeros((share, width), np.float32) for width in widths]
-        self.digits = np.zeros(share, np.int64)
-        self.loss = np.zeros(1)
-        self.batch = batch
+    The last row of a layer's weights is the bias. Every method pushes ops to the engine and returns at once.
+    """
 
-    def load(self, pixels: np.ndarray, digits: np.ndarray) -> None:
-        """An op that brings in this device's share of the next batch."""
+    def __init__(self, widths: Sequence[int], images: int, dtype: str, seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        self.weights = [
+            np.vstack([rng.normal(0, np.sqrt(2 / m), (m, n)), np.zeros(n)]).astype(dtype) for m, n in pairwise(widths)
+        ]
+        self.grads = [np.zeros_like(w) for w in self.weights]
+        self.inputs = [np.ones((images, n + 1), dtype) for n in widths[:-1]]  # the last column stays one
+        self.deltas = [np.zeros((images, n), dtype) for n in widths[1:]]  # the loss by each layer's output
+        self.labels = np.zeros(images, int)
 
-        def copy() -> None:
-            self.activations[0][:] = pixels
-            self.digits[:] = digits
+    def load(self, images: np.ndarray, labels: np.ndarray) -> None:
+        def op() -> None:
+            self.inputs[0][:], self.labels[:] = images, labels
 
-        engine.push(copy, writes=[self.activations[0], self.digits], name="load")
+        engine.push(op, writes=[self.inputs[0], self.labels], name="load")
 
     def forward(self, layer: int) -> None:
-        w, b = self.weights[f"w{layer}"], self.weights[f"b{layer}"]
-        x, y = self.activations[layer], self.activations[layer + 1]
+        x, w, y = self.inputs[layer], self.weights[layer], self.inputs[layer + 1]
 
-        def compute() -> None:
-            np.matmul(x, w, out=y)
-            np.add(y, b, out=y)
-            if layer < self.layers - 1:
-                np.maximum(y, 0, out=y)
+        def op() -> None:
+            np.maximum(x @ w, 0, out=y[:, :-1])
 
-        engine.push(compute, reads=[x, w, b], writes=[y], name=f"forward {layer}")
+        engine.push(op, reads=[x, w], writes=[y], name=f"forward {layer}")
 
-    def softmax(self) -> None:
-        """The loss, and its gradient by the last layer's output, as a mean over the global batch."""
-        y, e = self.activations[-1], self.errors[-1]
+    def loss(self, batch: int) -> engine.Handle:
+        """The last layer and the cross-entropy of its softmax; the handle's result is this device's share."""
+        x, w, delta, labels = self.inputs[-1], self.weights[-1], self.deltas[-1], self.labels
 
-        def compute() -> None:
-            p = np.exp(y - y.max(axis=1, keepdims=True))
-            p /= p.sum(axis=1, keepdims=True)
-            rows = np.arange(len(p))
-            self.loss[0] = -np.log(p[rows, self.digits] + 1e-9).mean()
-            p[rows, self.digits] -= 1
-            e[:] = p / self.batch
+        def op() -> float:
+            scores = x @ w
+            scores -= scores.max(axis=1, keepdims=True)
+            odds = np.exp(scores)
+            total = odds.sum(axis=1, keepdims=True)
+            right = np.arange(len(labels)), labels
+            delta[:] = odds / total
+            delta[right] -= 1
+            delta[:] /= batch
+            return float((np.log(total[:, 0]) - scores[right]).sum() / batch)
 
-        engine.push(compute, reads=[y, self.digits], writes=[e, self.loss], name="softmax")
+        return engine.push(op, reads=[x, w, labels], writes=[delta], name="loss")
 
     def backward(self, layer: int) -> None:
-        w, gw, gb = self.weights[f"w{layer}"], self.gradients[f"w{layer}"], self.gradients[f"b{layer}"]
-        x, e, before = self.activations[layer], self.errors[layer + 1], self.errors[layer]
+        x, w, grad, delta = self.inputs[layer], self.weights[layer], self.grads[layer], self.deltas[layer]
 
-        def compute() -> None:
-            np.matmul(x.T, e, out=gw)
-            np.sum(e, axis=0, out=gb)
-            if layer:
-                np.matmul(e, w.T, out=before)
-                np.multiply(before, x > 0, out=before)
+        def gradient() -> None:
+            np.matmul(x.T, delta, out=grad)
 
-        engine.push(compute, reads=[x, e, w], writes=[gw, gb, before], name=f"backward {layer}")
+        engine.push(gradient, reads=[x, delta], writes=[grad], name=f"gradient {layer}")
+        if layer:
+            before = self.deltas[layer - 1]
 
+            def op() -> None:
+                np.multiply(delta @ w[:-1].T, x[:, :-1] > 0, out=before)
 
-def accuracy(weights: dict[str, np.ndarray], pixels: np.ndarray, digits: np.ndarray) -> float:
-    layers = len(weights) // 2
-    for layer in range(layers):
-        pixels = pixels @ weights[f"w{layer}"] + weights[f"b{layer}"]
-        if layer < layers - 1:
-            pixels = np.maximum(pixels, 0)
-    return float((pixels.argmax(axis=1) == digits).mean())
+            engine.push(op, reads=[x, w, delta], writes=[before], name=f"backward {layer}")
 
 
-class Progress:
-    """A bar that redraws itself on a terminal and prints a line now and then elsewhere."""
+def accuracy(weights: Sequence[np.ndarray], images: np.ndarray, labels: np.ndarray) -> float:
+    x = images
+    for w in weights[:-1]:
+        x = np.hstack([np.maximum(x @ w, 0), np.ones_like(x[:, :1])])
+    return float(np.mean((x @ weights[-1]).argmax(axis=1) == labels))
 
-    def __init__(self, total: int) -> None:
-        self.total, self.live = total, sys.stdout.isatty()
-        self.started = self.shown = time.monotonic()
 
-    def show(self, step: int, loss: float, samples: int, staleness: object) -> None:
-        now = time.monotonic()
-        if step < self.total and now - self.shown < (0.1 if self.live else 1.0):
+class Bar:
+    """Progress: a live bar on a terminal, ten lines in all elsewhere."""
+
+    def __init__(self, steps: int, batch: int, quiet: bool) -> None:
+        self.steps, self.batch, self.quiet = steps, batch, quiet
+        self.started = time.perf_counter()
+        self.live: Progress | None = None
+        if sys.stdout.isatty() and not quiet:
+            self.live = Progress(BarColumn(), TextColumn("{task.percentage:3.0f}%  {task.description}"))
+            self.live.add_task("", total=steps)
+            self.live.start()
+
+    def update(self, step: int, loss: float, staleness: int | tuple[int, int]) -> None:
+        if self.quiet or (not self.live and step * 10 // self.steps == (step - 1) * 10 // self.steps):
             return
-        self.shown = now
-        bar = "#" * (20 * step // self.total)
-        line = (
-            f"[{bar:<20}] step {step}/{self.total}  loss {loss:.4f}  "
-            f"{samples / (now - self.started):,.0f} samples/s  staleness {staleness}"
-        )
-        print(
-            f"\r{line}" if self.live else line,
-            end="" if self.live and step < self.total else "\n",
-            flush=True,
-        )
+        rate = step * self.batch / (time.perf_counter() - self.started)
+        text = f"loss {loss:.4f}  {rate:,.0f} samples/s  staleness {staleness}"
+        if self.live:
+            self.live.update(self.live.task_ids[0], completed=step, description=text)
+        else:
+            done = step * 20 // self.steps
+            print(f"[{'#' * done}{'-' * (20 - done)}] {step:>4}/{self.steps}  {text}", flush=True)
+
+    def stop(self) -> None:
+        if self.live:
+            self.live.stop()
 
 
 def train(kv: kvstore.KVStore, args: argparse.Namespace) -> float:
-    train_x, train_y, test_x, test_y = images(args.seed)
-    parts = kv.num_workers * args.devices
+    """Returns the accuracy on the held-out images."""
+    images, labels, *held_out = load(args.dtype)
+    parts = kv.num_workers * kv.num_devices
     if args.batch % parts:
-        raise SystemExit(f"--batch {args.batch}: expected a multiple of {parts}, workers times devices")
+        raise SystemExit(f"--batch {args.batch}: expected a multiple of {parts}, the devices of all workers")
     share = args.batch // parts
-    weights = initial_weights([64, *args.hidden, 10], args.seed)
-    replicas = [Replica(weights, args.batch, share) for _ in range(args.devices)]
-    layers = range(replicas[0].layers)
-    keys = list(weights)
-    kv.set_optimizer(kvstore.optim.SGD(lr=args.lr, momentum=args.momentum))
-    kv.init(keys, list(weights.values()))
-    for key in keys:
-        kv.pull(key, out=[r.weights[key] for r in replicas]).result()
 
-    steps_per_epoch = len(train_x) // args.batch
-    steps = args.steps or args.epochs * steps_per_epoch
-    progress = Progress(steps)
+    widths = [64, *args.hidden, CLASSES]
+    replicas = [Replica(widths, share, args.dtype, args.seed) for _ in range(kv.num_devices)]
+    layers = range(len(widths) - 1)
+    keys = [f"layer {layer}" for layer in layers]
+    weights = [[r.weights[layer] for r in replicas] for layer in layers]  # per layer, one array per device
+    grads = [[r.grads[layer] for r in replicas] for layer in layers]
+
+    kv.set_optimizer(kvstore.optim.SGD(lr=args.lr, momentum=args.momentum))
+    kv.init(keys, replicas[0].weights)
+
+    per_epoch = len(images) // args.batch
+    steps = args.steps or args.epochs * per_epoch
+    bar = Bar(steps, args.batch, args.quiet or kv.rank > 0)
+    in_flight: deque[tuple[int, list[engine.Handle], list[kvstore.Handle]]] = deque()
+
+    def finish_one() -> None:
+        step, losses, exchanges = in_flight.popleft()
+        for exchange in exchanges:
+            exchange.result()
+        loss = kv.num_workers * sum(handle.result() for handle in losses)  # as far as this worker can tell
+        bar.update(step, loss, max(exchange.staleness for exchange in exchanges))
+
     for step in range(steps):
-        epoch, position = divmod(step, steps_per_epoch)
-        order = np.random.default_rng((args.seed, epoch)).permutation(len(train_x))
-        batch = order[position * args.batch : (position + 1) * args.batch]
-        for d, replica in enumerate(replicas):
-            part = kv.rank * args.devices + d
-            mine = batch[part * share : (part + 1) * share]
-            replica.load(train_x[mine], train_y[mine])
-            for layer in layers:
+        if step % per_epoch == 0:
+            order = np.random.default_rng([args.seed, step]).permutation(len(images))  # alike in every worker
+        batch = order[step % per_epoch * args.batch :][: args.batch]
+        mine = batch[kv.rank * share * kv.num_devices :]
+        losses = []
+        for device, replica in enumerate(replicas):
+            part = mine[device * share :][:share]
+            replica.load(images[part], labels[part])
+            for layer in layers[:-1]:
                 replica.forward(layer)
-            replica.softmax()
-        pulls = []
+            losses.append(replica.loss(args.batch))
+        exchanges = []
         for layer in reversed(layers):
             for replica in replicas:
                 replica.backward(layer)
-            for key in (f"w{layer}", f"b{layer}"):  # these ops wait for the gradients by themselves
-                first_needed = len(layers) - layer
-                kv.push(key, [r.gradients[key] for r in replicas], priority=first_needed)
-                pulls.append(kv.pull(key, out=[r.weights[key] for r in replicas], priority=first_needed))
-        engine.wait(*(r.loss for r in replicas))
-        loss = sum(float(r.loss[0]) for r in replicas) / len(replicas)
-        pulls[-1].result()
-        progress.show(step + 1, loss, (step + 1) * args.batch, pulls[-1].staleness)
+            # The next forward pass needs the first layer's weights first: they may overtake.
+            exchanges.append(kv.pushpull(keys[layer], grads[layer], out=weights[layer], priority=-layer))
+        in_flight.append((step + 1, losses, exchanges))
+        if len(in_flight) == STEPS_IN_FLIGHT:
+            finish_one()
+    while in_flight:
+        finish_one()
+    bar.stop()
 
-    kv.barrier()
-    final = {key: kv.pull(key).result() for key in keys}
-    if args.save_weights and kv.rank == 0:
-        np.savez(args.save_weights, **final)
-    return accuracy(final, test_x, test_y)
+    kv.barrier()  # now the values hold what every worker has pushed
+    final = kv.pull(keys).result()
+    result = accuracy(final, *held_out)
+    if kv.rank == 0:
+        if args.save_weights:
+            np.savez(args.save_weights, **dict(zip(keys, final, strict=True)))
+        print(f"accuracy {result:.4f} on {HELD_OUT} held-out images", flush=True)
+    return result
 
 
-def main() -> None:
-    args = parse()
-    kind = "local" if environment.read().address is None else "dist"
-    options = {"cluster_consistency": args.cluster_consistency} if kind == "dist" else {}
-    with kvstore.create(kind, devices=args.devices, device_consistency=args.device_consistency, **options) as kv:
-        reached = train(kv, args)
-        print(f"accuracy {reached:.4f} on {HELD_OUT} held-out images", flush=True)
+def main(argv: Sequence[str] | None = None) -> float:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    option = parser.add_argument
+    option("--devices", type=int, default=1)
+    option("--epochs", type=int, default=20)
+    option("--steps", type=int, help="instead of --epochs")
+    option("--batch", type=int, default=64, help="of all workers and devices together")
+    option("--hidden", type=int, nargs="*", default=[128, 64], help="widths of the hidden layers")
+    option("--lr", type=float, default=0.05)
+    option("--momentum", type=float, default=0.9)
+    option("--device-consistency", default="sequential", help="sequential, bounded(s) or eventual")
+    option("--cluster-consistency", default="sequential", help="the same, among workers")
+    option("--dtype", choices=["float32", "float64"], default="float32")
+    option("--seed", type=int, default=1)
+    option("--save-weights", metavar="FILE.npz")
+    option("--quiet", action="store_true", help="print the accuracy alone")
+    args = parser.parse_args(argv)
+
+    where = {"type": "local"}
+    if environment.read().address is not None:  # a worker of a cluster
+        where = {"type": "dist", "cluster_consistency": args.cluster_consistency}
+    with (
+        threadpoolctl.threadpool_limits(1),  # the engine runs layers and devices in parallel, BLAS need not
+        kvstore.create(devices=args.devices, device_consistency=args.device_consistency, **where) as kv,
+    ):
+        return train(kv, args)
 
 
 if __name__ == "__main__":
