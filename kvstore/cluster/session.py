@@ -76,9 +76,13 @@ class Session:
         self._inbox: list[tuple[Request, bool]] = []
         self._closed: KVStoreError | None = None
         self._reactor = Reactor(f"kvstore-{role}", self._tick)
-        self._connections[SCHEDULER] = self._reactor.connection(
-            address, lambda frames: self._receive(SCHEDULER, frames)
-        )
+        try:
+            self._connections[SCHEDULER] = self._reactor.connection(
+                address, lambda frames: self._receive(SCHEDULER, frames)
+            )
+        except KVStoreError:
+            self._reactor.abandon()
+            raise
         self._reactor.start()
 
     def __repr__(self) -> str:
