@@ -178,9 +178,9 @@ class Level:
         return [p for p in self.participants if self.left.get(p, round) >= round]
 
     def slowest(self) -> int:
-        """The smallest round of those who are still here; of all, when everybody left."""
+        """The smallest round of those who are still here; when everybody left, nobody is behind."""
         here = [n for p, n in self.rounds.items() if p not in self.left]
-        return min(here or self.rounds.values(), default=0)
+        return min(here) if here else max(self.rounds.values(), default=0)
 
     def push(self, participant: int) -> tuple[list[Update], list[Answer]]:
         """Count one push. Raises KeyError when ``participant`` is not a member."""

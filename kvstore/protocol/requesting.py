@@ -5,7 +5,8 @@ What this file decides:
 - the order: per piece, push n+1 goes out when push n has committed (and, in a sequential key, when
   the pulls before it are answered); among what may go, larger priority first, then age;
 - the credit: bytes on the way to one server, from sending to acceptance, stay within a bound, so
-  that an urgent piece is never behind more than that;
+  that an urgent piece is never behind more than that; what waits for credit holds up nothing that
+  needs none, above all not the resends by which credit comes back;
 - resends: a request without an answer is sent again, a push that was accepted only asks, without
   its bytes, what became of it.
 
@@ -91,6 +92,7 @@ class Requesting:
         self.open: dict[int, Request] = {}  # submitted and not finished, by request id
         self.in_flight: dict[int, int] = {}  # server -> bytes that hold credit
         self._ready: dict[int, list[tuple[int, int, Request]]] = {}
+        self._costly: dict[int, list[tuple[int, int, Request]]] = {}  # ready, but for their credit
         self._channels: dict[Hashable, _Channel] = {}
         self._submitted = 0
 
@@ -113,25 +115,12 @@ class Requesting:
 
     def outgoing(self, server: int, now: float) -> Iterator[tuple[Message, object]]:
         """What is to be sent to ``server`` now, with its payload; counts as sent when yielded."""
-        ready = self._ready.get(server)
-        while ready:
-            request = ready[0][2]
-            if request.request_id not in self.open:
-                heapq.heappop(ready)
-                continue
-            bare = request.accepted and isinstance(request.message, Push)
-            if not bare and not request.holds_credit and request.nbytes > CREDIT_FREE_BYTES:
-                used = self.in_flight.get(server, 0)
-                if used and used + request.nbytes > self.credit_bytes:
-                    return
-                self.in_flight[server] = used + request.nbytes
-                request.holds_credit = True
-            heapq.heappop(ready)
+        while (request := self._next(server)) is not None:
             request.queued = False
             patience = min(RESEND_S_MAX, self.resend_s * 2.0**request.sent_times)
             request.sent_times += 1
             request.resend_at = now + patience + self.in_flight.get(server, 0) / SLOWEST_LINK
-            yield request.message, None if bare else request.payload
+            yield request.message, None if _is_bare(request) else request.payload
 
     def reply(self, message: Message, payload: object) -> Outcome | None:
         """Conclude from a server's reply; None while the request stays open (or was closed before)."""
@@ -172,10 +161,39 @@ class Requesting:
                 self._close(request)
                 failed.append(Refused(request, error))
 
+    def _next(self, server: int) -> Request | None:
+        """Take the most urgent request that may go to ``server`` now; it holds its credit then."""
+        ready, costly = self._ready.get(server, []), self._costly.get(server, [])
+        while costly and costly[0][2].request_id not in self.open:
+            heapq.heappop(costly)
+        while ready:
+            request = ready[0][2]
+            if request.request_id not in self.open:
+                heapq.heappop(ready)
+            elif self._needs_credit(request):  # accepted when queued, then found missing
+                costly = self._costly.setdefault(server, costly)
+                heapq.heappush(costly, heapq.heappop(ready))
+            else:
+                break
+        if costly and (not ready or costly[0] < ready[0]):
+            request = costly[0][2]
+            if not self._needs_credit(request):
+                return heapq.heappop(costly)[2]
+            used = self.in_flight.get(server, 0)
+            if not used or used + request.nbytes <= self.credit_bytes:
+                self.in_flight[server] = used + request.nbytes
+                request.holds_credit = True
+                return heapq.heappop(costly)[2]
+        return heapq.heappop(ready)[2] if ready else None
+
+    def _needs_credit(self, request: Request) -> bool:
+        return not _is_bare(request) and not request.holds_credit and request.nbytes > CREDIT_FREE_BYTES
+
     def _enqueue(self, request: Request) -> None:
         if not request.queued:
             request.queued = True
-            heap = self._ready.setdefault(request.server, [])
+            heaps = self._costly if self._needs_credit(request) else self._ready
+            heap = heaps.setdefault(request.server, [])
             heapq.heappush(heap, (-request.priority, request.sequence, request))
 
     def _release(self, channel: _Channel) -> None:
@@ -216,3 +234,8 @@ class Requesting:
         if request.holds_credit:
             request.holds_credit = False
             self.in_flight[request.server] -= request.nbytes
+
+
+def _is_bare(request: Request) -> bool:
+    """Is it enough to ask what became of it?"""
+    return request.accepted and isinstance(request.message, Push)
