@@ -117,7 +117,7 @@ class Requesting:
         """What is to be sent to ``server`` now, with its payload; counts as sent when yielded."""
         while (request := self._next(server)) is not None:
             request.queued = False
-            patience = min(RESEND_S_MAX, self.resend_s * 2.0**request.sent_times)
+            patience = min(RESEND_S_MAX, self.resend_s * 2.0 ** min(request.sent_times, 16))
             request.sent_times += 1
             request.resend_at = now + patience + self.in_flight.get(server, 0) / SLOWEST_LINK
             yield request.message, None if _is_bare(request) else request.payload
