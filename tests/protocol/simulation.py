@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvstore import consistency
-from kvstore.consistency import Bounded, Eventual, Model, Sequential
+from kvstore.consistency import Bounded, Model, Sequential
 from kvstore.protocol import messages
 from kvstore.protocol.messages import Fetch, Init, Leave, Message, Push, Sender, Spec, Value
 from kvstore.protocol.pieces import owner
