@@ -26,7 +26,7 @@ from kvstore.consistency import Bounded, Model, Sequential
 from kvstore.protocol import messages
 from kvstore.protocol.messages import Fetch, Init, Leave, Message, Push, Sender, Spec, Value
 from kvstore.protocol.pieces import owner
-from kvstore.protocol.requesting import Answered, Request, Requesting
+from kvstore.protocol.requesting import CREDIT_FREE_BYTES, Answered, Request, Requesting
 from kvstore.protocol.serving import Action, Apply, Create, PieceId, Reply, ReplyAfter, ReplyValue, Serving
 
 CREDIT_BYTES = 200_000
@@ -288,7 +288,7 @@ class Simulation:
 
             def make(request_id: int, piece: int = piece) -> Message:
                 if pushes:
-                    return Push(request_id, op.key, piece, own, pulls, nbytes > messages_free_bytes())
+                    return Push(request_id, op.key, piece, own, pulls, nbytes > CREDIT_FREE_BYTES)
                 return Fetch(request_id, op.key, piece, own)
 
             ids.add(
@@ -490,13 +490,6 @@ class Simulation:
         for worker in self.workers:
             if worker.core.open or any(worker.core.in_flight.values()):
                 self.fail(f"worker {worker.rank}: left over: {worker.core}")
-
-
-def messages_free_bytes() -> int:
-    """The size from which a push asks for an acknowledgement, as the client has it."""
-    from kvstore.protocol.requesting import CREDIT_FREE_BYTES
-
-    return CREDIT_FREE_BYTES
 
 
 def main(arguments: list[str] | None = None) -> int:
