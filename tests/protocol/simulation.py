@@ -426,8 +426,8 @@ class Simulation:
         """The number a reply carries is the one that its value shows."""
         asked, members = self.asked[rank, request_id], self._members(str(piece[0]))
         merged = Counter(p for update in server.values[piece] for p, _ in update)
-        here = [merged[p] for p in members if p not in server.left] or [merged[p] for p in members]
-        right = max(0, asked.own - min(here)) if rank in members else 0
+        here = [merged[p] for p in members if p not in server.left]  # when all have left, nobody is behind
+        right = max(0, asked.own - min(here)) if rank in members and here else 0
         exact = not isinstance(self.model, Sequential)  # there, pushes count before they are merged
         if (exact and told != right) or (isinstance(self.model, Bounded) and told > self.model.staleness):
             self.fail(f"pull by worker {rank} of {piece} after round {asked.own}: staleness {told}, it is {right}")

@@ -40,9 +40,12 @@ def found(model: str | None = None, **planted) -> str:
         try:
             Simulation(seed, model, **planted).run()
         except Violation as violation:
-            assert f"--seed {seed}" in str(violation)
-            return str(violation)
-    pytest.fail("the planted bug was not found")
+            text = str(violation)
+            break
+    else:
+        pytest.fail("the planted bug was not found")
+    assert f"--seed {seed}" in text
+    return text
 
 
 class AppliesRepeats(Serving):
