@@ -68,7 +68,6 @@ def scheduler(bind: str, advertise: str | None, workers: int, servers: int) -> N
     from kvstore.cluster.scheduler import Scheduler
 
     one = Scheduler(bind, workers, servers, advertise=advertise)
-    one.start()
     click.echo(f"scheduler at {one.address}")
     sys.exit(serve(one))
 

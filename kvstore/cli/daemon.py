@@ -20,7 +20,7 @@ class Daemon(Protocol):
 
 
 def serve(daemon: Daemon, beside: Daemon | None = None) -> int:
-    """Start ``daemon`` (and again is fine), wait for SIGINT or SIGTERM, stop it and ``beside``; the exit code."""
+    """Start ``daemon``, wait for SIGINT or SIGTERM, stop it and ``beside``; the exit code."""
     told: list[int] = []
     failed: list[KVStoreError] = []
     wake = threading.Event()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -365,18 +366,14 @@ class ClusterHome(Home):
 
     def close(self, reason: str, timeout_s: float) -> None:
         try:
-            self._ask_all(lambda i: Leave(i, reason), timeout_s, "leave", lost_is_fine=True)
-            self._wait([self._session.ask(SCHEDULER, lambda i: Leave(i, reason))], timeout_s, "leave")
+            for member in (*self._servers, SCHEDULER):
+                with contextlib.suppress(ServerLostError):  # who is gone need not be told
+                    self._wait([self._session.ask(member, lambda i: Leave(i, reason))], timeout_s, "leave")
         finally:
             self._session.close()
 
-    def _ask_all(
-        self, make: Callable[[int], Message], timeout_s: float, what: str, *, lost_is_fine: bool = False
-    ) -> None:
-        asked = [self._session.ask(server, make) for server in self._servers]
-        if lost_is_fine:
-            asked = [a for a in asked if not (a.done() and isinstance(a.exception(), ServerLostError))]
-        self._wait(asked, timeout_s, what)
+    def _ask_all(self, make: Callable[[int], Message], timeout_s: float, what: str) -> None:
+        self._wait([self._session.ask(server, make) for server in self._servers], timeout_s, what)
 
     def _wait(self, asked: list[Future[Any]], timeout_s: float, what: str) -> None:
         for server, answer in enumerate(asked):
