@@ -140,11 +140,8 @@ def test_a_killed_member_stops_everything_with_a_reason(mark, role):
         for pid in victims:
             environ = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
             command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-            if (
-                role == "scheduler"
-                and b"scheduler" in command
-                or role != "scheduler"
-                and marks[role].encode() in environ
+            if (role == "scheduler" and b"scheduler" in command) or (
+                role != "scheduler" and marks[role].encode() in environ
             ):
                 os.kill(pid, signal.SIGKILL)
                 break
