@@ -52,25 +52,28 @@ class Handle(Future[Any]):
             DeadlineError: it took longer; the operation stays pending.
             KVStoreError: the operation failed.
         """
+        self.wait(timeout)
         self.observed = True
-        return self._wait(super().result, timeout)
+        return super().result(0)
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """The error of the operation, or None; waits like :meth:`result`."""
+        self.wait(timeout)
         self.observed = True
-        error: BaseException | None = self._wait(super().exception, timeout)
-        return error
+        return super().exception(0)
 
-    def _wait(self, get: Callable[[float | None], Any], timeout: float | None) -> Any:
+    def wait(self, timeout: float | None = None) -> None:
+        """Wait like :meth:`result`, without looking at the outcome. Raises DeadlineError."""
         limit = self._timeout_s if timeout is None else timeout
         try:
-            return get(None if limit == math.inf else limit)
+            super().exception(None if limit == math.inf else limit)
         except TimeoutError as error:
-            if self.done():
-                raise
-            self.observed = False
             why = self.why()
             raise DeadlineError(f"{self.what}: not done after {limit:g} s" + (f"; {why}" if why else "")) from error
+
+    def cancel(self) -> bool:
+        """False: what was pushed or asked cannot be taken back."""
+        return False
 
     @property
     def observed(self) -> bool:

@@ -132,7 +132,7 @@ class KVStore:
         self._entries: dict[Key, _Entry] = {}
         self._kind = ""  # of the keys: "str" or "int", from the first init on
         self._optimizer: Optimizer | None = None
-        self._open: set[Handle] = set()
+        self._pushes: set[Handle] = set()  # not committed yet
         self._lock = threading.RLock()
         self._closed = False
         self._pid = os.getpid()
@@ -659,12 +659,13 @@ class KVStore:
 
     def _handle(self, entry: _Entry, what: str) -> Handle:
         handle = Handle(f"{what} of key {entry.key!r}", self.timeout, lambda: self._explain(entry))
-        with self._lock:
-            self._open.add(handle)
+        if what == "push":
+            with self._lock:
+                self._pushes.add(handle)
 
         def ended(_: Future[Any]) -> None:
             with self._lock:
-                self._open.discard(handle)
+                self._pushes.discard(handle)
             if not handle.observed and handle.exception_now() is not None:
                 with entry.lock:
                     entry.failed.append(handle)
@@ -782,21 +783,16 @@ class KVStore:
         return self.timeout if timeout is None else timeout
 
     def wait_for_commits(self, timeout: float | None = None) -> None:
-        """Wait until every operation of this store so far is done; raise the first error nobody saw."""
+        """Wait until every push of this store so far is committed; raise the first error nobody has seen.
+
+        Raises:
+            DeadlineError: a push was not committed within ``timeout`` seconds; says why.
+        """
         limit = self._limit(timeout)
         with self._lock:
-            waiting = list(self._open)
-        for handle in waiting:
-            handle.exception(limit)
-            handle.observed = False
-        with self._lock:
-            entries = list(self._entries.values())
-        for handle in waiting:
-            error = handle.exception_now()
-            if error is not None:
-                for entry in entries:
-                    entry.failed.clear()
-                raise error
+            pushes, entries = list(self._pushes), list(self._entries.values())
+        for push in pushes:
+            push.wait(limit)
         for entry in entries:
             self._raise_unseen(entry)
 

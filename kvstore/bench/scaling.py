@@ -24,6 +24,7 @@ from kvstore.bench.models import MODELS
 from kvstore.errors import KVStoreError
 
 WARM_UP = 3
+BAR_WIDTH = 16
 RUN_TIMEOUT_S = 600
 
 
@@ -67,14 +68,15 @@ def show(rows: list[dict[str, Any]], plot: str | None = None) -> None:
 
     first = rows[0]
     table = Table(
-        title=f"{first['model']}: {first['megabytes']:.1f} MB in {first['keys']} keys, {first['servers']} servers"
+        title=f"{first['model']}: {first['megabytes']:.1f} MB in {first['keys']} keys, {first['servers']} servers, {first['compute_ms']:g} ms of compute"
     )
-    for column in ("workers", "samples/s", "ideal", "efficiency", "step ms", "compute ms", ""):
-        table.add_column(column, justify="left" if not column else "right")
+    for column in ("workers", "samples/s", "ideal", "efficiency", "step ms"):
+        table.add_column(column, justify="right")
+    table.add_column("", no_wrap=True, min_width=BAR_WIDTH)
     single = first["samples_per_s"] / first["workers"]
     top = single * rows[-1]["workers"]
     for row in rows:
-        bar = "█" * max(1, round(30 * row["samples_per_s"] / top))
+        bar = "█" * max(1, round(BAR_WIDTH * row["samples_per_s"] / top))
         ideal = single * row["workers"]
         table.add_row(
             str(row["workers"]),
@@ -82,7 +84,6 @@ def show(rows: list[dict[str, Any]], plot: str | None = None) -> None:
             f"{ideal:,.0f}",
             f"{row['efficiency']:.0%}",
             f"{row['step_ms']:.1f}",
-            f"{row['compute_ms']:.1f}",
             bar,
         )
     Console().print(table)

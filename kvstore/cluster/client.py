@@ -284,6 +284,8 @@ class ClusterHome(Home):
     # --- optimizer ----------------------------------------------------------------------------
 
     def _since(self) -> dict[Key, int]:
+        """This worker's rounds, those included whose gradients are still being computed."""
+        self._engine.wait(*(remote.order for remote in self._remotes.values()))
         return {key: remote.round for key, remote in self._remotes.items() if remote.round}
 
     def set_optimizer(self, optimizer: Optimizer, replace: bool, timeout_s: float) -> None:
