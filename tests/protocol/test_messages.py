@@ -1,0 +1,234 @@
+"""Headers: what goes in comes out, and nothing that a peer sends raises anything but ProtocolError."""
+
+from __future__ import annotations
+
+import math
+import random
+from pathlib import Path
+
+import msgpack
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvstore.errors import KVStoreError, ProtocolError, ProtocolVersionError, from_wire, to_wire
+from kvstore.protocol import messages
+from kvstore.protocol.messages import FORMS, PROTOCOL, Done, Failed, Push, Sender, Spec, Value, decode, encode
+
+SENDER = Sender(7, 1, 0, 1)
+
+natural = st.integers(0, (1 << 63) - 1)
+rank = st.integers(-1, (1 << 31) - 1)
+text = st.text(max_size=40)
+key = st.one_of(st.text(min_size=1, max_size=40), st.integers(-(1 << 63), (1 << 63) - 1))
+plain = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(-(1 << 63), (1 << 63) - 1), st.floats(allow_nan=False), text),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(text, inner, max_size=3)),
+    max_leaves=4,
+)
+described = st.dictionaries(text, plain, max_size=3).filter(lambda d: _depth(d) <= 4)
+spec = st.builds(
+    Spec,
+    st.lists(st.integers(0, 1000), max_size=4).map(tuple),
+    text,
+    st.integers(1, (1 << 63) - 1),
+    text,
+    text,
+    st.one_of(st.none(), st.lists(natural, max_size=4).map(tuple)),
+)
+texts = st.lists(text, max_size=4).map(tuple)
+FIELDS = {
+    messages.key: key,
+    messages._natural: natural,
+    messages._rank: rank,
+    messages._flag: st.booleans(),
+    messages._text: text,
+    messages._described: described,
+    messages._report: described,
+    messages._since: st.dictionaries(key, natural, max_size=3),
+    messages._spec: spec,
+    messages._name_list: texts,
+}
+
+
+def _depth(value) -> int:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return 1 + max(map(_depth, inner), default=0) if isinstance(value, dict | list) else 0
+
+
+def of_kind(number: int) -> st.SearchStrategy:
+    kind, checks = FORMS[number]
+    return st.builds(kind, natural, *(FIELDS.get(check, texts) for check in checks))
+
+
+any_message = st.sampled_from(sorted(FORMS)).flatmap(of_kind)
+sender = st.builds(Sender, natural, natural, rank, rank)
+batch = st.lists(st.tuples(any_message, st.integers(0, 5)), max_size=5)
+
+
+@pytest.mark.parametrize("number", sorted(FORMS), ids=lambda n: FORMS[n][0].__name__)
+def test_every_kind_comes_back_as_it_went(number):
+    @settings(max_examples=25, deadline=None)
+    @given(sender, of_kind(number), st.integers(0, 3))
+    def check(who, message, frames):
+        assert decode(encode(who, [(message, frames)]), frames) == (who, [(message, frames)])
+
+    check()
+
+
+@settings(max_examples=50, deadline=None)
+@given(sender, batch)
+def test_messages_travel_together_in_their_order(who, rows):
+    assert decode(encode(who, rows), sum(n for _, n in rows)) == (who, rows)
+
+
+def test_the_kinds_are_all_there():
+    kinds = [form[0] for form in FORMS.values()]
+    assert len(set(kinds)) == len(kinds)
+    defined = [k for k in vars(messages).values() if isinstance(k, type) and issubclass(k, messages.Message)]
+    assert set(defined) == {messages.Message, *kinds}
+
+
+def mutated(value, rng: random.Random):
+    """``value`` with one thing in it changed to something that may not fit."""
+    odd = [None, True, -1, 1 << 63, 1.5, math.inf, "", "x" * 70_000, b"raw", [], [[]], {}, {"a": {}}, {1: 2}, 0, 255]
+    if isinstance(value, list) and value and rng.random() < 0.85:
+        changed, at = list(value), rng.randrange(len(value))
+        what = rng.random()
+        if what < 0.1:
+            del changed[at]
+        elif what < 0.2:
+            changed.insert(at, rng.choice(odd))
+        else:
+            changed[at] = mutated(changed[at], rng)
+        return changed
+    return rng.choice(odd)
+
+
+def only_a_protocol_error(header: bytes, frames: int) -> None:
+    try:
+        who, rows = decode(header, frames)
+    except ProtocolError:
+        return
+    # what is accepted can be sent on
+    assert decode(encode(who, rows), frames) == (who, rows) or "nan" in repr(rows)
+
+
+@settings(max_examples=300, deadline=None)
+@given(sender, batch, st.integers(0, 1 << 30), st.integers(0, 4))
+def test_mutated_headers(who, rows, seed, times):
+    rng = random.Random(seed)
+    fields = msgpack.unpackb(encode(who, rows), strict_map_key=False)
+    for _ in range(times + 1):
+        fields = mutated(fields, rng)
+    only_a_protocol_error(msgpack.packb(fields), sum(n for _, n in rows))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=200))
+def test_random_bytes(header):
+    only_a_protocol_error(header, 0)
+
+
+@settings(max_examples=300, deadline=None)
+@given(sender, batch, st.integers(0, 1 << 30))
+def test_damaged_bytes(who, rows, seed):
+    rng = random.Random(seed)
+    header = bytearray(encode(who, rows))
+    for _ in range(rng.randint(1, 3)):
+        header[rng.randrange(len(header))] = rng.randrange(256)
+    only_a_protocol_error(bytes(header[: rng.randint(0, len(header))] if rng.random() < 0.3 else header), 0)
+
+
+def packed(*rows, version=PROTOCOL, cluster=7, rank=0) -> bytes:
+    return msgpack.packb([version, cluster, 1, rank, 1, list(rows)])
+
+
+def test_another_version_is_named_with_ours():
+    with pytest.raises(ProtocolVersionError, match=f"expected {PROTOCOL}, the peer speaks 99"):
+        decode(packed(version=99), 0)
+
+
+def test_another_version_may_look_otherwise():
+    with pytest.raises(ProtocolVersionError):
+        decode(msgpack.packb([2, "anything"]), 3)
+
+
+@pytest.mark.parametrize(
+    ("header", "frames", "what"),
+    [
+        (b"", 0, "msgpack"),
+        (b"\x93\x01", 0, "msgpack"),
+        (msgpack.packb({"protocol": 1}), 0, "begins with the protocol version"),
+        (msgpack.packb([True, 7, 1, 0, 1, []]), 0, "begins with the protocol version"),
+        (msgpack.packb([1, 7, 1, 0, 1]), 0, "expected .protocol, cluster"),
+        (packed(rank=-2), 0, "a rank"),
+        (packed(cluster=-1), 0, "a whole number"),
+        (packed([77, 1, 0]), 0, "a known kind"),
+        (packed([38, 1]), 0, "a known kind"),
+        (packed([38, 1, 0, 0]), 0, "0 fields in a Done"),
+        (packed([38, -1, 0]), 0, "a whole number"),
+        (packed([38, 1, 1]), 0, "the header announces 1, 0 came"),
+        (packed([38, 1, 0]), 2, "the header announces 0, 2 came"),
+        (packed([3, 1, "", 0, 0, 0]), 0, "a str of 1-1024"),
+        (packed([3, 1, "k" * 1025, 0, 0, 0]), 0, "a str of 1-1024"),
+        (packed([3, 1, "ä" * 600, 0, 0, 0]), 0, "a str of 1-1024"),
+        (packed([3, 1, 1 << 63, 0, 0, 0]), 0, "an int64"),
+        (packed([3, 1, True, 0, 0, 0]), 0, "an int64"),
+        (packed([1, 1, "k", 0, [[1] * 65, "f", 1, "", "", None], 0]), 0, "at most 64"),
+        (packed([1, 1, "k", 0, [[1 << 62, 4], "f", 1, "", "", None], 0]), 0, "a value that fits"),
+        (packed([1, 1, "k", 0, [[1], "f", 0, "", "", None], 0]), 0, "a value that fits"),
+        (packed([10, 1, "x" * 65_537, 0]), 0, "at most 65536"),
+        (b"\x91" * 5000, 0, "msgpack"),
+        (bytes(messages.HEADER_BYTES_MAX + 1), 0, "at most"),
+        (packed(*[[38, 1, 0]] * (messages.MESSAGES_MAX + 1)), 0, "expected .protocol"),
+        (packed([38, 1, messages.FRAMES_MAX + 1]), messages.FRAMES_MAX + 1, "value frames"),
+    ],
+)
+def test_what_does_not_fit(header, frames, what):
+    with pytest.raises(ProtocolError, match=what):
+        decode(header, frames)
+
+
+def test_the_largest_keys_fit():
+    for name in ("k" * 1024, "ä" * 512, -(1 << 63), (1 << 63) - 1):
+        message = messages.Fetch(1, name, 0, 0)
+        assert decode(encode(SENDER, [(message, 0)]), 0)[1] == [(message, 0)]
+
+
+def test_an_envelope_is_the_header_and_then_the_frames_of_each_message():
+    push, done = Push(1, "w", 0, 1, True, False), Done(2)
+    header, *frames = messages.envelope(SENDER, [(push, [b"abcd"]), (done, []), (push, [b"x", b"y"])])
+    assert frames == [b"abcd", b"x", b"y"]
+    assert decode(header, 3)[1] == [(push, 1), (done, 0), (push, 2)]
+
+
+@pytest.mark.parametrize("kind", ["KeyError", "OptionError", "os.system"])
+def test_an_error_is_one_of_ours_or_none(kind):
+    error = from_wire(kind, "text")
+    assert isinstance(error, KVStoreError)
+    assert str(error) == "text"
+
+
+def test_errors_cross_the_wire_by_name():
+    name, said = to_wire(ProtocolVersionError("expected 1"))
+    failed = decode(encode(SENDER, [(Failed(1, name, said), 0)]), 0)[1][0][0]
+    assert type(from_wire(failed.error, failed.text)) is ProtocolVersionError
+    assert to_wire(ZeroDivisionError("x")) == ("UpdateError", "ZeroDivisionError: x")
+
+
+def test_the_document_names_every_kind_with_its_number():
+    document = (Path(__file__).parents[2] / "docs" / "protocol.md").read_text()
+    for number, (kind, _) in FORMS.items():
+        fields = ", ".join(name for name in kind.__dataclass_fields__ if name != "request_id")
+        assert f"| {number} | {kind.__name__} | {fields} |" in document, (number, kind.__name__, fields)
+    limits = [name for name in vars(messages) if name.endswith("_MAX")]
+    for name in ("PROTOCOL", *limits):
+        assert f"| {name} | {getattr(messages, name)} |" in document
+
+
+def test_the_document_s_example_in_bytes():
+    document = (Path(__file__).parents[2] / "docs" / "protocol.md").read_text()
+    example = Push(5, "w", 0, 1, True, False)
+    assert encode(Sender(7, 1, 0, 1), [(example, 1)]).hex(" ") in document
+    assert encode(Sender(7, 1, 0, 1), [(Value(5, 1, 0), 1)]).hex(" ") in document
