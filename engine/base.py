@@ -146,6 +146,7 @@ class Engine(ABC):
         read_vars: list[Var] = []
         write_vars: list[Var] = []
         partial: list[Var] = []
+        self._memory.tidy()
         for item in reads:
             if type(item) is Var:
                 read_vars.append(item)
@@ -242,6 +243,7 @@ class Engine(ABC):
     def _vars_of(self, item: Any) -> list[Var]:
         if isinstance(item, Var):
             return [item]
+        self._memory.tidy()
         whole, part = self._memory.vars_of(item)
         return whole + part
 

@@ -48,7 +48,6 @@ class Memory:
             array = np.asarray(array)
         if array.size == 0:
             return [], []
-        self._tidy()
         low, high = byte_bounds(array)
         range_ = (int(low), int(high))
         own = self._vars.get(range_)
@@ -68,8 +67,12 @@ class Memory:
                     (whole if covered else part).append(self._vars[other])
         return whole, part
 
-    def _tidy(self) -> None:
-        """Now and then, forget the ranges that no op uses and no error marks."""
+    def tidy(self) -> None:
+        """Now and then, forget the ranges that no op uses and no error marks.
+
+        Call it before an op's arrays are looked up, never between them: until the op is submitted
+        its new ranges look unused.
+        """
         if self._freed:
             self._forget_freed()
         if len(self._ranges) > self._crowded:
@@ -85,11 +88,16 @@ class Memory:
 
     def _forget_freed(self) -> None:
         gone = set()
+        in_use = []
         while self._freed:
             range_ = self._freed.pop()
             owner = self._owners.get(range_)
-            if owner is not None and owner() is None and self._vars[range_].idle:
-                gone.add(range_)
+            if owner is not None and owner() is None:
+                if self._vars[range_].idle:
+                    gone.add(range_)
+                else:
+                    in_use.append(range_)
+        self._freed.extend(in_use)
         if gone:
             self._keep([r for r in self._ranges if r not in gone])
 

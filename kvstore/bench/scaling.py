@@ -68,7 +68,8 @@ def show(rows: list[dict[str, Any]], plot: str | None = None) -> None:
 
     first = rows[0]
     table = Table(
-        title=f"{first['model']}: {first['megabytes']:.1f} MB in {first['keys']} keys, {first['servers']} servers, {first['compute_ms']:g} ms of compute"
+        title=f"{first['model']}: {first['megabytes']:.1f} MB in {first['keys']} keys, {first['servers']} servers, "
+        f"{first['compute_ms']:g} ms of compute"
     )
     for column in ("workers", "samples/s", "ideal", "efficiency", "step ms"):
         table.add_column(column, justify="right")

@@ -224,12 +224,7 @@ class Serving:
         actions: list[Action] = []
         for piece_id, piece in self.pieces.items():
             actions += self._fail_hopeless(piece_id, piece)
-        if rank == 0:
-            for piece_id, early in self._early.items():
-                for other, init in early.items():
-                    actions.append(_failed(other, init, self._lost_error(piece_id, 0, [0])))
-            self._early.clear()
-        return actions
+        return actions + self._fail_early()
 
     # --- keys ---------------------------------------------------------------------------------
 
@@ -263,6 +258,17 @@ class Serving:
         for other, init in self._early.pop(piece_id, {}).items():
             actions.append(self._agree(other, init, piece))
         return actions
+
+    def _fail_early(self) -> list[Action]:
+        """Once rank 0 is gone, fail the inits that wait for it."""
+        if 0 not in self.gone:
+            return []
+        early, self._early = self._early, {}
+        return [
+            _failed(rank, init, self._lost_error(piece_id, 0, [0]))
+            for piece_id, inits in early.items()
+            for rank, init in inits.items()
+        ]
 
     def _agree(self, rank: int, message: Init, piece: Piece) -> Action:
         if message.spec == piece.spec:
@@ -400,7 +406,7 @@ class Serving:
         actions: list[Action] = [reply]
         for piece_id, piece in self.pieces.items():
             actions += self._perform(piece_id, piece, *piece.level.leave(rank))
-        return actions
+        return actions + self._fail_early()
 
     def _fail_hopeless(self, piece_id: PieceId, piece: Piece) -> list[Action]:
         """Fail the parked requests of the piece that wait for a worker which is lost."""
@@ -424,8 +430,8 @@ class Serving:
         return actions
 
     def _lost_error(self, piece_id: PieceId, round: int, ranks: list[int]) -> WorkerLostError:
-        why = "; ".join(f"worker {rank}: {self.gone[rank]}" for rank in ranks)
-        return WorkerLostError(f"key {piece_id[0]!r}, round {round}: waits for a worker that is lost ({why})")
+        why = "; ".join(f"worker {rank}: {self.gone[rank] or 'it has left'}" for rank in ranks)
+        return WorkerLostError(f"key {piece_id[0]!r}, round {round}: waits for a worker that is gone ({why})")
 
     def _explain(self, rank: int, about: int, now: float) -> str:
         for (key, number), piece in self.pieces.items():

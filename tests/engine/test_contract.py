@@ -253,3 +253,18 @@ def test_memory_that_is_freed_forgets_its_error(threaded):
     del array
     for _ in range(200):
         threaded.wait(np.zeros(1000), timeout=LIMIT_S)
+
+
+def test_one_op_may_hold_any_number_of_arrays(runtime):
+    buffer = np.zeros(1000)
+    cells = [buffer[i : i + 1] for i in range(len(buffer))]
+    completions = []
+    runtime.push_async(completions.append, writes=cells, inline=True)
+    readers = [runtime.push(lambda: None, reads=[cell]) for cell in cells]
+    try:
+        assert [number for number, handle in enumerate(readers) if handle.done()] == []
+        assert all(runtime.pending(cell) for cell in cells)
+    finally:
+        completions[0].set_result(None)
+    for handle in readers:
+        handle.result(LIMIT_S)
