@@ -92,6 +92,20 @@ def test_digits_of_a_cluster_is_the_training_of_one(
     agrees(file, reference)
 
 
+def test_digits_of_a_cluster_in_float32_repeats_its_bits(tmp_path: Path) -> None:
+    def trained(name: str, *options: str, workers: int) -> dict[str, np.ndarray]:
+        file = tmp_path / name
+        command = digits("--steps", "50", "--quiet", *options, "--save-weights", str(file))
+        run(*command) if workers == 1 else cluster(workers, 1, *command)
+        return dict(np.load(file))
+
+    alone = trained("alone.npz", workers=1)
+    first, second = (trained(f"{run}.npz", "--devices", "2", workers=2) for run in (1, 2))
+    for key, value in alone.items():
+        np.testing.assert_allclose(first[key], value, rtol=0, atol=1e-5)
+        np.testing.assert_array_equal(first[key], second[key])
+
+
 @pytest.mark.parametrize(("device", "between"), [("bounded(2)", "bounded(3)"), ("eventual", "eventual")])
 def test_digits_learns_with_stale_weights(device: str, between: str) -> None:
     options = ("--devices", "2", "--device-consistency", device, "--cluster-consistency", between, "--momentum", "0.5")
