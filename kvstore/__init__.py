@@ -3,11 +3,11 @@
 One ``pushpull``, file by file:
 
 1. ``trainer.py``: a gradient is ready; its parameter's new weights will be needed.
-2. ``store.py``: checks the call, names its work with what it reads and writes.
-3. ``engine/``: orders that work against everything else which touches the same arrays.
-4. ``consistency.py``: the device level's rule: which devices' pushes are one update.
-5. ``comm/``: those devices' arrays become one.
-6. ``cluster/client.py``: cuts it into pieces and counts this worker's round.
+2. ``store.py``: checks the call.
+3. ``devices.py``: the device level; ``consistency.py`` says which devices' pushes are one update.
+4. ``engine/``: orders the work against everything else which touches the same arrays.
+5. ``cluster/client.py``: counts this worker's round and cuts it into pieces.
+6. ``comm/``: the devices' arrays become one, in memory that a server on this host reads (``cluster/staging.py``).
 7. ``protocol/requesting.py``: which piece goes when: order, priority, credit (in ``cluster/session.py``).
 8. ``protocol/messages.py``: message to header and frames.
 9. ``transport/``: the frames travel.
@@ -26,12 +26,13 @@ from kvstore.create import create
 from kvstore.errors import *  # noqa: F403
 from kvstore.errors import KVStoreError
 from kvstore.handle import Handle
-from kvstore.store import KVStore
+from kvstore.store import IN_PLACE, KVStore
 from kvstore.trainer import Trainer
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "IN_PLACE",
     "Bounded",
     "Eventual",
     "Handle",

@@ -7,6 +7,7 @@ import math
 import engine
 from kvstore import consistency, environment
 from kvstore.cluster.client import ClusterHome
+from kvstore.cluster.near import Neighbourhood
 from kvstore.cluster.session import Session
 from kvstore.consistency import Eventual, Model, Sequential
 from kvstore.errors import DeviceCountError, OptionError
@@ -35,6 +36,7 @@ def create(
     rank: int | None = None,
     timeout: float = 300.0,
     connect_timeout: float = 30.0,
+    shared_memory: bool | None = None,
 ) -> KVStore:
     """Make a store.
 
@@ -47,6 +49,8 @@ def create(
         rank: the rank wanted; None: from ``KVSTORE_RANK``, else any.
         timeout: seconds that a wait may take when the call does not say.
         connect_timeout: seconds within which the scheduler must answer.
+        shared_memory: exchange values with servers of this host through shared memory; None: as
+            ``KVSTORE_SHARED_MEMORY`` says (0: no), else yes.
 
     Raises:
         OptionError: an unknown type or model, or no address.
@@ -71,21 +75,28 @@ def create(
         runtime.retain()
         home: Home = LocalHome(runtime)
     else:
-        home = _join(address, rank, runtime, timeout, connect_timeout)
+        home = _join(address, rank, runtime, timeout, connect_timeout, shared_memory)
     return KVStore(
         type, home, runtime, devices=devices, device_model=device_model, cluster_model=cluster_model, timeout=timeout
     )
 
 
 def _join(
-    address: str | None, rank: int | None, runtime: engine.Engine, timeout: float, connect_timeout: float
+    address: str | None,
+    rank: int | None,
+    runtime: engine.Engine,
+    timeout: float,
+    connect_timeout: float,
+    shared_memory: bool | None,
 ) -> ClusterHome:
     around = environment.read()
     address = address or around.address
     if address is None:
         raise OptionError("create('dist'): expected the scheduler's address= or KVSTORE_ADDRESS; neither is set")
     wanted = rank if rank is not None else around.rank if around.rank is not None else -1
-    session = Session(address, "worker")
+    share = around.shared_memory if shared_memory is None else shared_memory
+    neighbourhood = Neighbourhood(0 if share is False else around.shared_memory_bytes)
+    session = Session(address, "worker", neighbourhood=neighbourhood)
     try:
         session.register(wanted, "", connect_timeout, 1e9 if timeout == math.inf else timeout)
         session.connect_servers()

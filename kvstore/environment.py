@@ -21,6 +21,8 @@ class Environment:
     rank: int | None = None
     num_workers: int | None = None
     num_servers: int | None = None
+    shared_memory: bool | None = None
+    shared_memory_bytes: int | None = None
 
     def variables(self) -> dict[str, str]:
         """The environment that says this; for child processes."""
@@ -30,6 +32,8 @@ class Environment:
             "KVSTORE_RANK": self.rank,
             "KVSTORE_NUM_WORKERS": self.num_workers,
             "KVSTORE_NUM_SERVERS": self.num_servers,
+            "KVSTORE_SHARED_MEMORY": None if self.shared_memory is None else int(self.shared_memory),
+            "KVSTORE_SHARED_MEMORY_BYTES": self.shared_memory_bytes,
         }
         return {name: str(value) for name, value in values.items() if value is not None}
 
@@ -67,10 +71,13 @@ def read(environ: Mapping[str, str] | None = None) -> Environment:
     role = text("KVSTORE_ROLE", "DMLC_ROLE")
     if role is not None and role[1] not in ("worker", "server", "scheduler"):
         raise OptionError(f"{role[0]}: expected worker, server or scheduler, got {role[1]!r}")
+    shared = number("KVSTORE_SHARED_MEMORY")
     return Environment(
         address[1] if address else None,
         role[1] if role else None,
         number("KVSTORE_RANK", "DMLC_RANK", "DMLC_WORKER_ID"),
         number("KVSTORE_NUM_WORKERS", "DMLC_NUM_WORKER"),
         number("KVSTORE_NUM_SERVERS", "DMLC_NUM_SERVER"),
+        None if shared is None else bool(shared),
+        number("KVSTORE_SHARED_MEMORY_BYTES"),
     )

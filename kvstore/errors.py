@@ -19,6 +19,7 @@ The first level below the root answers *whose fault it is*::
     │   ├── UpdateError            an optimizer or updater raised while applying an update
     │   ├── WorkerLostError        a worker that others wait for is gone
     │   ├── ServerLostError        a server is gone, or forgot what it held
+    │   ├── SharedMemoryError      memory to be shared with a process of this host cannot be had or mapped
     │   ├── FencedError            this worker was replaced by a newer one of the same rank
     │   └── ProtocolError          what came is not our protocol
     │       └── ProtocolVersionError   it is, in another version
@@ -102,6 +103,10 @@ class WorkerLostError(PeerError):
 
 class ServerLostError(PeerError):
     """A server is gone, or does not hold what it should."""
+
+
+class SharedMemoryError(PeerError):
+    """Memory to be shared with another process of this host cannot be had, or cannot be mapped."""
 
 
 class FencedError(PeerError):

@@ -6,30 +6,56 @@ Two implementations, one contract test: :class:`kvstore.local.LocalHome` and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import engine
 from kvstore.arrays import Array
 from kvstore.optim import Optimizer
 from kvstore.protocol.messages import Spec
 from kvstore.protocol.pieces import Key
 
-Parts = list[tuple[int, Array]]  # (first element, flat array): a value in one or more parts
 Updater = Callable[[Key, Array, Array], object]
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
-    """A value on its way. An engine op that reads ``var`` may call ``parts``."""
+@dataclass(eq=False, slots=True)
+class Gradient:
+    """What the device level pushes as one round: the sum of ``arrays``, folded left to right.
 
-    var: engine.Var
-    parts: Callable[[], Parts]
-    keep: Callable[[], Parts]  # like parts, but valid for ever
-    version: Callable[[], int | None]  # None: the device level's own count is the version
-    staleness: Callable[[], int | None]  # of the cluster level; None where there is none
+    The arrays are the caller's: they are read before the call returns, unless an engine op still has to
+    write one of them; then by an op that waits for it.
+    """
+
+    arrays: list[Array]
+    priority: int
+    lent: bool = False  # the caller leaves the only array alone until the operation has ended
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A value that stays as it is until it is given back."""
+
+    array: Array  # of the value's shape, read-only
+    version: int | None  # None: the device level's own count is the version
+    staleness: int | None  # of the cluster level; None where there is none
+    give_back: Callable[[], None]
+
+
+class Source(ABC):
+    """A value on its way."""
+
+    version: int | None = None  # known when it has come; None: the device level's own count is the version
+    staleness: int | None = None  # of the cluster level; None where there is none
+
+    @abstractmethod
+    def deliver(self, outs: Sequence[Array], priority: int) -> Future[Any]:
+        """Copy it into ``outs``, in engine ops that write them; done when they hold it. Instead of :meth:`hold`."""
+
+    @abstractmethod
+    def hold(self) -> Future[Held]:
+        """It, in memory of the home, where it can be without a copy."""
 
 
 class Home(Protocol):
@@ -41,14 +67,21 @@ class Home(Protocol):
     def init(self, key: Key, spec: Spec, value: Array) -> Future[Any]:
         """Create the key; done when it exists. ``value`` is flat and stays unchanged until then."""
 
-    def push(self, key: Key, staged: Array, var: engine.Var, priority: int) -> Future[Any]:
-        """One push of ``staged`` (flat, taken over), which ops on ``var`` have written; done when committed."""
+    def push(self, key: Key, gradient: Gradient) -> Future[Any]:
+        """One push; done when committed."""
 
     def pull(self, key: Key, priority: int) -> Source:
         """The value after the pushes so far, as the home's consistency allows."""
 
-    def pushpull(self, key: Key, staged: Array, var: engine.Var, priority: int) -> tuple[Future[Any], Source]:
+    def pushpull(self, key: Key, gradient: Gradient) -> tuple[Future[Any], Source]:
         """A push and the pull right after it."""
+
+    def staging(self, key: Key, timeout_s: float) -> Array:
+        """Memory for the caller to fill; pushed as the only array of a gradient it is not copied again.
+
+        Raises:
+            DeadlineError: all of it was on its way, for so long.
+        """
 
     def set_optimizer(self, optimizer: Optimizer, replace: bool, timeout_s: float) -> None: ...
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
+import numpy as np
+
 import engine
+from kvstore import comm
 from kvstore.arrays import Array
 from kvstore.errors import DuplicateKeyError, OptimizerError, UpdateError
-from kvstore.home import Home, Parts, Source, Updater
+from kvstore.home import Gradient, Held, Home, Source, Updater
 from kvstore.optim import Optimizer
 from kvstore.protocol.messages import Spec
 from kvstore.protocol.pieces import Key
@@ -21,14 +24,14 @@ INLINE_BYTES = 64 << 10  # smaller work is done by the calling thread: a hand-ov
 class _UpdaterRule:
     """A user's updater in the form of an optimizer."""
 
-    def __init__(self, key: Key, shape: tuple[int, ...], updater: Updater) -> None:
-        self._key, self._shape, self._updater = key, shape, updater
+    def __init__(self, key: Key, updater: Updater) -> None:
+        self._key, self._updater = key, updater
 
     def create_state(self, value: Array) -> dict[str, Array]:
         return {}
 
     def update(self, value: Array, gradient: Array, state: dict[str, Array], step: int) -> None:
-        self._updater(self._key, gradient.reshape(self._shape), value.reshape(self._shape))
+        self._updater(self._key, gradient, value)
 
 
 class LocalHome(Home):
@@ -41,6 +44,7 @@ class LocalHome(Home):
         self._engine = runtime
         self._stored: dict[Key, Stored] = {}
         self._specs: dict[Key, Spec] = {}
+        self._staging: dict[Key, Array] = {}
         self._optimizer: Optimizer | None = None
         self._updater: Updater | None = None
         self._generation = 0
@@ -52,40 +56,50 @@ class LocalHome(Home):
         if key in self._stored:
             raise DuplicateKeyError(f"init of key {key!r}: expected a new key, it exists")
         self._specs[key] = spec
-        self._stored[key] = Stored(value.copy(), repr(key))
+        self._stored[key] = Stored(value.reshape(spec.shape).copy(), repr(key))
         done: Future[Any] = Future()
         done.set_result(None)
         return done
 
-    def push(self, key: Key, staged: Array, var: engine.Var, priority: int) -> Future[Any]:
-        stored = self._stored[key]
+    def push(self, key: Key, gradient: Gradient) -> Future[Any]:
+        stored, shape = self._stored[key], self._specs[key].shape
         rule, generation = self._rule(key), self._generation
-        inline = staged.nbytes <= INLINE_BYTES
-        info = {"key": key, "bytes": staged.nbytes}
-        if rule is None:
-            return self._engine.push(
-                lambda: stored.assign([staged]),
-                reads=[var], writes=[stored.var], priority=priority, name="assign", inline=inline, info=info,
-            )  # fmt: skip
+        arrays, reads = gradient.arrays, list[Any](gradient.arrays)
+        if not stored.var.idle:  # it will be applied later, but must be read now
+            staged, var = np.empty(shape, stored.value.dtype), engine.Var(f"staged {key!r}")
+            self._engine.push(
+                lambda: comm.merge(gradient.arrays, staged), reads=reads, writes=[var], name="stage", inline=True
+            )
+            arrays, reads = [staged], [var]
+        value_reads = [] if rule is None else [stored.var]
+
+        def apply() -> None:
+            if rule is None:
+                stored.assign(arrays)
+            else:
+                _update(key, stored, arrays, rule, generation)
+
         return self._engine.push(
-            lambda: _update(key, stored, staged, rule, generation),
-            reads=[var, stored.var], writes=[stored.var], priority=priority, name="update", inline=inline, info=info,
+            apply,
+            reads=reads + value_reads, writes=[stored.var], priority=gradient.priority,
+            name="assign" if rule is None else "update", inline=True, info={"key": key, "bytes": stored.value.nbytes},
         )  # fmt: skip
 
     def pull(self, key: Key, priority: int) -> Source:
-        stored = self._stored[key]
+        return _LocalSource(key, self._stored[key], self._engine)
 
-        def keep() -> Parts:
-            return [(0, stored.share())]
+    def pushpull(self, key: Key, gradient: Gradient) -> tuple[Future[Any], Source]:
+        return self.push(key, gradient), self.pull(key, gradient.priority)
 
-        return Source(stored.var, lambda: [(0, stored.value)], keep, lambda: None, lambda: None)
-
-    def pushpull(self, key: Key, staged: Array, var: engine.Var, priority: int) -> tuple[Future[Any], Source]:
-        return self.push(key, staged, var, priority), self.pull(key, priority)
+    def staging(self, key: Key, timeout_s: float) -> Array:
+        array = self._staging.get(key)
+        if array is None:
+            array = self._staging[key] = np.empty(self._specs[key].shape, self._stored[key].value.dtype)
+        return array
 
     def _rule(self, key: Key) -> Rule | None:
         if self._updater is not None:
-            return _UpdaterRule(key, self._specs[key].shape, self._updater)
+            return _UpdaterRule(key, self._updater)
         return self._optimizer
 
     def set_updater(self, updater: Updater) -> None:
@@ -113,15 +127,16 @@ class LocalHome(Home):
         stored = self._stored[key]
 
         def read() -> tuple[int, dict[str, Array]]:
-            return stored.step, {name: array.copy() for name, array in stored.state.items()}
+            return stored.step, {name: array.reshape(-1).copy() for name, array in stored.state.items()}
 
         step, state = self._engine.push(read, reads=[stored.var], name="read state").result(timeout_s)
         return step, state
 
     def write_state(self, key: Key, step: int, state: dict[str, Array], timeout_s: float) -> None:
         stored, generation = self._stored[key], self._generation
+        shaped = {name: array.reshape(stored.value.shape) for name, array in state.items()}
         self._engine.push(
-            lambda: stored.restore(state, step, generation),
+            lambda: stored.restore(shaped, step, generation),
             reads=[stored.var], writes=[stored.var], name="write state",
         ).result(timeout_s)  # fmt: skip
 
@@ -138,8 +153,33 @@ class LocalHome(Home):
         self._stored.clear()
 
 
-def _update(key: Key, stored: Stored, staged: Array, rule: Rule, generation: int) -> None:
+class _LocalSource(Source):
+    """A value of this process. It has not to come, but the engine's order decides when it may be read."""
+
+    def __init__(self, key: Key, stored: Stored, runtime: engine.Engine) -> None:
+        self._key, self._stored, self._engine = key, stored, runtime
+
+    def deliver(self, outs: Sequence[Array], priority: int) -> Future[Any]:
+        stored, nbytes = self._stored, self._stored.value.nbytes * len(outs)
+        return self._engine.push(
+            lambda: comm.broadcast(stored.value.reshape(-1), outs),
+            reads=[stored.var], writes=outs, priority=priority, name="deliver", inline=nbytes <= INLINE_BYTES,
+            info={"key": self._key, "bytes": nbytes},
+        )  # fmt: skip
+
+    def hold(self) -> Future[Held]:
+        stored, reader = self._stored, object()
+
+        def lend() -> Held:
+            array = stored.lend(reader).view()
+            array.flags.writeable = False
+            return Held(array, None, None, lambda: stored.give_back(reader))
+
+        return self._engine.push(lend, reads=[stored.var], name="hold", inline=True)
+
+
+def _update(key: Key, stored: Stored, pushes: Sequence[Array], rule: Rule, generation: int) -> None:
     try:
-        stored.update([staged], rule, generation)
+        stored.update(pushes, rule, generation)
     except Exception as error:
         raise UpdateError(f"key {key!r}: its update failed with {type(error).__name__}: {error}") from error

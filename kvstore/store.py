@@ -1,14 +1,7 @@
-"""The store that users hold: checks every call, names its work to the engine, and is the device level.
+"""The store that users hold: checks every call whole, then hands it to the device level.
 
-What this file decides: what an argument means and whether it is right; which engine ops a call
-consists of. When a push takes effect and when a pull may be answered among the devices is asked of
-:mod:`kvstore.consistency`; where the values live is behind :class:`kvstore.home.Home`.
-
-Per key there is a lock, held while the level counts and the ops that follow from it are
-submitted, so that the engine's order is the level's order. A push is: *stage* (merge the devices'
-arrays into memory of the store, at once in the caller's thread unless an engine op still has to
-write them), then the home's push. A pull is: the home's pull, then *deliver* (copy into the
-caller's arrays, an op that writes them, so that later ops which read them wait).
+What this file decides: what an argument means and whether it is right. What happens then is decided by
+:mod:`kvstore.devices`, and by the home behind it.
 """
 
 from __future__ import annotations
@@ -20,18 +13,17 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 
 import engine
-from kvstore import comm, consistency, states
+from kvstore import consistency, states
 from kvstore.arrays import Array, is_array, is_writable, view, writable_view
-from kvstore.consistency import Answer, Level, Model, Pull, Update
+from kvstore.consistency import Model
+from kvstore.devices import Devices, Entry, Request
 from kvstore.errors import (
-    CallerError,
     ClosedError,
     DeadlineError,
     DeviceCountError,
@@ -45,7 +37,7 @@ from kvstore.errors import (
     UnknownKeyError,
 )
 from kvstore.handle import Handle, countdown, gather
-from kvstore.home import Home, Parts, Source, Updater
+from kvstore.home import Home, Updater
 from kvstore.local import LocalHome
 from kvstore.optim import Optimizer
 from kvstore.protocol import messages
@@ -53,53 +45,11 @@ from kvstore.protocol.messages import Spec
 from kvstore.protocol.pieces import PIECE_BYTES, Cut, Key
 
 Keys = Key | Sequence[Key]
-INLINE_BYTES = 64 << 10
 
 _stores: weakref.WeakSet[KVStore] = weakref.WeakSet()
 
 
-@dataclass(eq=False, slots=True)
-class _Contribution:
-    """What one device pushed in one round."""
-
-    device: int
-    arrays: list[Array]  # of the caller until staged; several when the key came twice in the call
-    reads: list[Any]  # what an op that reads ``arrays`` declares
-    priority: int
-    ended: Callable[[Future[Any]], None]  # to be told when the push is committed or failed
-
-
-@dataclass(eq=False, slots=True)
-class _Counted:
-    """One push call, counted at the device level but not yet performed."""
-
-    handle: Handle
-    contributions: list[_Contribution]
-    steps: list[tuple[list[Update], list[Answer]]]
-
-
-@dataclass(eq=False, slots=True)
-class _Waiting:
-    """A pull that the device level has not answered yet."""
-
-    completion: Any  # of the engine op that stands for the source
-    priority: int
-    source: Source | None = None
-    answer: Answer | None = None
-
-
-@dataclass(eq=False, slots=True)
-class _Entry:
-    """One key, as the device level sees it."""
-
-    key: Key
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-    device_model: Model
-    level: Level | None = None  # from when the number of devices is known
-    held: dict[tuple[int, int], _Contribution] = field(default_factory=dict)
-    failed: list[Handle] = field(default_factory=list)
-    lock: threading.RLock = field(default_factory=threading.RLock)
+IN_PLACE = object()  # as ``out``: the value is not copied, the handle's result is the store's view of it
 
 
 class KVStore:
@@ -129,7 +79,8 @@ class KVStore:
         self._devices_declared = devices is not None
         self._device_model = device_model
         self._cluster_model = cluster_model
-        self._entries: dict[Key, _Entry] = {}
+        self._level = Devices(home, runtime)
+        self._entries: dict[Key, Entry] = {}
         self._kind = ""  # of the keys: "str" or "int", from the first init on
         self._optimizer: Optimizer | None = None
         self._pushes: set[Handle] = set()  # not committed yet
@@ -240,9 +191,9 @@ class KVStore:
             except KVStoreError as error:
                 deadline_error = deadline_error or error
                 continue
-            entry = _Entry(k, array.shape, array.dtype, device_model)
+            entry = Entry(k, array.shape, array.dtype, device_model)
             if self._devices is not None:
-                entry.level = Level(device_model, range(self._devices))
+                entry.count(self._devices)
             with self._lock:
                 self._entries[k] = entry
                 self._kind = type_of(k)
@@ -281,8 +232,9 @@ class KVStore:
         pushes = self._check_push(key, value, device)
         handles = []
         for entry, per_device in pushes:
-            with entry.lock:
-                handles.append(self._push(entry, per_device, priority))
+            handle = self._handle(entry, "push")
+            self._level.push(entry, per_device, priority, countdown(handle, len(per_device)))
+            handles.append(handle)
         return self._one_or_all(key, handles, "push")
 
     def pull(self, key: Keys, out: Any = None, priority: int = 0, *, device: int | None = None) -> Handle:
@@ -290,7 +242,8 @@ class KVStore:
 
         Args:
             key: one key or a list.
-            out: an array, or a list with one per device (of one key); None makes a new array.
+            out: an array, or a list with one per device (of one key); None makes a new array;
+                ``kvstore.IN_PLACE``: nothing is copied, the result is :meth:`view` of the key.
             device: this is one device's own pull, answered under the device level's rule for it.
 
         Returns:
@@ -305,8 +258,9 @@ class KVStore:
         targets = [self._check_out(entry, o, device) for entry, o in zip(entries, outs, strict=True)]
         handles = []
         for entry, (arrays, result) in zip(entries, targets, strict=True):
-            with entry.lock:
-                handles.append(self._pull(entry, arrays, result, priority, device))
+            handle = self._handle(entry, "pull")
+            self._level.pull(entry, Request(handle, arrays, result, priority, device))
+            handles.append(handle)
         return self._one_or_all(key, handles, "pull")
 
     def pushpull(
@@ -316,7 +270,8 @@ class KVStore:
 
         Args:
             out: as in :meth:`pull`; it defaults to ``value``, in place. An immutable value is answered
-                with a new array. A value that is also out belongs to the store until the handle is done.
+                with a new array, what :meth:`staging` gave with :meth:`view`. A value that is also out
+                belongs to the store until the handle is done.
         """
         keys = self._keys(key)
         many = isinstance(key, list | tuple)
@@ -324,199 +279,70 @@ class KVStore:
             raise DuplicateKeyError("pushpull: expected each key once in a call")
         if out is None:
             values = self._as_many(keys, value, "values") if many else [value]
-            outs = [self._own_out(v) for v in values]
+            outs = [self._own_out(k, v) for k, v in zip(keys, values, strict=True)]
         else:
             outs = self._as_many(keys, out, "outs") if many else [out]
         pushes = self._check_push(key, value, device)
         targets = [self._check_out(entry, o, device) for (entry, _), o in zip(pushes, outs, strict=True)]
         handles = []
         for (entry, per_device), (arrays, result) in zip(pushes, targets, strict=True):
-            with entry.lock:
-                handles.append(self._pushpull(entry, per_device, arrays, result, priority, device))
+            pushed, handle = self._handle(entry, "push"), self._handle(entry, "pushpull")
+            pushed.observed = True  # the pull's handle fails with it
+            ended = countdown(pushed, len(per_device))
+            self._level.pushpull(entry, per_device, ended, Request(handle, arrays, result, priority, device))
+            handles.append(handle)
         return self._one_or_all(key, handles, "pushpull")
 
-    @staticmethod
-    def _own_out(value: Any) -> Any:
+    def _own_out(self, key: Key, value: Any) -> Any:
+        """Where a pushpull without ``out`` puts the value."""
+        entry = self._entries.get(key)
+        if entry is not None and any(value is lent for lent in entry.lent):
+            return IN_PLACE
         arrays = value if isinstance(value, list) else [value]
         return value if all(map(is_writable, arrays)) else None
 
-    def _push(self, entry: _Entry, per_device: dict[int, list[Array]], priority: int) -> Handle:
-        counted = self._count(entry, per_device, priority)
-        self._perform(entry, counted)
-        return counted.handle
+    # --- memory of the store's own ----------------------------------------------------------------
 
-    def _pushpull(
-        self,
-        entry: _Entry,
-        per_device: dict[int, list[Array]],
-        outs: list[Array],
-        result: Any,
-        priority: int,
-        device: int | None,
-    ) -> Handle:
-        counted = self._count(entry, per_device, priority)
-        counted.handle.observed = True  # the pull's handle fails with it
-        updates = [update for step, _ in counted.steps for update in step]
-        level = self._level(entry)
-        pull = Pull(object(), self._needs(entry, device))
-        answer = level.pull(pull)
-        if answer is not None and len(updates) == 1 and not any(answers for _, answers in counted.steps):
-            source = self._commit(entry, updates[0], pull=True)
-            assert source is not None
-            self._stage_leftovers(entry, counted)
-            at_once = answer
-            return self._deliver(entry, outs, result, priority, source, lambda: at_once, "pushpull")
-        level.waiting.pop(pull.ticket, None)
-        self._perform(entry, counted)
-        return self._pull(entry, outs, result, priority, device, "pushpull")
+    def staging(self, key: Key, timeout: float | None = None) -> Array:
+        """An array in the store's own memory: fill it, push it alone, and nothing is copied.
 
-    def _count(self, entry: _Entry, per_device: dict[int, list[Array]], priority: int) -> _Counted:
-        """Count the pushes of one call at the device level."""
-        level = self._level(entry)
-        handle = self._handle(entry, "push")
-        ended = countdown(handle, len(per_device))
-        counted = _Counted(handle, [], [])
-        for device, arrays in per_device.items():
-            contribution = _Contribution(device, arrays, list(arrays), priority, ended)
-            entry.held[device, level.rounds[device] + 1] = contribution
-            counted.contributions.append(contribution)
-            counted.steps.append(level.push(device))
-        return counted
+        With a server on this host it lies in memory that the server reads. It belongs to the store from
+        its push until that push's handle is done. There are two per key, so that one can be filled
+        while the other is on its way; until it is pushed, it is always the same one.
 
-    def _perform(self, entry: _Entry, counted: _Counted) -> None:
-        """Submit what follows from the count."""
-        for updates, answers in counted.steps:
-            for update in updates:
-                self._commit(entry, update, pull=False)
-            self._answer(entry, answers)
-        self._stage_leftovers(entry, counted)
+        Returns:
+            An array of the key's shape and dtype; its content is arbitrary.
 
-    def _commit(self, entry: _Entry, update: Update, pull: bool) -> Source | None:
-        """The merged pushes of ``update`` go to the home."""
-        parts = [entry.held.pop(contribution) for contribution in update.contributions]
-        arrays = [array for part in parts for array in part.arrays]
-        reads = [read for part in parts for read in part.reads]
-        priority = max(part.priority for part in parts)
-        staged, var = self._stage(entry, arrays, reads)
-        source: Source | None = None
-        committed: Future[Any]
-        if pull:
-            committed, source = self._home.pushpull(entry.key, staged, var, priority)
-        else:
-            committed = self._home.push(entry.key, staged, var, priority)
-        for part in parts:
-            committed.add_done_callback(part.ended)
-        return source
+        Raises:
+            UnknownKeyError: as named.
+            DeadlineError: both were on their way for ``timeout`` seconds (None: the store's).
+        """
+        (entry,) = self._known(self._keys(key))
+        array = self._home.staging(entry.key, self._limit(timeout))
+        with entry.lock:
+            if not any(array is lent for lent in entry.lent):
+                entry.lent.append(array)
+        return array
 
-    def _stage(self, entry: _Entry, arrays: list[Array], reads: list[Any]) -> tuple[Array, engine.Var]:
-        """Merge into fresh memory, at once unless an engine op still has to write one of ``arrays``."""
-        shape = entry.shape
-        staged = np.empty(math.prod(shape), entry.dtype)
-        var = engine.Var(f"staged {entry.key!r}")
-        target = staged.reshape(shape)
-        self._engine.push(
-            lambda: comm.merge(arrays, target), reads=reads, writes=[var], name="stage", inline=True,
-            info={"key": entry.key, "bytes": staged.nbytes},
-        )  # fmt: skip
-        return staged, var
+    def view(self, key: Key) -> Array:
+        """The last value pulled, where it lies: with a server on this host in the server's memory.
 
-    def _stage_leftovers(self, entry: _Entry, counted: _Counted) -> None:
-        """Copy what has to wait for other devices, because the caller may overwrite it."""
-        waiting = set(map(id, entry.held.values()))
-        for contribution in counted.contributions:
-            if id(contribution) in waiting:
-                staged, var = self._stage(entry, contribution.arrays, contribution.reads)
-                contribution.arrays, contribution.reads = [staged.reshape(entry.shape)], [var]
+        It costs nothing after a pull with ``out=kvstore.IN_PLACE`` or a pushpull of what :meth:`staging` gave;
+        after another the value is pulled once more, now. It stays valid until the key is next pulled in place.
 
-    def _answer(self, entry: _Entry, answers: list[Answer]) -> None:
-        """Pulls that waited at the device level may go to the home now."""
-        for answer in answers:
-            waiting = answer.ticket
-            assert isinstance(waiting, _Waiting)
-            source = self._home.pull(entry.key, waiting.priority)
-            waiting.source, waiting.answer = source, answer
+        Returns:
+            A read-only array of the key's shape and dtype.
 
-            def hand_on(waiting: _Waiting = waiting, source: Source = source) -> None:
-                waiting.completion.set_result(source.keep())
-
-            handle = self._engine.push(hand_on, reads=[source.var], name="answer", inline=True)
-
-            def failed(done: Future[Any], waiting: _Waiting = waiting) -> None:
-                error = done.exception()
-                if error is not None:
-                    waiting.completion.set_exception(error)
-
-            handle.add_done_callback(failed)
-
-    def _pull(
-        self,
-        entry: _Entry,
-        outs: list[Array],
-        result: Any,
-        priority: int,
-        device: int | None,
-        what: str = "pull",
-    ) -> Handle:
-        waiting = _Waiting(None, priority)
-        answer: Answer | None = Answer(waiting, 0, 0)
-        if entry.level is not None:
-            answer = entry.level.pull(Pull(waiting, self._needs(entry, device)))
-        if answer is not None:
-            at_once = answer
-            return self._deliver(
-                entry, outs, result, priority, self._home.pull(entry.key, priority), lambda: at_once, what
-            )
-        completions: list[Any] = []
-        var = engine.Var("device level")
-        gate = self._engine.push_async(completions.append, writes=[var], name="await devices", inline=True)
-        waiting.completion = completions[0]
-
-        def parts() -> Parts:
-            kept: Parts = gate.result(0)
-            return kept
-
-        source = Source(
-            var,
-            parts,
-            parts,
-            lambda: waiting.source.version() if waiting.source else None,
-            lambda: waiting.source.staleness() if waiting.source else None,
-        )
-        return self._deliver(entry, outs, result, priority, source, lambda: waiting.answer, what)
-
-    def _deliver(
-        self,
-        entry: _Entry,
-        outs: list[Array],
-        result: Any,
-        priority: int,
-        source: Source,
-        answer: Callable[[], Answer | None],
-        what: str,
-    ) -> Handle:
-        handle = self._handle(entry, what)
-
-        def copy() -> None:
-            for start, part in source.parts():
-                comm.broadcast(part, outs, start)
-
-        nbytes = math.prod(entry.shape) * entry.dtype.itemsize
-        copied = self._engine.push(
-            copy, reads=[source.var], writes=outs, priority=priority, name="deliver", inline=nbytes <= INLINE_BYTES,
-            info={"key": entry.key, "bytes": nbytes * len(outs)},
-        )  # fmt: skip
-
-        def done(_: Future[Any]) -> None:
-            error = copied.exception()
-            answered = answer()
-            if error is None and answered is not None:
-                version, cluster = source.version(), source.staleness()
-                handle.version = answered.version if version is None else version
-                handle.staleness = answered.staleness if cluster is None else (answered.staleness, cluster)
-            handle.finish(result, _translated(error, entry.key))
-
-        copied.add_done_callback(done)
-        return handle
+        Raises:
+            UnknownKeyError, DeadlineError: as named.
+        """
+        (entry,) = self._known(self._keys(key))
+        with entry.lock:
+            held = entry.view if entry.view_is_latest else None
+        if held is not None:
+            return held.array
+        array: Array = self.pull(key, out=IN_PLACE).result()
+        return array
 
     # --- checks -------------------------------------------------------------------------------
 
@@ -556,7 +382,7 @@ class KVStore:
             raise ShapeError(f"a list call: expected {len(keys)} {what}, one per key; got {came}")
         return list(values)
 
-    def _known(self, keys: list[Key]) -> list[_Entry]:
+    def _known(self, keys: list[Key]) -> list[Entry]:
         entries = []
         for key in keys:
             entry = self._entries.get(key)
@@ -566,7 +392,7 @@ class KVStore:
             entries.append(entry)
         return entries
 
-    def _raise_unseen(self, entry: _Entry) -> None:
+    def _raise_unseen(self, entry: Entry) -> None:
         """An error nobody looked at is raised by the next call on that key."""
         with entry.lock:
             unseen = [handle for handle in entry.failed if not handle.observed]
@@ -585,13 +411,13 @@ class KVStore:
         if not isinstance(device, int) or not 0 <= device < self._devices:
             raise DeviceCountError(f"device={device!r}: expected 0..{self._devices - 1}")
 
-    def _check_push(self, key: Keys, value: Any, device: int | None) -> list[tuple[_Entry, dict[int, list[Array]]]]:
+    def _check_push(self, key: Keys, value: Any, device: int | None) -> list[tuple[Entry, dict[int, list[Array]]]]:
         """The whole call, checked: per entry and device the arrays to be summed."""
         keys = self._keys(key)
         entries = self._known(keys)
         self._check_device(device)
         values = self._as_many(keys, value, "values") if isinstance(key, list | tuple) else [value]
-        pushes: dict[Key, tuple[_Entry, dict[int, list[Array]]]] = {}
+        pushes: dict[Key, tuple[Entry, dict[int, list[Array]]]] = {}
         count = self._devices
         for entry, given in zip(entries, values, strict=True):
             arrays = list(given) if isinstance(given, list | tuple) else [given]
@@ -613,21 +439,30 @@ class KVStore:
                 per_device.setdefault(d, []).append(
                     self._fits(entry, view(array, f"push of key {entry.key!r}"), "push")
                 )
-        if self._devices is None:
-            with self._lock:
-                if self._devices is None:
-                    self._devices = count
+        self._fix_devices(count)
+        for entry in entries:
+            if entry.level is None:
+                with entry.lock:
+                    entry.count(self.num_devices)
         return list(pushes.values())
 
-    def _fits(self, entry: _Entry, array: Array, what: str) -> Array:
+    def _fix_devices(self, count: int | None) -> None:
+        """The first push says how many devices there are."""
+        with self._lock:
+            if self._devices is None:
+                self._devices = count
+
+    def _fits(self, entry: Entry, array: Array, what: str) -> Array:
         if array.shape != entry.shape:
             raise ShapeError(f"{what} of key {entry.key!r}: expected shape {entry.shape}, got {array.shape}")
         if array.dtype != entry.dtype:
             raise DtypeError(f"{what} of key {entry.key!r}: expected dtype {entry.dtype.name}, got {array.dtype.name}")
         return array
 
-    def _check_out(self, entry: _Entry, out: Any, device: int | None) -> tuple[list[Array], Any]:
-        """The arrays to write, and what the handle's result is."""
+    def _check_out(self, entry: Entry, out: Any, device: int | None) -> tuple[list[Array] | None, Any]:
+        """The arrays to write (None: in place), and what the handle's result is."""
+        if out is IN_PLACE:
+            return None, None
         what = f"out for key {entry.key!r}"
         if out is None:
             fresh = np.empty(entry.shape, entry.dtype)
@@ -644,20 +479,7 @@ class KVStore:
 
     # --- small parts of the calls ---------------------------------------------------------------
 
-    def _level(self, entry: _Entry) -> Level:
-        if entry.level is None:
-            assert self._devices is not None
-            entry.level = Level(entry.device_model, range(self._devices))
-        return entry.level
-
-    def _needs(self, entry: _Entry, device: int | None) -> tuple[tuple[int, int], ...]:
-        """The participants that a pull stands for, with their rounds."""
-        level = self._level(entry)
-        if device is not None:
-            return ((device, level.rounds[device]),)
-        return tuple(level.rounds.items())
-
-    def _handle(self, entry: _Entry, what: str) -> Handle:
+    def _handle(self, entry: Entry, what: str) -> Handle:
         handle = Handle(f"{what} of key {entry.key!r}", self.timeout, lambda: self._explain(entry))
         if what == "push":
             with self._lock:
@@ -678,7 +500,7 @@ class KVStore:
             return handles[0]
         return gather(f"{what} of {len(handles)} keys", self.timeout, handles)
 
-    def _explain(self, entry: _Entry) -> str:
+    def _explain(self, entry: Entry) -> str:
         """Why an operation on this key is not done."""
         with entry.lock:
             level = entry.level
@@ -722,8 +544,8 @@ class KVStore:
         for key in cut_keys() if cut_keys is not None else []:
             value = self.pull(key).result()
             self._home.place_whole(key, value.reshape(-1), self._limit(None))  # type: ignore[attr-defined]
-            entry = self._entries[key]
-            entry.level = None if self._devices is None else Level(entry.device_model, range(self._devices))
+            if self._devices is not None:
+                self._entries[key].count(self._devices)
 
     def set_updater(self, updater: Updater) -> None:
         """``updater(key, merged, stored)`` changes ``stored`` in place for every push; local stores only.
@@ -852,15 +674,6 @@ class KVStore:
 def type_of(key: Key) -> str:
     """The kind of a key."""
     return "str" if isinstance(key, str) else "int"
-
-
-def _translated(error: BaseException | None, key: Key) -> BaseException | None:
-    """Errors of the engine's own, in this package's words."""
-    if isinstance(error, engine.EngineError) and not isinstance(error, KVStoreError):
-        wrapped = CallerError(f"key {key!r}: {error}")
-        wrapped.__cause__ = error
-        return wrapped
-    return error
 
 
 @atexit.register

@@ -1,12 +1,13 @@
 """One value (or one piece of it) at the place where it lives: its array, and the optimizer's state.
 
 The local store and the servers share this. Its methods are bodies of engine ops on ``var``; nothing
-else may touch the array.
+else may touch the array, but for those to whom it was lent.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Hashable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -14,6 +15,8 @@ import numpy as np
 import engine
 from kvstore import kernels
 from kvstore.arrays import Array
+
+SPARES_MAX = 2
 
 
 class Rule(Protocol):
@@ -26,32 +29,42 @@ class Rule(Protocol):
 class Stored:
     """A value with the state of its updates.
 
+    An array that is lent to readers is not changed: the next update goes to other memory, and the
+    array is used again once all have given it back.
+
     Args:
         value: taken over, not copied; it may be read-only.
         name: of the var, for traces and errors.
     """
 
-    __slots__ = ("_generation", "_handed_out", "state", "step", "value", "var")
+    __slots__ = ("_generation", "_lock", "_readers", "_spares", "allocate", "state", "step", "value", "var")
 
     def __init__(self, value: Array, name: str) -> None:
         self.value = value
         self.state: dict[str, Array] = {}
         self.step = 0
         self.var = engine.Var(name)
+        self.allocate: Callable[[], Array | None] | None = None  # memory for one more copy of the value
         self._generation = 0
-        self._handed_out = False
+        self._spares: list[Array] = []
+        self._readers: dict[int, set[Hashable]] = {}  # by id of the value or spare that is lent
+        self._lock = threading.Lock()  # readers come and go at any time
 
     def __repr__(self) -> str:
         return f"<Stored {self.var!r}: {self.value.dtype}{self.value.shape}, {self.step} updates>"
 
-    def assign(self, pushes: Sequence[Array]) -> None:
-        """The merged pushes become the value. One push alone is taken over, not copied."""
-        if len(pushes) == 1:
-            self.value = pushes[0]
-        else:
-            self.value = np.empty_like(pushes[0])
-            kernels.merge(pushes, self.value)
-        self._handed_out = False
+    # --- changes ------------------------------------------------------------------------------
+
+    def assign(self, pushes: Sequence[Array], *, owned: bool = False) -> None:
+        """The merged pushes become the value. ``owned``: their memory may be used for that."""
+        if owned and self.allocate is None and pushes[0].flags.writeable:
+            if len(pushes) > 1:
+                kernels.merge(pushes, pushes[0])
+            self._become(pushes[0])
+            return
+        target = self._unread()
+        kernels.merge(pushes, target)
+        self._become(target)
 
     def update(self, pushes: Sequence[Array], rule: Rule, generation: int = 1) -> None:
         """Apply the merged pushes by ``rule``; another ``generation`` than before begins with a new state."""
@@ -60,9 +73,10 @@ class Stored:
         else:
             merged = np.empty_like(pushes[0])
             kernels.merge(pushes, merged)
-        if self._handed_out or not self.value.flags.writeable:
-            self.value = self.value.copy()
-            self._handed_out = False
+        target = self._unread()
+        if target is not self.value:
+            np.copyto(target, self.value)
+            self._become(target)
         if generation != self._generation:
             self.state = rule.create_state(self.value)
             self.step = 0
@@ -70,13 +84,53 @@ class Stored:
         rule.update(self.value, merged, self.state, self.step + 1)
         self.step += 1
 
-    def share(self) -> Array:
-        """The value as it is now, never to be changed: the next update works on a copy."""
-        self._handed_out = True
-        return self.value
-
     def restore(self, state: dict[str, Array], step: int, generation: int) -> None:
         """Replace the optimizer's state."""
         self.state = state
         self.step = step
         self._generation = generation
+
+    def move(self, target: Array, allocate: Callable[[], Array | None]) -> None:
+        """Continue in ``target``, and when more is needed in what ``allocate`` gives."""
+        np.copyto(target, self.value)
+        self.allocate = allocate
+        with self._lock:
+            self._readers.clear()
+            self._spares.clear()
+            self.value = target
+
+    # --- readers ------------------------------------------------------------------------------
+
+    def lend(self, reader: Hashable) -> Array:
+        """The value as it is now, which stays so until :meth:`give_back`."""
+        with self._lock:
+            self._readers.setdefault(id(self.value), set()).add(reader)
+        return self.value
+
+    def give_back(self, reader: Hashable) -> None:
+        """``reader`` no longer looks at anything that it was lent."""
+        with self._lock:
+            for key, readers in list(self._readers.items()):
+                readers.discard(reader)
+                if not readers:
+                    del self._readers[key]
+
+    def _unread(self) -> Array:
+        """Memory that nobody reads: the value's own where possible."""
+        with self._lock:
+            for array in (self.value, *self._spares):
+                if array.flags.writeable and id(array) not in self._readers:
+                    return array
+        fresh = self.allocate() if self.allocate is not None else None
+        return np.empty_like(self.value) if fresh is None else fresh
+
+    def _become(self, array: Array) -> None:
+        if array is self.value:
+            return
+        with self._lock:
+            self._spares = [spare for spare in self._spares if spare is not array]
+            if self.value.flags.writeable and len(self._spares) < SPARES_MAX:
+                self._spares.append(self.value)
+            else:
+                self._readers.pop(id(self.value), None)
+            self.value = array

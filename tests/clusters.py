@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import kvstore
+from kvstore.cluster.near import Neighbourhood
 from kvstore.cluster.scheduler import Scheduler
 from kvstore.cluster.server import Server
 
@@ -22,7 +23,7 @@ class Cluster:
         self.workers = workers
         self.scheduler = Scheduler("tcp://127.0.0.1:*", workers, servers)
         self.scheduler.start()
-        self.servers = [Server(self.address) for _ in range(servers)]
+        self.servers = [Server(self.address, neighbourhood=Neighbourhood()) for _ in range(servers)]
         self._starting = [threading.Thread(target=self._start, args=(server,)) for server in self.servers]
         for thread in self._starting:
             thread.start()

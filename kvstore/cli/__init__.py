@@ -80,7 +80,9 @@ def scheduler(bind: str, advertise: str | None, workers: int, servers: int) -> N
 @click.option("-w", "--workers", type=int, help="With --with-scheduler: workers of the cluster.")
 def server(address: str | None, bind: str, advertise: str | None, with_scheduler: bool, workers: int | None) -> None:
     """Run a server until SIGINT or SIGTERM."""
+    from kvstore import environment
     from kvstore.cli.daemon import serve
+    from kvstore.cluster.near import Neighbourhood
     from kvstore.cluster.scheduler import Scheduler
     from kvstore.cluster.server import Server
 
@@ -94,7 +96,9 @@ def server(address: str | None, bind: str, advertise: str | None, with_scheduler
         click.echo(f"scheduler at {address}")
     if address is None:
         raise click.UsageError("expected --address or KVSTORE_ADDRESS, the scheduler's address")
-    one = Server(address, bind=bind, advertise=advertise)
+    around = environment.read()
+    neighbourhood = Neighbourhood(0 if around.shared_memory is False else around.shared_memory_bytes)
+    one = Server(address, bind=bind, advertise=advertise, neighbourhood=neighbourhood)
     click.echo(f"server at {one.address}")
     sys.exit(serve(one, beside))
 

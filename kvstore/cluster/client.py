@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 import engine
-from kvstore import consistency
+from kvstore import comm, consistency
 from kvstore.arrays import Array, dtype_named
+from kvstore.cluster.exchange import Arrivals, Exchange, Remote, near_pieces
 from kvstore.cluster.session import SCHEDULER, Session
-from kvstore.errors import DeadlineError, DuplicateKeyError, KVStoreError, OptimizerError, ServerLostError
-from kvstore.home import Home, Parts, Source
+from kvstore.cluster.staging import Staging
+from kvstore.errors import DeadlineError, DuplicateKeyError, OptimizerError, ServerLostError
+from kvstore.home import Gradient, Home, Source
 from kvstore.optim import Optimizer
 from kvstore.protocol.messages import (
+    PRIORITY_MAX,
     Barrier,
     Drop,
     Fetch,
@@ -33,36 +35,12 @@ from kvstore.protocol.messages import (
     SetOptimizer,
     Spec,
     State,
-    Value,
     WriteState,
 )
 from kvstore.protocol.pieces import Cut, Key, owner
 from kvstore.protocol.requesting import CREDIT_FREE_BYTES, Answered, Outcome, Request
 
-INLINE_BYTES = 64 << 10
-
-
-@dataclass(slots=True)
-class _Remote:
-    """A key, as this worker sees it in the cluster."""
-
-    spec: Spec
-    cut: Cut
-    dtype: np.dtype[Any]
-    pulls_first: bool
-    order: engine.Var  # ops that hand requests of this key to the session
-    round: int = 0  # pushes handed over
-    open: dict[int, int] = field(default_factory=dict)  # request id -> server
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-
-@dataclass(slots=True)
-class _Pulled:
-    """The replies to one pull, piece by piece."""
-
-    parts: Parts
-    version: int
-    staleness: int
+CHUNK_BYTES = 8 << 20  # a large gradient is staged and sent in parts, so that the servers begin early
 
 
 class ClusterHome(Home):
@@ -74,40 +52,61 @@ class ClusterHome(Home):
         self._session = session
         self._engine = runtime
         self._servers = range(len(session.servers))
-        self._remotes: dict[Key, _Remote] = {}
+        self._remotes: dict[Key, Remote] = {}
         self._barriers = 0
 
     def __repr__(self) -> str:
-        return f"<ClusterHome of worker {self.rank}: {len(self._remotes)} keys on {len(self._servers)} servers>"
+        servers = f"{len(self._servers)} servers, {len(self._session.near)} on this host"
+        return f"<ClusterHome of worker {self.rank}: {len(self._remotes)} keys on {servers}>"
 
     # --- keys ---------------------------------------------------------------------------------
 
     def init(self, key: Key, spec: Spec, value: Array) -> Future[Any]:
         if key in self._remotes:
             raise DuplicateKeyError(f"init of key {key!r}: expected a new key, it exists")
-        model = consistency.parse(spec.cluster_model)
-        dtype = dtype_named(spec.dtype)
-        cut = Cut(value.size, spec.piece_items)
-        remote = _Remote(spec, cut, dtype, model.pull_before_next_push, engine.Var(f"order of {key!r}"))
+        remote = self._remote(key, spec)
         value = value if self.rank else value.copy()  # the caller may overwrite it at once
-        requests = [
-            Request(
-                owner(key, piece, len(self._servers)),
-                Init(self._session.next_id(), key, piece, spec),
-                None if self.rank else _bytes(value, cut, piece),
-                0 if self.rank else cut.size(piece) * dtype.itemsize,
-            )
-            for piece in range(len(cut))
-        ]
         exists: Future[Any] = Future()
+        left = len(remote.cut)
+        rounds: list[int] = []
 
-        def created(replies: list[Message]) -> None:
-            remote.round = min(reply.round for reply in replies if isinstance(reply, Initialized))
-            self._remotes[key] = remote
-            exists.set_result(None)
+        def one_ended(outcome: Outcome) -> None:
+            nonlocal left
+            left -= 1
+            if isinstance(outcome, Answered):
+                assert isinstance(outcome.reply, Initialized)
+                rounds.append(outcome.reply.round)
+            elif not exists.done():
+                exists.set_exception(outcome.error)
+            if not left and not exists.done():
+                remote.round = min(rounds)
+                self._remotes[key] = remote
+                exists.set_result(None)
 
-        self._hand_over(remote, requests, lambda outcomes: created([o.reply for o in outcomes]), exists.set_exception)
+        requests = []
+        for piece, server in enumerate(remote.owners):
+            init = Init(self._session.next_id(), key, piece, spec)
+            payload = None if self.rank else _bytes(value, remote.cut, piece)
+            requests.append(Request(server, init, payload, 0 if payload is None else payload.nbytes))
+        self._session.submit([(request, one_ended) for request in requests])
         return exists
+
+    def _remote(self, key: Key, spec: Spec) -> Remote:
+        dtype = dtype_named(spec.dtype)
+        cut = spec.cut
+        owners = tuple(owner(key, piece, len(self._servers)) for piece in range(len(cut)))
+        near = near_pieces(cut, owners, dtype.itemsize, self._session.near)
+        arena = self._session.neighbourhood.arena if any(near) else None
+        return Remote(
+            key,
+            spec,
+            dtype,
+            owners,
+            near,
+            consistency.parse(spec.cluster_model).pull_before_next_push,
+            Staging(spec.shape, cut.items, dtype, arena),
+            engine.Var(f"order of {key!r}"),
+        )
 
     def place_whole(self, key: Key, value: Array, timeout_s: float) -> None:
         """Move a key that was cut to one server, uncut; every worker calls it with the same value."""
@@ -117,87 +116,127 @@ class ClusterHome(Home):
             for server in self._servers:
                 self._wait([self._session.ask(server, lambda i: Drop(i, key))], timeout_s, "drop")
         self.barrier(timeout_s)
-        whole = Spec(**{**{f: getattr(remote.spec, f) for f in Spec.__slots__}, "piece_items": max(1, value.size)})
-        self._wait([self.init(key, whole, value)], timeout_s, "init")
+        self._wait([self.init(key, replace(remote.spec, piece_items=max(1, value.size)), value)], timeout_s, "init")
 
     # --- push and pull ------------------------------------------------------------------------
 
-    def push(self, key: Key, staged: Array, var: engine.Var, priority: int) -> Future[Any]:
+    def push(self, key: Key, gradient: Gradient) -> Future[Any]:
         committed: Future[Any] = Future()
-        self._push(key, staged, var, priority, False, lambda _: committed.set_result(None), committed.set_exception)
+        self._push(Exchange(self._remotes[key], None, committed), gradient, pull=False)
         return committed
 
     def pull(self, key: Key, priority: int) -> Source:
         remote = self._remotes[key]
-        source, arrived, failed = self._expect(remote)
+        arrivals = Arrivals(remote, self._engine, self._session.neighbourhood)
+        exchange = Exchange(remote, arrivals, None)
 
         def submit() -> None:
             requests = []
-            for piece in range(len(remote.cut)):
-                message = Fetch(self._session.next_id(), key, piece, remote.round)
-                requests.append(self._request(remote, key, piece, message, None, priority, is_pull=True))
-            self._hand_over(remote, requests, arrived, failed)
+            for piece, server in enumerate(remote.owners):
+                request_id, near = self._session.next_id(), remote.near[piece]
+                held = remote.hold(piece, request_id, reading=near)
+                message = Fetch(request_id, remote.key, piece, remote.round, _clamped(priority), near, held)
+                requests.append(Request(server, message, None, 0, priority, (key, piece), is_pull=True))
+            self._submit(exchange, requests)
 
-        self._in_order(remote, submit, [], failed, f"pull {key!r}", 0, priority)
-        return source
+        self._in_order(exchange, submit, [], f"pull {key!r}", 0, priority)
+        return arrivals
 
-    def pushpull(self, key: Key, staged: Array, var: engine.Var, priority: int) -> tuple[Future[Any], Source]:
-        source, arrived, failed = self._expect(self._remotes[key])
-        done: Future[Any] = Future()
-
-        def both(outcomes: list[Answered]) -> None:
-            done.set_result(None)
-            arrived(outcomes)
-
-        def neither(error: BaseException) -> None:
-            done.set_exception(error)
-            failed(error)
-
-        self._push(key, staged, var, priority, True, both, neither)
-        return done, source
-
-    def _push(
-        self,
-        key: Key,
-        staged: Array,
-        var: engine.Var,
-        priority: int,
-        pull: bool,
-        arrived: Callable[[list[Answered]], None],
-        failed: Callable[[BaseException], None],
-    ) -> None:
+    def pushpull(self, key: Key, gradient: Gradient) -> tuple[Future[Any], Source]:
         remote = self._remotes[key]
+        committed: Future[Any] = Future()
+        arrivals = Arrivals(remote, self._engine, self._session.neighbourhood)
+        self._push(Exchange(remote, arrivals, committed), gradient, pull=True)
+        return committed, arrivals
+
+    def staging(self, key: Key, timeout_s: float) -> Array:
+        return self._remotes[key].staging.lend(timeout_s, f"staging of key {key!r}")
+
+    def _push(self, exchange: Exchange, gradient: Gradient, pull: bool) -> None:
+        """Stage ``gradient`` and send it, in this key's order of calls."""
+        remote, arrays = exchange.remote, gradient.arrays
+        reads: list[Any] = arrays
+        flat: Array | None = None  # what is sent, if it needs no staging
+        if len(arrays) == 1:
+            exchange.slot = remote.staging.lent(arrays[0])
+            if exchange.slot is not None:
+                flat = exchange.slot.array
+            elif gradient.lent and not any(remote.near) and arrays[0].flags.c_contiguous:
+                flat = arrays[0].reshape(-1)
+        if flat is None:
+            exchange.slot = slot = remote.staging.take()
+            flat = slot.array
+            if not remote.order.idle:  # it will be sent later, but must be read now
+                staged = engine.Var(f"staged {remote.key!r}")
+                self._engine.push(
+                    lambda: comm.merge(arrays, slot.array.reshape(remote.spec.shape)),
+                    reads=arrays, writes=[staged], name="stage", inline=True,
+                    info={"key": remote.key, "bytes": slot.array.nbytes},
+                )  # fmt: skip
+                reads, arrays = [staged], []
+        else:
+            arrays = []
+        sent: Array = flat
 
         def submit() -> None:
             remote.round += 1
-            requests = []
-            for piece in range(len(remote.cut)):
-                payload = _bytes(staged, remote.cut, piece)
-                message = Push(
-                    self._session.next_id(), key, piece, remote.round, pull, payload.nbytes > CREDIT_FREE_BYTES
-                )
-                requests.append(
-                    self._request(remote, key, piece, message, payload, priority, is_push=True, is_pull=pull)
-                )
-            self._hand_over(remote, requests, arrived, failed)
+            self._stage_and_send(exchange, arrays, sent, pull, gradient.priority)
 
-        self._in_order(remote, submit, [var], failed, f"push {key!r}", staged.nbytes, priority)
+        self._in_order(exchange, submit, reads, f"push {remote.key!r}", sent.nbytes, gradient.priority)
+
+    def _stage_and_send(self, exchange: Exchange, arrays: list[Array], flat: Array, pull: bool, priority: int) -> None:
+        """Send ``flat`` as the next round; before that, part by part, merge ``arrays`` into it, if there are any."""
+        remote = exchange.remote
+        pieces, cut = len(remote.cut), remote.cut
+        chunk = max(1, CHUNK_BYTES // max(1, cut.piece_items * remote.dtype.itemsize))
+        sources = [array.reshape(-1) for array in arrays if array.flags.c_contiguous]
+        if arrays and len(sources) < len(arrays):
+            comm.merge(arrays, flat.reshape(remote.spec.shape))
+            sources = []
+        for begin in range(0, pieces, chunk):
+            some = range(begin, min(pieces, begin + chunk))
+            if sources:
+                start, stop = cut.span(some[0])[0], cut.span(some[-1])[1]
+                comm.merge([source[start:stop] for source in sources], flat[start:stop])
+            requests = [self._push_request(exchange, flat, piece, pull, priority) for piece in some]
+            self._submit(exchange, requests)
+
+    def _push_request(self, exchange: Exchange, flat: Array, piece: int, pull: bool, priority: int) -> Request:
+        remote = exchange.remote
+        request_id, near = self._session.next_id(), remote.near[piece]
+        held = remote.hold(piece, request_id, reading=near and pull)
+        payload: Array | None = None
+        place = None
+        region = exchange.slot.region if exchange.slot is not None else None
+        if near and region is not None:
+            place = region.place(remote.cut.span(piece)[0] * remote.dtype.itemsize)
+        else:
+            payload = _bytes(flat, remote.cut, piece)
+        nbytes = 0 if payload is None else payload.nbytes
+        message = Push(
+            request_id, remote.key, piece, remote.round, pull, nbytes > CREDIT_FREE_BYTES,
+            _clamped(priority), near and pull, held, place,
+        )  # fmt: skip
+        return Request(
+            remote.owners[piece], message, payload, nbytes, priority, (remote.key, piece), is_push=True, is_pull=pull
+        )
+
+    def _submit(self, exchange: Exchange, requests: list[Request]) -> None:
+        remote = exchange.remote
+        with remote.lock:
+            for request in requests:
+                remote.open[request.request_id] = request.server
+        self._session.submit([(request, exchange) for request in requests], pulls_first=remote.pulls_first)
+        exchange.sent += len(requests)
 
     def _in_order(
-        self,
-        remote: _Remote,
-        submit: Callable[[], None],
-        reads: list[engine.Var],
-        failed: Callable[[BaseException], None],
-        name: str,
-        nbytes: int,
-        priority: int,
+        self, exchange: Exchange, submit: Callable[[], None], reads: list[Any], name: str, nbytes: int, priority: int
     ) -> None:
         """Run ``submit`` when ``reads`` are written, in this key's order of calls."""
         handle = self._engine.push(
             submit,
             reads=reads,
-            writes=[remote.order],
+            writes=[exchange.remote.order],
             priority=priority,
             name=name,
             inline=True,
@@ -207,79 +246,9 @@ class ClusterHome(Home):
         def ended(done: Future[Any]) -> None:
             error = done.exception()
             if error is not None:
-                failed(error)
+                exchange.give_up(error)
 
         handle.add_done_callback(ended)
-
-    def _expect(
-        self, remote: _Remote
-    ) -> tuple[Source, Callable[[list[Answered]], None], Callable[[BaseException], None]]:
-        """A source that fills when the replies arrive."""
-        var = engine.Var("reply")
-        box: list[_Pulled] = []
-        completion: list[engine.Completion] = []
-        self._engine.push_async(completion.append, writes=[var], name="await reply", inline=True)
-
-        def arrived(outcomes: list[Answered]) -> None:
-            box.append(_gather(outcomes, remote))
-            completion[0].set_result(None)
-
-        source = Source(
-            var, lambda: box[0].parts, lambda: box[0].parts, lambda: box[0].version, lambda: box[0].staleness
-        )
-        return source, arrived, lambda error: completion[0].set_exception(error)
-
-    def _request(
-        self,
-        remote: _Remote,
-        key: Key,
-        piece: int,
-        message: Message,
-        payload: Array | None,
-        priority: int,
-        *,
-        is_push: bool = False,
-        is_pull: bool = False,
-    ) -> Request:
-        return Request(
-            owner(key, piece, len(self._servers)),
-            message,
-            payload,
-            0 if payload is None else payload.nbytes,
-            priority,
-            (key, piece),
-            is_push,
-            is_pull,
-        )
-
-    def _hand_over(
-        self,
-        remote: _Remote,
-        requests: list[Request],
-        arrived: Callable[[list[Answered]], None],
-        failed: Callable[[BaseException], None],
-    ) -> None:
-        """Submit the pieces of one operation; exactly one of the callbacks runs when all have ended."""
-        answers: list[Answered] = []
-        errors: list[KVStoreError] = []
-
-        def one_ended(outcome: Outcome) -> None:  # on the session's thread, one at a time
-            with remote.lock:
-                remote.open.pop(outcome.request.request_id, None)
-            if isinstance(outcome, Answered):
-                answers.append(outcome)
-            else:
-                errors.append(outcome.error)
-            if len(answers) + len(errors) == len(requests):
-                if errors:
-                    failed(errors[0])
-                else:
-                    arrived(answers)
-
-        with remote.lock:
-            for request in requests:
-                remote.open[request.request_id] = request.server
-        self._session.submit([(request, one_ended) for request in requests], pulls_first=remote.pulls_first)
 
     # --- optimizer ----------------------------------------------------------------------------
 
@@ -302,27 +271,20 @@ class ClusterHome(Home):
 
     def read_state(self, key: Key, timeout_s: float) -> tuple[int, dict[str, Array]]:
         remote = self._remotes[key]
-        requests = [
-            Request(owner(key, piece, len(self._servers)), ReadState(self._session.next_id(), key, piece))
-            for piece in range(len(remote.cut))
+        asked = [
+            self._session.ask(server, partial(ReadState, key=key, piece=piece), whole=True)
+            for piece, server in enumerate(remote.owners)
         ]
-        whole: Future[tuple[int, dict[str, Array]]] = Future()
-
-        def arrived(outcomes: list[Answered]) -> None:
-            outcomes.sort(key=lambda o: requests.index(o.request))
-            states: dict[str, list[Array]] = {}
-            step = 0
-            for outcome in outcomes:
-                reply = outcome.reply
-                assert isinstance(reply, State) and isinstance(outcome.payload, list)
-                step = max(step, reply.step)
-                for name, dtype, frame in zip(reply.names, reply.dtypes, outcome.payload, strict=True):
-                    states.setdefault(name, []).append(np.frombuffer(frame, dtype_named(dtype)))
-            whole.set_result((step, {name: np.concatenate(parts) for name, parts in states.items()}))
-
-        self._hand_over(remote, requests, arrived, whole.set_exception)
-        self._wait([whole], timeout_s, f"reading the optimizer's state of key {key!r}")
-        return whole.result()
+        self._wait(asked, timeout_s, f"reading the optimizer's state of key {key!r}")
+        states: dict[str, list[Array]] = {}
+        step = 0
+        for answer in asked:
+            outcome = answer.result()
+            assert isinstance(outcome.reply, State) and isinstance(outcome.payload, list)
+            step = max(step, outcome.reply.step)
+            for name, dtype, frame in zip(outcome.reply.names, outcome.reply.dtypes, outcome.payload, strict=True):
+                states.setdefault(name, []).append(np.frombuffer(frame, dtype_named(dtype)))
+        return step, {name: np.concatenate(parts) for name, parts in states.items()}
 
     def write_state(self, key: Key, step: int, state: dict[str, Array], timeout_s: float) -> None:
         remote = self._remotes[key]
@@ -387,18 +349,10 @@ class ClusterHome(Home):
                 raise DeadlineError(f"{what}: request {server} has no answer after {timeout_s:g} s") from error
 
 
+def _clamped(priority: int) -> int:
+    return max(-PRIORITY_MAX, min(PRIORITY_MAX, priority))
+
+
 def _bytes(flat: Array, cut: Cut, piece: int) -> Array:
     start, stop = cut.span(piece)
     return flat[start:stop].view(np.uint8)
-
-
-def _gather(outcomes: list[Answered], remote: _Remote) -> _Pulled:
-    parts: Parts = []
-    versions, staleness = [], []
-    for outcome in outcomes:
-        reply, piece = outcome.reply, outcome.request.channel[1]  # type: ignore[index]
-        assert isinstance(reply, Value) and isinstance(outcome.payload, list)
-        parts.append((remote.cut.span(piece)[0], np.frombuffer(outcome.payload[0], remote.dtype)))
-        versions.append(reply.version)
-        staleness.append(reply.staleness)
-    return _Pulled(parts, min(versions), max(staleness))

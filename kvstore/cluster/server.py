@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,15 +19,21 @@ import engine
 from kvstore import optim
 from kvstore.arrays import Array, dtype_named
 from kvstore.cluster.address import advertised
+from kvstore.cluster.near import Neighbourhood
 from kvstore.cluster.session import Session
+from kvstore.cluster.values import SharedValues
 from kvstore.errors import DisagreementError, KVStoreError, OptionError, ProtocolError, to_wire
 from kvstore.protocol.messages import (
     NOBODY,
     Departed,
     Done,
     Failed,
+    Fetch,
     Init,
+    Meet,
     Message,
+    Met,
+    Place,
     Push,
     ReadStatus,
     Sender,
@@ -38,7 +45,6 @@ from kvstore.protocol.messages import (
     decode,
     envelope,
 )
-from kvstore.protocol.pieces import Cut
 from kvstore.protocol.serving import (
     Action,
     Apply,
@@ -64,6 +70,15 @@ BATCH_BYTES = 256 << 10
 Outgoing = tuple[Message, Sequence[Any]]
 
 
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """Who was lent a value: the request that it answers."""
+
+    rank: int
+    incarnation: int
+    request_id: int
+
+
 class Server:
     """One server of a cluster.
 
@@ -71,9 +86,17 @@ class Server:
         address: the scheduler's.
         bind: where to listen; port ``*`` lets the system choose.
         advertise: the address that workers reach it by, if another than the bound one.
+        neighbourhood: memory for values that workers of this host read in place; None: none is shared.
     """
 
-    def __init__(self, address: str, *, bind: str = "tcp://127.0.0.1:*", advertise: str | None = None) -> None:
+    def __init__(
+        self,
+        address: str,
+        *,
+        bind: str = "tcp://127.0.0.1:*",
+        advertise: str | None = None,
+        neighbourhood: Neighbourhood | None = None,
+    ) -> None:
         self._engine = engine.default()
         self._reactor = Reactor("kvstore-server")
         self._endpoint = self._reactor.endpoint(self._receive)
@@ -85,9 +108,14 @@ class Server:
             raise
         self._session: Session | None = None
         self._serving: Serving | None = None
+        self._neighbourhood = neighbourhood or Neighbourhood(0)
+        self._values: SharedValues | None = None
         self._stored: dict[PieceId, Stored] = {}
+        self._lent: dict[tuple[int, PieceId], list[_Reader]] = {}  # by rank: the places that it may be reading
+        self._lent_lock = threading.Lock()
         self._peers: dict[int, bytes] = {}  # rank -> its latest connection
-        self._outbox: dict[bytes, list[Outgoing]] = {}
+        self._outbox: dict[bytes, list[tuple[Message, Sequence[Any], Callable[[], None] | None]]] = {}
+        self._flushing = False
         self._stopped = threading.Event()
         self._retained = False
 
@@ -112,6 +140,7 @@ class Server:
             raise
         name = f"server {session.sender.rank} at {self.address}"
         self._serving = Serving(session.num_workers, optim.from_wire, name)
+        self._values = SharedValues(self._neighbourhood.arena, len(session.servers))
         self._reactor.start()
 
     def wait(self, timeout: float | None = None) -> bool:
@@ -155,23 +184,48 @@ class Server:
         if isinstance(message, ReadStatus):
             self._queue(peer, Status(message.request_id, self._report()))
             return
+        if isinstance(message, Meet):
+            met = self._neighbourhood.reaches(sender.rank, message.probe)
+            self._queue(peer, Met(message.request_id, self._neighbourhood.probe() if met else None))
+            return
         try:
-            arrays = self._check(message, payload)
+            arrays = self._check(sender.rank, message, payload)
         except KVStoreError as error:
             self._queue(peer, Failed(message.request_id, *to_wire(error)))
             return
+        priority = 0
+        if isinstance(message, Push | Fetch):
+            priority = message.priority
+            self._take_back(sender, message)
         now = time.monotonic()
-        self._perform(self._serving.handle(sender.rank, sender.incarnation, message, arrays, now))
+        self._perform(self._serving.handle(sender.rank, sender.incarnation, message, arrays, now), priority)
 
-    def _check(self, message: Message, payload: Frames) -> Any:
+    def _take_back(self, sender: Sender, message: Push | Fetch) -> None:
+        """A request says which of the earlier ones' places its worker still reads."""
+        piece_id = (message.key, message.piece)
+        with self._lent_lock:
+            lent = self._lent.get((sender.rank, piece_id))
+            if not lent:
+                return
+            current = (sender.incarnation, message.request_id)
+            over = [r for r in lent if (r.incarnation, r.request_id) < current and r.request_id not in message.held]
+            for reader in over:
+                lent.remove(reader)
+        for reader in over:
+            self._stored[piece_id].give_back(reader)
+
+    def _check(self, rank: int, message: Message, payload: Frames) -> Any:
         """The frames as arrays of the right dtype and size; ProtocolError otherwise."""
         assert self._serving is not None
         if isinstance(message, Init):
-            _items(message.spec)
             return self._one_frame(message, message.spec, message.piece, payload)
         if isinstance(message, Push):
             piece = self._serving.pieces.get((message.key, message.piece))
-            return None if piece is None else self._one_frame(message, piece.spec, message.piece, payload)
+            if piece is None:
+                return None
+            if message.place is not None:
+                return self._at_place(rank, message.place, piece.spec, message.piece)
+            return self._one_frame(message, piece.spec, message.piece, payload)
         if isinstance(message, WriteState):
             if not len(payload) == len(message.names) == len(message.dtypes):
                 raise ProtocolError(f"optimizer state of key {message.key!r}: expected one frame and dtype per name")
@@ -190,7 +244,7 @@ class Server:
     def _one_frame(self, message: Init | Push, spec: Spec, number: int, payload: Frames) -> Array | None:
         if not payload:
             return None
-        dtype, cut = dtype_named(spec.dtype), Cut(_items(spec), spec.piece_items)
+        dtype, cut = dtype_named(spec.dtype), spec.cut
         expected = cut.size(number) * dtype.itemsize if number < len(cut) else -1
         if len(payload) != 1 or len(payload[0]) != expected:
             raise ProtocolError(
@@ -200,17 +254,23 @@ class Server:
         array: Array = np.frombuffer(payload[0], dtype)
         return array
 
-    def _perform(self, actions: list[Action]) -> None:
+    def _at_place(self, rank: int, place: Place, spec: Spec, number: int) -> Array:
+        """A piece in the memory of a worker of this host."""
+        dtype = dtype_named(spec.dtype)
+        array: Array = self._neighbourhood.array(rank, place, spec.cut.size(number) * dtype.itemsize).view(dtype)
+        return array
+
+    def _perform(self, actions: list[Action], priority: int = 0) -> None:
         for action in actions:
             match action:
                 case Reply(rank, message):
                     self._reply(rank, message)
-                case ReplyValue(rank, request_id, piece, version, staleness):
-                    self._reply_value(rank, Value(request_id, version, staleness), self._stored[piece])
+                case ReplyValue():
+                    self._reply_value(action, priority)
                 case ReplyAfter(rank, message, piece):
-                    self._then(self._stored[piece], rank, message.request_id, lambda m=message: (m, ()))  # type: ignore[misc]
+                    self._then(self._stored[piece], rank, message.request_id, lambda m=message: (m, ()), priority)  # type: ignore[misc]
                 case Apply():
-                    self._apply(action)
+                    self._apply(action, priority)
                 case Create(piece, _, payload):
                     assert isinstance(payload, np.ndarray)
                     self._stored[piece] = Stored(payload, f"{piece[0]!r}[{piece[1]}]")
@@ -222,9 +282,11 @@ class Server:
                 case StoreState(rank, message, payload):
                     self._store_state(rank, message, payload)
                 case Forget(piece):
+                    assert self._values is not None
                     del self._stored[piece]
+                    self._values.forget(piece)
 
-    def _apply(self, action: Apply) -> None:
+    def _apply(self, action: Apply, priority: int) -> None:
         stored = self._stored[action.piece]
         pushes: Any = action.payloads
         rule: Any = action.rule
@@ -233,34 +295,77 @@ class Server:
         inline = nbytes <= INLINE_BYTES
         if rule is None:
             self._engine.push(
-                lambda: stored.assign(pushes), writes=[stored.var], name="merge", inline=inline, info=info
-            )
+                lambda: stored.assign(pushes, owned=True),
+                writes=[stored.var], priority=priority, name="merge", inline=inline, info=info,
+            )  # fmt: skip
         else:
             self._engine.push(
                 lambda: stored.update(pushes, rule, action.generation),
-                reads=[stored.var], writes=[stored.var], name="merge+update", inline=inline, info=info,
+                reads=[stored.var], writes=[stored.var], priority=priority,
+                name="merge+update", inline=inline, info=info,
             )  # fmt: skip
 
-    def _reply_value(self, rank: int, message: Value, stored: Stored) -> None:
-        self._then(stored, rank, message.request_id, lambda: (message, (stored.share().view(np.uint8),)))
+    def _reply_value(self, action: ReplyValue, priority: int) -> None:
+        assert self._serving is not None
+        stored, request_id = self._stored[action.piece], action.request_id
+        reader = _Reader(action.rank, self._serving.incarnations[action.rank], request_id)
 
-    def _then(self, stored: Stored, rank: int, request_id: int, make: Callable[[], Outgoing]) -> None:
-        """Send what ``make`` returns after all earlier ops on the piece; or their failure."""
+        def make() -> Outgoing:
+            place = self._lend_in_place(action.rank, action.piece, reader) if action.near else None
+            value = Value(request_id, action.version, action.staleness, place)
+            if place is not None:
+                return value, ()
+            return value, (stored.lend(reader).reshape(-1).view(np.uint8),)
+
+        self._then(stored, action.rank, request_id, make, priority, lambda: stored.give_back(reader))
+
+    def _lend_in_place(self, rank: int, piece: PieceId, reader: _Reader) -> Place | None:
+        """Where the value lies for a worker of this host, moved to shared memory if it must be; None: it cannot."""
+        assert self._serving is not None and self._values is not None
+        stored = self._stored[piece]
+        if stored.allocate is None:
+            allocate = self._values.allocator(piece, self._serving.pieces[piece].spec)
+            row = allocate()
+            if row is None:
+                return None
+            stored.move(row, allocate)
+        with self._lent_lock:
+            place = self._values.place(stored.lend(reader))
+            if place is None:
+                stored.give_back(reader)
+            else:
+                self._lent.setdefault((rank, piece), []).append(reader)
+        return place
+
+    def _then(
+        self,
+        stored: Stored,
+        rank: int,
+        request_id: int,
+        make: Callable[[], Outgoing],
+        priority: int = 0,
+        on_sent: Callable[[], None] | None = None,
+    ) -> None:
+        """Send what ``make`` returns after all earlier ops on the piece; or their failure.
+
+        ``on_sent`` is called once the frames' memory is not needed any more.
+        """
 
         def reply() -> None:
             message, frames = make()
             if threading.current_thread() is self._reactor.thread:
-                self._reply(rank, message, frames)
+                self._reply(rank, message, frames, on_sent)
             else:
-                self._reactor.post(lambda: self._reply_now(rank, message, frames))
+                self._reactor.post(lambda: self._reply_now(rank, message, frames, on_sent))
 
-        handle = self._engine.push(reply, reads=[stored.var], name="reply", inline=stored.value.nbytes <= INLINE_BYTES)
+        inline = stored.value.nbytes <= INLINE_BYTES
+        handle = self._engine.push(reply, reads=[stored.var], priority=priority, name="reply", inline=inline)
 
         def ended(_: object) -> None:
             error = handle.exception()
             if error is not None:
                 failed = Failed(request_id, *to_wire(error))
-                self._reactor.post(lambda: self._reply_now(rank, failed, ()))
+                self._reactor.post(lambda: self._reply_now(rank, failed))
 
         handle.add_done_callback(ended)
 
@@ -274,51 +379,70 @@ class Server:
         )  # fmt: skip
         self._then(stored, rank, message.request_id, lambda: (Done(message.request_id), ()))
 
-    def _reply_now(self, rank: int, message: Message, frames: Sequence[Any]) -> None:
-        self._reply(rank, message, frames)
-        self._flush()
+    def _reply_now(
+        self, rank: int, message: Message, frames: Sequence[Any] = (), on_sent: Callable[[], None] | None = None
+    ) -> None:
+        self._reply(rank, message, frames, on_sent)
+        if not self._flushing:  # after all that was posted until now, in as few messages as that allows
+            self._flushing = True
+            self._reactor.post(self._flush)
 
-    def _reply(self, rank: int, message: Message, frames: Sequence[Any] = ()) -> None:
+    def _reply(
+        self, rank: int, message: Message, frames: Sequence[Any] = (), on_sent: Callable[[], None] | None = None
+    ) -> None:
         peer = self._peers.get(rank)
         if peer is not None:
-            self._queue(peer, message, frames)
+            self._queue(peer, message, frames, on_sent)
+        elif on_sent is not None:
+            on_sent()
 
-    def _queue(self, peer: bytes, message: Message, frames: Sequence[Any] = ()) -> None:
-        self._outbox.setdefault(peer, []).append((message, frames))
+    def _queue(
+        self, peer: bytes, message: Message, frames: Sequence[Any] = (), on_sent: Callable[[], None] | None = None
+    ) -> None:
+        self._outbox.setdefault(peer, []).append((message, frames, on_sent if frames else None))
 
     def _flush(self) -> None:
         assert self._session is not None
+        self._flushing = False
         outbox, self._outbox = self._outbox, {}
         for peer, messages in outbox.items():
             batch: list[Outgoing] = []
+            sent: list[Callable[[], None]] = []
             size = 0
-            for message, frames in messages:
+            for message, frames, on_sent in messages:
                 batch.append((message, frames))
                 size += sum(frame.nbytes for frame in frames)
+                if on_sent is not None:
+                    sent.append(on_sent)
                 if size >= BATCH_BYTES:
-                    self._endpoint.send(peer, envelope(self._session.sender, batch))
-                    batch, size = [], 0
+                    self._endpoint.send(peer, envelope(self._session.sender, batch), sent)
+                    batch, sent, size = [], [], 0
             if batch:
-                self._endpoint.send(peer, envelope(self._session.sender, batch))
+                self._endpoint.send(peer, envelope(self._session.sender, batch), sent)
 
     def _departed(self, gone: Departed) -> None:
         def tell() -> None:
+            if gone.role == "worker":
+                self._take_all_back(gone.rank)
             if self._serving is not None and gone.role == "worker" and gone.reason:
                 self._perform(self._serving.lost(gone.rank, gone.reason))
                 self._flush()
 
         self._reactor.post(tell)
 
+    def _take_all_back(self, rank: int) -> None:
+        """A worker is gone and reads nothing any more."""
+        with self._lent_lock:
+            mine = {key: self._lent.pop(key) for key in list(self._lent) if key[0] == rank}
+        for (_, piece), readers in mine.items():
+            for reader in readers:
+                if piece in self._stored:
+                    self._stored[piece].give_back(reader)
+        self._neighbourhood.forget(rank)
+
     def _report(self) -> dict[str, Any]:
         keys = {key for key, _ in self._stored}
         return {"keys": len(keys), "bytes": sum(stored.value.nbytes for stored in self._stored.values())}
-
-
-def _items(spec: Spec) -> int:
-    items = 1
-    for length in spec.shape:
-        items *= length
-    return items
 
 
 def _state_of(stored: Stored, request_id: int) -> Outgoing:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
+from kvstore.cluster.near import Neighbourhood
 from kvstore.errors import (
     ClosedError,
     DeadlineError,
@@ -31,7 +32,9 @@ from kvstore.protocol.messages import (
     Explain,
     Explanation,
     Leave,
+    Meet,
     Message,
+    Met,
     Register,
     Roster,
     Sender,
@@ -45,6 +48,7 @@ log = logging.getLogger(__name__)
 
 SCHEDULER = -1  # its number among the servers
 BATCH_BYTES = 256 << 10  # small messages to one server travel together up to this size
+MEET_S = 10.0  # how long a server may take to say whether it is on this host
 EXPLAIN_S = 2.0  # how long a deadline's error may wait for the answer to "why"
 
 OnOutcome = Callable[[Outcome], None]
@@ -57,15 +61,24 @@ class Session:
         address: the scheduler's.
         role: ``worker`` or ``server``; ``observer`` registers nowhere.
         on_departed: called on the session's thread for every member that is gone.
+        neighbourhood: this process's memory that others on its host may read.
     """
 
-    def __init__(self, address: str, role: str, on_departed: Callable[[Departed], None] | None = None) -> None:
+    def __init__(
+        self,
+        address: str,
+        role: str,
+        on_departed: Callable[[Departed], None] | None = None,
+        neighbourhood: Neighbourhood | None = None,
+    ) -> None:
         self.address = address
         self.role = role
         self.sender = Sender(0, 0, NOBODY, NOBODY)
         self.num_workers = 0
         self.servers: tuple[str, ...] = ()
         self.departed: list[Departed] = []
+        self.neighbourhood = neighbourhood or Neighbourhood(0)
+        self.near: set[int] = set()  # servers whose memory can be mapped here, and the other way round
         self._on_departed = on_departed
         self._requests = Requesting()
         self._on_outcome: dict[int, OnOutcome] = {}
@@ -127,6 +140,19 @@ class Session:
                 )
 
         self._reactor.call(connect)
+        self._meet_servers()
+
+    def _meet_servers(self) -> None:
+        """Find out which servers are on this host."""
+        probe = self.neighbourhood.probe()
+        if probe is None:
+            return
+        asked = [self.ask(server, lambda i: Meet(i, probe)) for server in range(len(self.servers))]
+        for server, answer in enumerate(asked):
+            with contextlib.suppress(KVStoreError, TimeoutError):
+                met = answer.result(MEET_S)
+                if isinstance(met, Met) and self.neighbourhood.reaches(server, met.probe):
+                    self.near.add(server)
 
     def next_id(self) -> int:
         """A fresh request id."""
@@ -148,13 +174,15 @@ class Session:
                 self._inbox.append((request, pulls_first))
         self._reactor.post(self._take_inbox)
 
-    def ask(self, server: int, make: Callable[[int], Message], payload: object = None) -> Future[Message]:
-        """One request outside any channel; the future's result is the reply."""
-        answer: Future[Message] = Future()
+    def ask(
+        self, server: int, make: Callable[[int], Message], payload: object = None, *, whole: bool = False
+    ) -> Future[Any]:
+        """One request outside any channel; the future's result is the reply, with its payload if ``whole``."""
+        answer: Future[Any] = Future()
 
         def settle(outcome: Outcome) -> None:
             if isinstance(outcome, Answered):
-                answer.set_result(outcome.reply)
+                answer.set_result(outcome if whole else outcome.reply)
             else:
                 answer.set_exception(outcome.error)
 

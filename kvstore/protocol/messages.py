@@ -11,6 +11,7 @@ raises :class:`~kvstore.errors.ProtocolError`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import msgpack
 
 from kvstore.errors import ProtocolError, ProtocolVersionError
-from kvstore.protocol.pieces import Key
+from kvstore.protocol.pieces import Cut, Key
 
 PROTOCOL = 1
 HEADER_BYTES_MAX = 8 << 20
@@ -27,6 +28,7 @@ FRAMES_MAX = 1 << 16
 KEY_BYTES_MAX = 1024
 NDIM_MAX = 64
 TEXT_BYTES_MAX = 1 << 16
+PRIORITY_MAX = (1 << 31) - 1
 
 NOBODY = -1  # rank and incarnation of a sender that has none (yet)
 
@@ -52,12 +54,25 @@ class Spec:
     cluster_model: str
     participants: tuple[int, ...] | None  # None: every worker
 
+    @property
+    def cut(self) -> Cut:
+        """The value's pieces."""
+        return Cut(math.prod(self.shape), self.piece_items)
+
     def __str__(self) -> str:
         who = "every worker" if self.participants is None else f"workers {list(self.participants)}"
         return (
             f"shape {self.shape}, dtype {self.dtype}, pieces of {self.piece_items} elements, "
             f"device level {self.device_model}, cluster level {self.cluster_model}, participants: {who}"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Bytes in memory that processes of one host share: a segment's address, and the first byte there."""
+
+    segment: str
+    offset: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,13 +86,17 @@ class Init(Message):
 
 @dataclass(frozen=True, slots=True)
 class Push(Message):
-    """A worker's ``round``-th push of a piece. Without its frame it asks what became of it."""
+    """A worker's ``round``-th push of a piece, in a frame or at a place; without either it asks what became of it."""
 
     key: Key
     piece: int
     round: int
     pull: bool  # answer with the value that a pull right after this push would get
     acknowledge: bool  # say Accepted if it has to wait
+    priority: int = 0  # larger is merged and answered sooner
+    near: bool = False  # the value asked for may stay where it is: answer with its place
+    held: tuple[int, ...] = ()  # earlier requests for this piece whose places are still being read
+    place: Place | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +106,9 @@ class Fetch(Message):
     key: Key
     piece: int
     round: int
+    priority: int = 0
+    near: bool = False
+    held: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +155,13 @@ class WriteState(Message):
 
 
 @dataclass(frozen=True, slots=True)
+class Meet(Message):
+    """Are we on one host? ``probe`` is a place in the sender's memory."""
+
+    probe: Place
+
+
+@dataclass(frozen=True, slots=True)
 class Explain(Message):
     """Why has my request ``about`` no answer yet?"""
 
@@ -168,10 +197,11 @@ class Committed(Message):
 
 @dataclass(frozen=True, slots=True)
 class Value(Message):
-    """The piece's value, one frame."""
+    """The piece's value: one frame, or a place that stays as it is until the worker no longer holds it."""
 
     version: int
     staleness: int
+    place: Place | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +216,13 @@ class State(Message):
 @dataclass(frozen=True, slots=True)
 class Missing(Message):
     """The push asked about never came: send it with its frame."""
+
+
+@dataclass(frozen=True, slots=True)
+class Met(Message):
+    """The answer to :class:`Meet`: a place in the server's memory, if it could read the worker's."""
+
+    probe: Place | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,6 +318,22 @@ def _rank(value: Any) -> int:
     return value
 
 
+def _priority(value: Any) -> int:
+    if type(value) is not int or abs(value) > PRIORITY_MAX:
+        raise ValueError(f"a priority within +-{PRIORITY_MAX}")
+    return value
+
+
+def _place(value: Any) -> Place:
+    if not isinstance(value, list | tuple) or len(value) != 2 or type(value[0]) is not str or len(value[0]) > 64:
+        raise ValueError("a segment's address and an offset")
+    return Place(value[0], _natural(value[1]))
+
+
+def _maybe_place(value: Any) -> Place | None:
+    return None if value is None else _place(value)
+
+
 def _flag(value: Any) -> bool:
     if type(value) is not bool:
         raise ValueError("a boolean")
@@ -350,10 +403,7 @@ def _spec(value: Any) -> Spec:
         raise ValueError("shape, dtype, piece items, two models and participants")
     shape, dtype, piece_items, device_model, cluster_model, participants = value
     shape = _many(_natural, NDIM_MAX)(shape)
-    items = 1
-    for length in shape:
-        items *= length
-    if items >= 1 << 60 or _natural(piece_items) == 0:
+    if math.prod(shape) >= 1 << 60 or _natural(piece_items) == 0:
         raise ValueError("a value that fits")
     return Spec(
         shape,
@@ -366,11 +416,12 @@ def _spec(value: Any) -> Spec:
 
 
 _name_list = _many(_text, 64)
+_held = _many(_natural, 1 << 10)
 
 FORMS: dict[int, tuple[type[Message], tuple[Check, ...]]] = {
     1: (Init, (key, _natural, _spec)),
-    2: (Push, (key, _natural, _natural, _flag, _flag)),
-    3: (Fetch, (key, _natural, _natural)),
+    2: (Push, (key, _natural, _natural, _flag, _flag, _priority, _flag, _held, _maybe_place)),
+    3: (Fetch, (key, _natural, _natural, _priority, _flag, _held)),
     4: (SetOptimizer, (_described, _flag, _since)),
     5: (SetHyperparameters, (_described, _since)),
     6: (Drop, (key,)),
@@ -378,15 +429,17 @@ FORMS: dict[int, tuple[type[Message], tuple[Check, ...]]] = {
     8: (WriteState, (key, _natural, _natural, _name_list, _name_list)),
     9: (Explain, (_natural,)),
     10: (Leave, (_text,)),
+    11: (Meet, (_place,)),
     32: (Initialized, (_natural,)),
     33: (Accepted, ()),
     34: (Committed, ()),
-    35: (Value, (_natural, _natural)),
+    35: (Value, (_natural, _natural, _maybe_place)),
     36: (State, (_natural, _name_list, _name_list)),
     37: (Missing, ()),
     38: (Done, ()),
     39: (Explanation, (_text,)),
     40: (Failed, (_text, _text)),
+    41: (Met, (_maybe_place,)),
     64: (Register, (_text, _rank, _text, _text, _natural, _natural)),
     65: (Roster, (_natural, _natural, _natural, _many(_text, 1 << 16))),
     66: (Barrier, (_natural,)),
@@ -396,7 +449,7 @@ FORMS: dict[int, tuple[type[Message], tuple[Check, ...]]] = {
 }
 _KINDS = {form[0]: kind for kind, form in FORMS.items()}
 _FIELDS = {form[0]: tuple(form[0].__dataclass_fields__)[1:] for form in FORMS.values()}
-_SPEC_FIELDS = tuple(Spec.__dataclass_fields__)
+_PARTS = {kind: tuple(kind.__dataclass_fields__) for kind in (Spec, Place)}  # written as lists of their fields
 
 
 @dataclass(frozen=True, slots=True)
@@ -417,7 +470,8 @@ def encode(sender: Sender, messages: Iterable[tuple[Message, int]]) -> bytes:
         row: list[Any] = [_KINDS[kind], message.request_id]
         for name in _FIELDS[kind]:
             field = getattr(message, name)
-            row.append([getattr(field, part) for part in _SPEC_FIELDS] if type(field) is Spec else field)
+            parts = _PARTS.get(type(field))
+            row.append(field if parts is None else [getattr(field, part) for part in parts])
         row.append(frames)
         rows.append(row)
     header = [PROTOCOL, sender.cluster, sender.epoch, sender.rank, sender.incarnation, rows]

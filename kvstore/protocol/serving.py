@@ -110,6 +110,7 @@ class ReplyValue:
     piece: PieceId
     version: int
     staleness: int
+    near: bool = False  # it may stay where it is: send its place
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +153,15 @@ class Piece:
     accepted: dict[int, int] = field(default_factory=dict)  # rank -> last accepted round
     held: dict[tuple[int, int], object] = field(default_factory=dict)  # payloads before their turn
     commits: dict[tuple[int, int], int] = field(default_factory=dict)  # (rank, round) -> request
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """A pull, as the cluster level is asked it."""
+
+    rank: int
+    request_id: int
+    near: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -321,7 +331,7 @@ class Serving:
             piece.commits[rank, message.round] = message.request_id
             actions += self._commits_due(piece_id, piece, [(rank, message.round)])
         if message.pull:
-            actions += self._pull(rank, message.request_id, message.round, piece_id, piece)
+            actions += self._pull(rank, message, piece_id, piece)
             if piece.level.in_effect(rank, message.round) and not any(
                 type(action) is ReplyValue and action.request_id == message.request_id for action in actions
             ):
@@ -332,11 +342,12 @@ class Serving:
 
     def _fetch(self, rank: int, message: Fetch, payload: object) -> list[Action]:
         piece_id, piece = self._find(message.key, message.piece)
-        actions = self._pull(rank, message.request_id, message.round, piece_id, piece)
+        actions = self._pull(rank, message, piece_id, piece)
         return actions + self._fail_hopeless(piece_id, piece)
 
-    def _pull(self, rank: int, request_id: int, round: int, piece_id: PieceId, piece: Piece) -> list[Action]:
-        answer = piece.level.pull(Pull((rank, request_id), ((rank, round),)))
+    def _pull(self, rank: int, message: Push | Fetch, piece_id: PieceId, piece: Piece) -> list[Action]:
+        ticket = Ticket(rank, message.request_id, message.near)
+        answer = piece.level.pull(Pull(ticket, ((rank, message.round),)))
         return [] if answer is None else [_value(piece_id, answer)]
 
     def _perform(self, piece_id: PieceId, piece: Piece, updates: list[Update], answers: list[Answer]) -> list[Action]:
@@ -418,9 +429,9 @@ class Serving:
             missing = lost.intersection(piece.level.blockers(pull))
             if missing:
                 del piece.level.waiting[pull.ticket]
-                rank, request_id = _asker(pull.ticket)
+                ticket = _ticket(pull.ticket)
                 error = self._lost_error(piece_id, pull.needs[0][1], sorted(missing))
-                actions.append(Reply(rank, Failed(request_id, *to_wire(error))))
+                actions.append(Reply(ticket.rank, Failed(ticket.request_id, *to_wire(error))))
         for (rank, round), request_id in list(piece.commits.items()):
             missing = lost.intersection(piece.level.behind(round))
             if missing and not piece.level.in_effect(rank, round):
@@ -435,7 +446,8 @@ class Serving:
 
     def _explain(self, rank: int, about: int, now: float) -> str:
         for (key, number), piece in self.pieces.items():
-            pull = piece.level.waiting.get((rank, about))
+            tickets = (Ticket(rank, about, near) for near in (False, True))
+            pull = next((piece.level.waiting[ticket] for ticket in tickets if ticket in piece.level.waiting), None)
             if pull is not None:
                 round, missing = pull.needs[0][1], piece.level.blockers(pull)
             else:
@@ -463,12 +475,10 @@ def _failed(rank: int, message: Message, error: KVStoreError) -> Reply:
 
 
 def _value(piece_id: PieceId, answer: Answer) -> ReplyValue:
-    rank, request_id = _asker(answer.ticket)
-    return ReplyValue(rank, request_id, piece_id, answer.version, answer.staleness)
+    ticket = _ticket(answer.ticket)
+    return ReplyValue(ticket.rank, ticket.request_id, piece_id, answer.version, answer.staleness, ticket.near)
 
 
-def _asker(ticket: Hashable) -> tuple[int, int]:
-    """Rank and request id, of which this file makes its tickets."""
-    assert isinstance(ticket, tuple)
-    rank, request_id = ticket
-    return rank, request_id
+def _ticket(ticket: Hashable) -> Ticket:
+    assert isinstance(ticket, Ticket)
+    return ticket

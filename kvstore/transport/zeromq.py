@@ -178,11 +178,19 @@ def _tune(socket: zmq.Socket[bytes]) -> None:
     socket.setsockopt(zmq.LINGER, 0)
 
 
-def _send(socket: zmq.Socket[bytes], frames: Sequence[Any]) -> None:
+def _send(socket: zmq.Socket[bytes], frames: Sequence[Any], *, track: bool = False) -> list[zmq.MessageTracker]:
+    """Send the frames, big ones in place; if asked, what tells when the memory of those is free again."""
     last = len(frames) - 1
+    trackers = []
     for index, frame in enumerate(frames):
-        big = memoryview(frame).nbytes >= COPY_BYTES
-        socket.send(frame, zmq.SNDMORE if index < last else 0, copy=not big)
+        more = zmq.SNDMORE if index < last else 0
+        if memoryview(frame).nbytes < COPY_BYTES:
+            socket.send(frame, more)
+        elif track:
+            trackers.append(socket.send(frame, more, copy=False, track=True))
+        else:
+            socket.send(frame, more, copy=False)
+    return trackers
 
 
 class Connection:
@@ -231,7 +239,7 @@ class Endpoint:
         self.on_disconnect: Callable[[int], None] | None = None
         self._on_receive = on_receive
         self._watch = watch
-        self._reactor = reactor
+        self._sending: deque[tuple[list[zmq.MessageTracker], Sequence[Callable[[], None]]]] = deque()
         self._socket = reactor.context.socket(zmq.ROUTER)
         _tune(self._socket)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
@@ -259,16 +267,30 @@ class Endpoint:
         self.address = self._socket.getsockopt(zmq.LAST_ENDPOINT).rstrip(b"\0").decode()  # type: ignore[union-attr]
         return self.address
 
-    def send(self, peer: bytes, frames: Sequence[Any]) -> bool:
-        """Queue one message; False when the peer's connection is gone."""
+    def send(self, peer: bytes, frames: Sequence[Any], on_sent: Sequence[Callable[[], None]] = ()) -> bool:
+        """Queue one message; False when the peer's connection is gone.
+
+        Each of ``on_sent`` is called, in time, once the frames' memory may be changed again.
+        """
+        trackers: list[zmq.MessageTracker] = []
         try:
             self._socket.send(peer, zmq.SNDMORE)
         except zmq.ZMQError:
             return False
-        _send(self._socket, frames)
-        return True
+        else:
+            trackers = _send(self._socket, frames, track=bool(on_sent))
+            return True
+        finally:
+            if on_sent:
+                self._sending.append((trackers, on_sent))
+
+    def _look_for_sent(self) -> None:
+        while self._sending and all(tracker.done for tracker in self._sending[0][0]):
+            for tell in self._sending.popleft()[1]:
+                tell()
 
     def _receive(self) -> None:
+        self._look_for_sent()
         for _ in range(64):
             try:
                 peer, *frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)

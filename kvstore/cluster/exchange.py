@@ -1,0 +1,312 @@
+"""One operation on all pieces of a key: what has come, what is missing, who is told.
+
+Outcomes come piece by piece on the session's thread. A pull's pieces are copied as they come, while
+the next ones are still on their way; a push has ended when every piece has.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+import engine
+from kvstore import comm
+from kvstore.arrays import Array
+from kvstore.cluster.near import NEAR_BYTES, Neighbourhood
+from kvstore.cluster.staging import Slot, Staging
+from kvstore.errors import KVStoreError
+from kvstore.home import Held, Source
+from kvstore.protocol.messages import Place, Spec, Value
+from kvstore.protocol.pieces import Cut, Key
+from kvstore.protocol.requesting import Answered, Outcome
+
+INLINE_BYTES = 64 << 10  # smaller pieces are copied where they arrive: a hand-over costs more
+
+
+@dataclass(slots=True, eq=False)
+class Remote:
+    """A key, as this worker sees it in the cluster."""
+
+    key: Key
+    spec: Spec
+    dtype: np.dtype[Any]
+    owners: tuple[int, ...]  # server of each piece
+    near: tuple[bool, ...]  # may the piece be read in place, both ways?
+    pulls_first: bool
+    staging: Staging
+    order: engine.Var  # ops that hand requests of this key to the session
+    cut: Cut = field(init=False)
+    round: int = 0  # pushes handed over
+    open: dict[int, int] = field(default_factory=dict)  # request id -> server
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    _held: dict[int, set[int]] = field(default_factory=dict)  # by piece: requests whose places are being read
+    _spares: list[Array] = field(default_factory=list)  # memory for values that cannot be read in place
+
+    def __post_init__(self) -> None:
+        self.cut = self.spec.cut
+
+    def hold(self, piece: int, request_id: int, *, reading: bool) -> tuple[int, ...]:
+        """The earlier requests whose places of the piece are still being read; this one too if it is ``reading``."""
+        with self.lock:
+            held = self._held.setdefault(piece, set())
+            earlier = tuple(held)
+            if reading:
+                held.add(request_id)
+        return earlier
+
+    def give_back(self, piece: int, request_id: int) -> None:
+        """The place that the request was answered with is not read any more; the next request says so."""
+        with self.lock:
+            held = self._held.get(piece)
+            if held is not None:
+                held.discard(request_id)
+
+    def take_spare(self) -> Array:
+        """Private memory for one value."""
+        with self.lock:
+            if self._spares:
+                return self._spares.pop()
+        return np.empty(self.spec.shape, self.dtype)
+
+    def return_spare(self, array: Array) -> None:
+        with self.lock:
+            if not self._spares:
+                self._spares.append(array)
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """A piece of a value that has come."""
+
+    number: int
+    request_id: int
+    array: Array
+    place: Place | None
+
+
+class Arrivals(Source):
+    """The pieces of one pull."""
+
+    def __init__(self, remote: Remote, runtime: engine.Engine, neighbourhood: Neighbourhood) -> None:
+        self._remote = remote
+        self._engine = runtime
+        self._neighbourhood = neighbourhood
+        self._lock = threading.Lock()
+        self._waiting: list[_Piece] = []  # come before anybody takes them
+        self._take: Callable[[_Piece], None] | None = None
+        self._end: Callable[[BaseException | None], None] | None = None
+        self._taken = 0
+        self._expected = len(remote.cut)
+        self._error: BaseException | None = None
+
+    def __repr__(self) -> str:
+        return f"<Arrivals of key {self._remote.key!r}: {self._taken} of {self._expected} pieces>"
+
+    # --- producing ----------------------------------------------------------------------------
+
+    def arrive(self, number: int, outcome: Answered) -> None:
+        """One piece has come. On the session's thread."""
+        reply, remote = outcome.reply, self._remote
+        assert isinstance(reply, Value)
+        if reply.place is None:
+            remote.give_back(number, reply.request_id)
+            array = np.frombuffer(outcome.payload[0], remote.dtype)  # type: ignore[index]
+        else:
+            nbytes = remote.cut.size(number) * remote.dtype.itemsize
+            array = self._neighbourhood.array(remote.owners[number], reply.place, nbytes).view(remote.dtype)
+        piece = _Piece(number, reply.request_id, array, reply.place)
+        with self._lock:
+            self.version = reply.version if self.version is None else min(self.version, reply.version)
+            self.staleness = max(self.staleness or 0, reply.staleness)
+            take = self._take
+            if take is None:
+                self._waiting.append(piece)
+                return
+        take(piece)
+
+    def fail(self, error: BaseException, came: int) -> None:
+        """Only ``came`` pieces have come, and no more will."""
+        with self._lock:
+            self._error = error
+            self._expected = came
+            ended = self._taken == came
+            end = self._end
+        if ended and end is not None:
+            end(error)
+
+    # --- consuming ----------------------------------------------------------------------------
+
+    def _consume(self, take: Callable[[_Piece], None], end: Callable[[BaseException | None], None]) -> None:
+        """From now on every piece goes to ``take``, which calls :meth:`_took` when it is through with it."""
+        with self._lock:
+            self._take, self._end = take, end
+            waiting, self._waiting = self._waiting, []
+            over = self._expected == 0
+        for piece in waiting:
+            take(piece)
+        if over:
+            end(self._error)
+
+    def _took(self) -> None:
+        with self._lock:
+            self._taken += 1
+            ended = self._taken == self._expected
+        if ended:
+            assert self._end is not None
+            self._end(self._error)
+
+    def deliver(self, outs: Sequence[Array], priority: int) -> Future[Any]:
+        remote = self._remote
+
+        def copy(piece: _Piece) -> None:
+            comm.broadcast(piece.array, outs, remote.cut.span(piece.number)[0])
+            remote.give_back(piece.number, piece.request_id)
+            self._took()
+
+        def take(piece: _Piece) -> None:
+            if piece.array.nbytes * len(outs) <= INLINE_BYTES:
+                copy(piece)
+            else:
+                info = {"key": remote.key, "bytes": piece.array.nbytes * len(outs), "piece": piece.number}
+                self._engine.push(lambda: copy(piece), priority=priority, name="deliver", info=info)
+
+        def start(completion: engine.Completion) -> None:
+            self._consume(take, lambda error: _complete(completion, error))
+
+        return self._engine.push_async(start, writes=outs, priority=priority, name="pull", inline=True)
+
+    def hold(self) -> Future[Held]:
+        held: Future[Held] = Future()
+        pieces: list[_Piece] = []
+
+        def take(piece: _Piece) -> None:
+            pieces.append(piece)
+            self._took()
+
+        def end(error: BaseException | None) -> None:
+            if error is None:
+                held.set_result(self._whole(pieces))
+            else:
+                held.set_exception(error)
+
+        self._consume(take, end)
+        return held
+
+    def _whole(self, pieces: list[_Piece]) -> Held:
+        """The pieces as one array: in place where they lie side by side, else a copy."""
+        remote = self._remote
+        pieces.sort(key=lambda piece: piece.number)
+
+        def give_back() -> None:
+            for piece in pieces:
+                remote.give_back(piece.number, piece.request_id)
+
+        first = pieces[0].place
+        if first is not None and _side_by_side(pieces):
+            nbytes = sum(piece.array.nbytes for piece in pieces)
+            array = self._neighbourhood.array(remote.owners[0], first, nbytes).view(remote.dtype)
+            return Held(array.reshape(remote.spec.shape), self.version, self.staleness, give_back)
+        copied = remote.take_spare()
+        flat = copied.reshape(-1)
+        for piece in pieces:
+            start, stop = remote.cut.span(piece.number)
+            np.copyto(flat[start:stop], piece.array)
+        give_back()
+        array = copied.view()
+        array.flags.writeable = False
+        return Held(array, self.version, self.staleness, lambda: remote.return_spare(copied))
+
+
+def _side_by_side(pieces: list[_Piece]) -> bool:
+    place = pieces[0].place
+    for piece in pieces:
+        if piece.place != place or place is None:
+            return False
+        place = Place(place.segment, place.offset + piece.array.nbytes)
+    return True
+
+
+def _complete(completion: engine.Completion, error: BaseException | None) -> None:
+    if error is None:
+        completion.set_result(None)
+    else:
+        completion.set_exception(error)
+
+
+class Exchange:
+    """One push, pull or pushpull under way. Called with each piece's outcome, on the session's thread.
+
+    Args:
+        arrivals: where the pieces of a pull go; None for a push alone.
+        committed: done when a push has ended; None for a pull alone.
+    """
+
+    def __init__(self, remote: Remote, arrivals: Arrivals | None, committed: Future[Any] | None) -> None:
+        self.remote = remote
+        self.slot: Slot | None = None  # what the servers read from
+        self.sent = 0  # pieces handed to the session
+        self._arrivals = arrivals
+        self._committed = committed
+        self._left = len(remote.cut)
+        self._came = 0
+        self._error: BaseException | None = None
+        self._lock = threading.Lock()
+
+    def __repr__(self) -> str:
+        return f"<Exchange of key {self.remote.key!r}: {self._left} pieces left>"
+
+    def __call__(self, outcome: Outcome) -> None:
+        request, remote = outcome.request, self.remote
+        number = request.channel[1]  # type: ignore[index]
+        with remote.lock:
+            remote.open.pop(request.request_id, None)
+        if isinstance(outcome, Answered):
+            if self._arrivals is None:
+                self._ended(1, None)
+                return
+            try:
+                self._arrivals.arrive(number, outcome)
+            except KVStoreError as error:
+                self._ended(1, error)
+            else:
+                self._came += 1
+                self._ended(1, None)
+        else:
+            remote.give_back(number, request.request_id)
+            self._ended(1, outcome.error)
+
+    def give_up(self, error: BaseException) -> None:
+        """What has not been sent will not be."""
+        self._ended(len(self.remote.cut) - self.sent, error)
+
+    def _ended(self, pieces: int, error: BaseException | None) -> None:
+        with self._lock:
+            self._left -= pieces
+            self._error = self._error or error
+            if self._left:
+                return
+        error = self._error
+        if self.slot is not None:
+            if error is None:
+                self.remote.staging.give_back(self.slot)
+            else:
+                self.remote.staging.lose(self.slot)
+        if error is not None and self._arrivals is not None:
+            self._arrivals.fail(error, self._came)
+        if self._committed is not None:
+            if error is None:
+                self._committed.set_result(None)
+            else:
+                self._committed.set_exception(error)
+
+
+def near_pieces(cut: Cut, owners: Sequence[int], itemsize: int, near_servers: set[int]) -> tuple[bool, ...]:
+    """Which pieces are worth reading in place: those of a server of this host that are not small."""
+    return tuple(
+        owner in near_servers and cut.size(piece) * itemsize >= NEAR_BYTES for piece, owner in enumerate(owners)
+    )

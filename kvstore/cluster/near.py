@@ -1,0 +1,168 @@
+"""Memory that workers and servers of one host share: where own bytes lie, and how those of others are seen.
+
+A process writes into its own arena and tells others the place; they map it and read. What may be
+overwritten when is not decided here: see :mod:`kvstore.stored` for values and
+:mod:`kvstore.cluster.staging` for gradients.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvstore.arrays import Array
+from kvstore.errors import SharedMemoryError
+from kvstore.protocol.messages import Place
+from kvstore.transport.shared import AVAILABLE, Segment
+
+log = logging.getLogger(__name__)
+
+NEAR_BYTES = 32 << 10  # smaller pieces travel in messages: that costs less than to keep track of them
+ALIGNMENT = 4096
+CHUNK_BYTES = 64 << 20
+MAPPINGS_MAX = 256  # segments of one peer that are kept mapped
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """Some bytes of an own segment."""
+
+    segment: Segment
+    offset: int
+    array: Array  # uint8
+
+    def place(self, start: int = 0) -> Place:
+        """Where byte ``start`` of the region is, in words that others understand."""
+        return Place(self.segment.address, self.offset + start)
+
+
+class Arena:
+    """Own memory for others to read. Thread-safe.
+
+    Args:
+        limit_bytes: it never holds more.
+    """
+
+    def __init__(self, limit_bytes: int) -> None:
+        self.limit_bytes = limit_bytes
+        self.used_bytes = 0
+        self._segments: list[Segment] = []
+        self._end = 0  # of what is taken of the last segment
+        self._free: dict[int, list[Region]] = {}  # by size
+        self._lock = threading.Lock()
+        self._warned = False
+
+    def __repr__(self) -> str:
+        return f"<Arena: {self.used_bytes} bytes in {len(self._segments)} segments, at most {self.limit_bytes}>"
+
+    def allocate(self, nbytes: int) -> Region | None:
+        """Fresh memory (its content is arbitrary); None when there is none, which is logged once."""
+        size = max(ALIGNMENT, -(-nbytes // ALIGNMENT) * ALIGNMENT)
+        with self._lock:
+            free = self._free.get(size)
+            if free:
+                return free.pop()
+            try:
+                return self._take(size)
+            except SharedMemoryError as error:
+                if not self._warned:
+                    log.warning("%s; values travel through sockets instead", error)
+                    self._warned = True
+                return None
+
+    def free(self, region: Region) -> None:
+        """Give back what :meth:`allocate` gave."""
+        with self._lock:
+            self._free.setdefault(region.array.nbytes, []).append(region)
+
+    def _take(self, size: int) -> Region:
+        if self.used_bytes + size > self.limit_bytes:
+            raise SharedMemoryError(
+                f"shared memory: expected at most {self.limit_bytes} bytes in use, needed {size} more"
+            )
+        if not self._segments or self._end + size > self._segments[-1].size:
+            self._segments.append(Segment.create(max(size, CHUNK_BYTES)))
+            self._end = 0
+        segment, offset = self._segments[-1], self._end
+        segment.reserve(offset, size)
+        self._end += size
+        self.used_bytes += size
+        return Region(segment, offset, np.frombuffer(segment.view(offset, size), np.uint8))
+
+
+class Mappings:
+    """The segments of other processes, mapped on first use and kept. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._segments: OrderedDict[str, Segment] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __repr__(self) -> str:
+        return f"<Mappings: {len(self._segments)} segments>"
+
+    def array(self, place: Place, nbytes: int) -> Array:
+        """The bytes at ``place``, read-only.
+
+        Raises:
+            SharedMemoryError: they cannot be mapped here.
+        """
+        with self._lock:
+            segment = self._segments.get(place.segment)
+            if segment is None:
+                segment = self._segments[place.segment] = Segment.open(place.segment)
+                if len(self._segments) > MAPPINGS_MAX:
+                    self._segments.popitem(last=False)
+        return np.frombuffer(segment.view(place.offset, nbytes), np.uint8)
+
+
+class Neighbourhood:
+    """This process's part in shared memory: its own arena, and what it maps of each peer.
+
+    Args:
+        limit_bytes: the most it will offer; 0 switches shared memory off, None is half of the machine's memory.
+    """
+
+    def __init__(self, limit_bytes: int | None = None) -> None:
+        if limit_bytes is None:
+            limit_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+        self.arena = Arena(limit_bytes if AVAILABLE else 0)
+        self._mappings: dict[int, Mappings] = {}  # by peer: a rank, or a server's number
+        self._probe: Region | None = self.arena.allocate(ALIGNMENT) if self.enabled else None
+
+    def __repr__(self) -> str:
+        return f"<Neighbourhood: {self.arena!r}>"
+
+    @property
+    def enabled(self) -> bool:
+        """May memory be shared at all?"""
+        return self.arena.limit_bytes > 0
+
+    def probe(self) -> Place | None:
+        """A place by which a peer can find out whether it is on this host."""
+        return self._probe.place() if self._probe is not None else None
+
+    def reaches(self, peer: int, probe: Place | None) -> bool:
+        """Can the memory of the peer with this probe be mapped here?"""
+        if not self.enabled or probe is None:
+            return False
+        try:
+            self.array(peer, probe, 1)
+        except SharedMemoryError:
+            return False
+        return True
+
+    def array(self, peer: int, place: Place, nbytes: int) -> Array:
+        """Bytes of ``peer``, read-only. Raises SharedMemoryError when they cannot be mapped."""
+        mappings = self._mappings.get(peer)
+        if mappings is None:
+            mappings = self._mappings.setdefault(peer, Mappings())
+        return mappings.array(place, nbytes)
+
+    def forget(self, peer: int) -> None:
+        """The peer is gone: unmap its memory once nothing reads it any more."""
+        self._mappings.pop(peer, None)

@@ -1,0 +1,278 @@
+"""The device level: what this process's devices push becomes rounds, and what they pull is answered.
+
+What this file decides: which engine ops and which calls of the home an operation consists of. When a push
+takes effect and when a pull may be answered among the devices is asked of :mod:`kvstore.consistency`;
+where the values live is behind :class:`kvstore.home.Home`.
+
+Per key there is a lock, held while the level counts and the calls that follow from it are made, so that
+the home sees them in the level's order.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+import engine
+from kvstore import comm
+from kvstore.arrays import Array
+from kvstore.consistency import Answer, Level, Model, Pull, Update
+from kvstore.errors import CallerError, KVStoreError
+from kvstore.handle import Handle
+from kvstore.home import Gradient, Held, Home, Source
+from kvstore.protocol.pieces import Key
+
+INLINE_BYTES = 64 << 10
+
+Ended = Callable[[Future[Any]], None]
+_Step = tuple[list[Update], list[Answer]]  # what one push at the level leads to
+
+
+@dataclass(eq=False, slots=True)
+class _Contribution:
+    """What one device pushed in one round."""
+
+    arrays: list[Array]  # of the caller until staged; several when the key came twice in the call
+    priority: int
+    ended: Ended  # to be told when the push is committed or failed
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A pull: who wants the value, and where."""
+
+    handle: Handle
+    outs: list[Array] | None  # where to copy it; None: it stays in place and becomes the entry's view
+    result: Any  # of the handle; in place: the view
+    priority: int
+    device: int | None  # whose pull it is; None: all devices'
+
+
+@dataclass(eq=False, slots=True)
+class Entry:
+    """One key, as the device level sees it."""
+
+    key: Key
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    device_model: Model
+    level: Level | None = None  # from when the number of devices is known
+    held: dict[tuple[int, int], _Contribution] = field(default_factory=dict)
+    view: Held | None = None  # the last value that was pulled in place
+    view_is_latest: bool = False  # no other was pulled since
+    lent: list[Array] = field(default_factory=list)  # the home's memory that the caller fills
+    failed: list[Handle] = field(default_factory=list)
+    lock: threading.RLock = field(default_factory=threading.RLock)
+
+    def count(self, devices: int) -> None:
+        """From now on the rounds of so many devices are counted, from 0."""
+        self.level = Level(self.device_model, range(devices))
+
+    def answer(self, ticket: Hashable, device: int | None) -> Answer | None:
+        """What the device level says to a pull: when it must wait, None, and the ticket is answered later."""
+        if self.level is None:
+            return Answer(ticket, 0, 0)
+        rounds = self.level.rounds
+        needs = tuple(rounds.items()) if device is None else ((device, rounds[device]),)
+        return self.level.pull(Pull(ticket, needs))
+
+    def show(self, held: Held) -> Array:
+        """This is the value to be viewed from now on."""
+        with self.lock:
+            previous, self.view, self.view_is_latest = self.view, held, True
+        if previous is not None:
+            previous.give_back()
+        return held.array
+
+
+class _Delayed(Source):
+    """A value that the device level does not let the caller have yet. Also the ticket of its pull."""
+
+    def __init__(self, key: Key, priority: int, runtime: engine.Engine) -> None:
+        self.priority = priority
+        self._key = key
+        self._engine = runtime
+        self._held: Future[Held] = Future()
+        self.answer: Answer | None = None
+
+    def answered(self, answer: Answer, source: Source) -> None:
+        """The level has decided: this is the value."""
+        self.answer = answer
+
+        def come(done: Future[Held]) -> None:
+            error = done.exception()
+            if error is not None:
+                self._held.set_exception(error)
+                return
+            held = done.result()
+            self.version, self.staleness = held.version, held.staleness
+            self._held.set_result(held)
+
+        source.hold().add_done_callback(come)
+
+    def hold(self) -> Future[Held]:
+        return self._held
+
+    def deliver(self, outs: Sequence[Array], priority: int) -> Future[Any]:
+        def start(completion: engine.Completion) -> None:
+            def copy(held: Held) -> None:
+                comm.broadcast(held.array.reshape(-1), outs)
+                held.give_back()
+                completion.set_result(None)
+
+            def come(done: Future[Held]) -> None:
+                error = done.exception()
+                if error is not None:
+                    completion.set_exception(error)
+                    return
+                held = done.result()
+                if held.array.nbytes * len(outs) <= INLINE_BYTES:
+                    copy(held)
+                else:
+                    self._engine.push(lambda: copy(held), priority=priority, name="deliver", info={"key": self._key})
+
+            self._held.add_done_callback(come)
+
+        return self._engine.push_async(start, writes=outs, priority=priority, name="pull", inline=True)
+
+
+class Devices:
+    """The devices' side of a store: turns pushes and pulls into calls of its home."""
+
+    def __init__(self, home: Home, runtime: engine.Engine) -> None:
+        self._home = home
+        self._engine = runtime
+
+    def __repr__(self) -> str:
+        return f"<Devices of {self._home!r}>"
+
+    def push(self, entry: Entry, per_device: dict[int, list[Array]], priority: int, ended: Ended) -> None:
+        """One push of each of these devices. ``ended`` is called with the outcome of each.
+
+        Args:
+            per_device: by device the arrays whose sum it pushes; they have been read when this returns.
+        """
+        with entry.lock:
+            self._perform(entry, *self._count(entry, per_device, priority, ended))
+
+    def pull(self, entry: Entry, request: Request) -> None:
+        """Answer the request once the device level allows it."""
+        with entry.lock:
+            delayed = _Delayed(entry.key, request.priority, self._engine)
+            answer = entry.answer(delayed, request.device)
+            if answer is None:
+                self._deliver(entry, request, delayed, lambda: delayed.answer)
+            else:
+                self._deliver(entry, request, self._home.pull(entry.key, request.priority), lambda: answer)
+
+    def pushpull(self, entry: Entry, per_device: dict[int, list[Array]], ended: Ended, request: Request) -> None:
+        """A push and the pull right after it, as one exchange with the home where the level answers at once."""
+        with entry.lock:
+            contributions, steps = self._count(entry, per_device, request.priority, ended)
+            updates = [update for some, _ in steps for update in some]
+            answered_others = any(answers for _, answers in steps)
+            ticket = object()
+            answer = entry.answer(ticket, request.device)
+            if answer is not None and len(updates) == 1 and not answered_others:
+                gradient, parts = self._merged(entry, updates[0])
+                outs = request.outs
+                gradient.lent = (
+                    outs is not None and len(outs) == len(gradient.arrays) == 1 and outs[0] is gradient.arrays[0]
+                )
+                committed, source = self._home.pushpull(entry.key, gradient)
+                _tell(parts, committed)
+                self._stage_leftovers(entry, contributions)
+                self._deliver(entry, request, source, lambda: answer)
+            else:
+                if entry.level is not None:
+                    entry.level.waiting.pop(ticket, None)
+                self._perform(entry, contributions, steps)
+                self.pull(entry, request)
+
+    # --- pushes -------------------------------------------------------------------------------
+
+    def _count(
+        self, entry: Entry, per_device: dict[int, list[Array]], priority: int, ended: Ended
+    ) -> tuple[list[_Contribution], list[_Step]]:
+        """Count the pushes; what follows from each is to be performed in this order."""
+        level = entry.level
+        assert level is not None  # the number of devices is known from the first push on
+        contributions, steps = [], []
+        for device, arrays in per_device.items():
+            contribution = _Contribution(arrays, priority, ended)
+            entry.held[device, level.rounds[device] + 1] = contribution
+            contributions.append(contribution)
+            steps.append(level.push(device))
+        return contributions, steps
+
+    def _perform(self, entry: Entry, contributions: list[_Contribution], steps: list[_Step]) -> None:
+        for updates, answers in steps:
+            for update in updates:
+                gradient, parts = self._merged(entry, update)
+                _tell(parts, self._home.push(entry.key, gradient))
+            for answer in answers:
+                delayed = answer.ticket
+                assert isinstance(delayed, _Delayed)
+                delayed.answered(answer, self._home.pull(entry.key, delayed.priority))
+        self._stage_leftovers(entry, contributions)
+
+    def _merged(self, entry: Entry, update: Update) -> tuple[Gradient, list[_Contribution]]:
+        """What the home is to be pushed for this update, and whose pushes it consists of."""
+        parts = [entry.held.pop(contribution) for contribution in update.contributions]
+        arrays = [array for part in parts for array in part.arrays]
+        return Gradient(arrays, max(part.priority for part in parts)), parts
+
+    def _stage_leftovers(self, entry: Entry, contributions: list[_Contribution]) -> None:
+        """Copy what has to wait for other devices, because the caller may overwrite it."""
+        waiting = set(map(id, entry.held.values()))
+        for contribution in contributions:
+            if id(contribution) in waiting:
+                arrays, staged = contribution.arrays, np.empty(entry.shape, entry.dtype)
+                self._engine.push(
+                    lambda arrays=arrays, staged=staged: comm.merge(arrays, staged),  # type: ignore[misc]
+                    reads=arrays, writes=[staged], name="stage", inline=True,
+                    info={"key": entry.key, "bytes": staged.nbytes},
+                )  # fmt: skip
+                contribution.arrays = [staged]
+
+    # --- pulls --------------------------------------------------------------------------------
+
+    def _deliver(self, entry: Entry, request: Request, source: Source, answer: Callable[[], Answer | None]) -> None:
+        """When the source's value has come to where it was asked for, the request's handle is done."""
+        arriving: Future[Any]
+        arriving = source.hold() if request.outs is None else source.deliver(request.outs, request.priority)
+
+        def done(arrived: Future[Any]) -> None:
+            error, result, handle = arrived.exception(), request.result, request.handle
+            if error is None:
+                if request.outs is None:
+                    result = entry.show(arrived.result())
+                else:
+                    entry.view_is_latest = False
+                answered = answer()
+                assert answered is not None
+                handle.version = answered.version if source.version is None else source.version
+                behind = source.staleness
+                handle.staleness = answered.staleness if behind is None else (answered.staleness, behind)
+            handle.finish(result, _translated(error, entry.key))
+
+        arriving.add_done_callback(done)
+
+
+def _tell(parts: list[_Contribution], committed: Future[Any]) -> None:
+    for part in parts:
+        committed.add_done_callback(part.ended)
+
+
+def _translated(error: BaseException | None, key: Key) -> BaseException | None:
+    """Errors of the engine's own, in this package's words."""
+    if isinstance(error, engine.EngineError) and not isinstance(error, KVStoreError):
+        wrapped = CallerError(f"key {key!r}: {error}")
+        wrapped.__cause__ = error
+        return wrapped
+    return error
