@@ -133,8 +133,8 @@ class ClusterHome(Home):
         def submit() -> None:
             requests = []
             for piece, server in enumerate(remote.owners):
-                request_id, near = self._session.next_id(), remote.near[piece]
-                held = remote.hold(piece, request_id, reading=near)
+                request_id = self._session.next_id()
+                near, held = remote.hold(piece, request_id, pull=True)
                 message = Fetch(request_id, remote.key, piece, remote.round, _clamped(priority), near, held)
                 requests.append(Request(server, message, None, 0, priority, (key, piece), is_pull=True))
             self._submit(exchange, requests)
@@ -203,19 +203,19 @@ class ClusterHome(Home):
 
     def _push_request(self, exchange: Exchange, flat: Array, piece: int, pull: bool, priority: int) -> Request:
         remote = exchange.remote
-        request_id, near = self._session.next_id(), remote.near[piece]
-        held = remote.hold(piece, request_id, reading=near and pull)
+        request_id = self._session.next_id()
+        near, held = remote.hold(piece, request_id, pull=pull)
         payload: Array | None = None
         place = None
         region = exchange.slot.region if exchange.slot is not None else None
-        if near and region is not None:
+        if remote.near[piece] and region is not None:
             place = region.place(remote.cut.span(piece)[0] * remote.dtype.itemsize)
         else:
             payload = _bytes(flat, remote.cut, piece)
         nbytes = 0 if payload is None else payload.nbytes
         message = Push(
             request_id, remote.key, piece, remote.round, pull, nbytes > CREDIT_FREE_BYTES,
-            _clamped(priority), near and pull, held, place,
+            _clamped(priority), near, held, place,
         )  # fmt: skip
         return Request(
             remote.owners[piece], message, payload, nbytes, priority, (remote.key, piece), is_push=True, is_pull=pull

@@ -21,7 +21,7 @@ from kvstore.cluster.near import NEAR_BYTES, Neighbourhood
 from kvstore.cluster.staging import Slot, Staging
 from kvstore.errors import KVStoreError
 from kvstore.home import Held, Source
-from kvstore.protocol.messages import Place, Spec, Value
+from kvstore.protocol.messages import HELD_MAX, Place, Spec, Value
 from kvstore.protocol.pieces import Cut, Key
 from kvstore.protocol.requesting import Answered, Outcome
 
@@ -50,14 +50,17 @@ class Remote:
     def __post_init__(self) -> None:
         self.cut = self.spec.cut
 
-    def hold(self, piece: int, request_id: int, *, reading: bool) -> tuple[int, ...]:
-        """The earlier requests whose places of the piece are still being read; this one too if it is ``reading``."""
+    def hold(self, piece: int, request_id: int, *, pull: bool) -> tuple[bool, tuple[int, ...]]:
+        """May this request be answered with a place, and which earlier ones of the piece are still held?"""
+        if not self.near[piece]:
+            return False, ()
         with self.lock:
             held = self._held.setdefault(piece, set())
             earlier = tuple(held)
-            if reading:
+            near = pull and len(held) < HELD_MAX
+            if near:
                 held.add(request_id)
-        return earlier
+        return near, earlier
 
     def give_back(self, piece: int, request_id: int) -> None:
         """The place that the request was answered with is not read any more; the next request says so."""

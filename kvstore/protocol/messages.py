@@ -29,6 +29,7 @@ KEY_BYTES_MAX = 1024
 NDIM_MAX = 64
 TEXT_BYTES_MAX = 1 << 16
 PRIORITY_MAX = (1 << 31) - 1
+HELD_MAX = 1024
 
 NOBODY = -1  # rank and incarnation of a sender that has none (yet)
 
@@ -416,7 +417,7 @@ def _spec(value: Any) -> Spec:
 
 
 _name_list = _many(_text, 64)
-_held = _many(_natural, 1 << 10)
+_held = _many(_natural, HELD_MAX)
 
 FORMS: dict[int, tuple[type[Message], tuple[Check, ...]]] = {
     1: (Init, (key, _natural, _spec)),

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from kvstore.errors import KVStoreError, ProtocolError, ProtocolVersionError, from_wire, to_wire
 from kvstore.protocol import messages
-from kvstore.protocol.messages import FORMS, PROTOCOL, Done, Failed, Push, Sender, Spec, Value, decode, encode
+from kvstore.protocol.messages import FORMS, PROTOCOL, Done, Failed, Place, Push, Sender, Spec, Value, decode, encode
 
 SENDER = Sender(7, 1, 0, 1)
 
@@ -37,6 +37,7 @@ spec = st.builds(
     st.one_of(st.none(), st.lists(natural, max_size=4).map(tuple)),
 )
 texts = st.lists(text, max_size=4).map(tuple)
+place = st.builds(Place, text, natural)
 FIELDS = {
     messages.key: key,
     messages._natural: natural,
@@ -48,6 +49,10 @@ FIELDS = {
     messages._since: st.dictionaries(key, natural, max_size=3),
     messages._spec: spec,
     messages._name_list: texts,
+    messages._priority: st.integers(-messages.PRIORITY_MAX, messages.PRIORITY_MAX),
+    messages._held: st.lists(natural, max_size=4).map(tuple),
+    messages._place: place,
+    messages._maybe_place: st.one_of(st.none(), place),
 }
 
 
@@ -170,15 +175,20 @@ def test_another_version_may_look_otherwise():
         (packed([38, -1, 0]), 0, "a whole number"),
         (packed([38, 1, 1]), 0, "the header announces 1, 0 came"),
         (packed([38, 1, 0]), 2, "the header announces 0, 2 came"),
-        (packed([3, 1, "", 0, 0, 0]), 0, "a str of 1-1024"),
-        (packed([3, 1, "k" * 1025, 0, 0, 0]), 0, "a str of 1-1024"),
-        (packed([3, 1, "ä" * 600, 0, 0, 0]), 0, "a str of 1-1024"),
-        (packed([3, 1, 1 << 63, 0, 0, 0]), 0, "an int64"),
-        (packed([3, 1, True, 0, 0, 0]), 0, "an int64"),
+        (packed([3, 1, "", 0, 0, 0, False, [], 0]), 0, "a str of 1-1024"),
+        (packed([3, 1, "k" * 1025, 0, 0, 0, False, [], 0]), 0, "a str of 1-1024"),
+        (packed([3, 1, "ä" * 600, 0, 0, 0, False, [], 0]), 0, "a str of 1-1024"),
+        (packed([3, 1, 1 << 63, 0, 0, 0, False, [], 0]), 0, "an int64"),
+        (packed([3, 1, True, 0, 0, 0, False, [], 0]), 0, "an int64"),
         (packed([1, 1, "k", 0, [[1] * 65, "f", 1, "", "", None], 0]), 0, "at most 64"),
         (packed([1, 1, "k", 0, [[1 << 62, 4], "f", 1, "", "", None], 0]), 0, "a value that fits"),
         (packed([1, 1, "k", 0, [[1], "f", 0, "", "", None], 0]), 0, "a value that fits"),
         (packed([10, 1, "x" * 65_537, 0]), 0, "at most 65536"),
+        (packed([3, 1, "k", 0, 0, 1 << 31, False, [], 0]), 0, "a priority"),
+        (packed([3, 1, "k", 0, 0, 0, False, [1] * 1025, 0]), 0, "at most 1024"),
+        (packed([11, 1, ["1.2." + "0" * 64, 0], 0]), 0, "a segment's address"),
+        (packed([11, 1, ["1.2.3", -1], 0]), 0, "a whole number"),
+        (packed([11, 1, None, 0]), 0, "a segment's address"),
         (b"\x91" * 5000, 0, "msgpack"),
         (bytes(messages.HEADER_BYTES_MAX + 1), 0, "at most"),
         (packed(*[[38, 1, 0]] * (messages.MESSAGES_MAX + 1)), 0, "expected .protocol"),
