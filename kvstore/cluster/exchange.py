@@ -21,7 +21,8 @@ from kvstore.cluster.near import NEAR_BYTES, Neighbourhood
 from kvstore.cluster.staging import Slot, Staging
 from kvstore.errors import KVStoreError
 from kvstore.home import Held, Source
-from kvstore.protocol.messages import HELD_MAX, Place, Spec, Value
+from kvstore.protocol.leases import Holding
+from kvstore.protocol.messages import Place, Spec, Value
 from kvstore.protocol.pieces import Cut, Key
 from kvstore.protocol.requesting import Answered, Outcome
 
@@ -44,30 +45,25 @@ class Remote:
     round: int = 0  # pushes handed over
     open: dict[int, int] = field(default_factory=dict)  # request id -> server
     lock: threading.Lock = field(default_factory=threading.Lock)
-    _held: dict[int, set[int]] = field(default_factory=dict)  # by piece: requests whose places are being read
+    _holding: dict[int, Holding] = field(default_factory=dict)  # by piece
     _spares: list[Array] = field(default_factory=list)  # memory for values that cannot be read in place
 
     def __post_init__(self) -> None:
         self.cut = self.spec.cut
 
     def hold(self, piece: int, request_id: int, *, pull: bool) -> tuple[bool, tuple[int, ...]]:
-        """May this request be answered with a place, and which earlier ones of the piece are still held?"""
+        """For a new request: may it be answered with a place, and which earlier ones of the piece are held?"""
         if not self.near[piece]:
             return False, ()
         with self.lock:
-            held = self._held.setdefault(piece, set())
-            earlier = tuple(held)
-            near = pull and len(held) < HELD_MAX
-            if near:
-                held.add(request_id)
-        return near, earlier
+            return self._holding.setdefault(piece, Holding()).request(request_id, pull=pull)
 
     def give_back(self, piece: int, request_id: int) -> None:
-        """The place that the request was answered with is not read any more; the next request says so."""
+        """The place that the request was answered with, if it was, is not read any more."""
         with self.lock:
-            held = self._held.get(piece)
-            if held is not None:
-                held.discard(request_id)
+            holding = self._holding.get(piece)
+            if holding is not None:
+                holding.over(request_id)
 
     def take_spare(self) -> Array:
         """Private memory for one value."""

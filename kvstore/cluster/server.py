@@ -10,7 +10,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from kvstore.cluster.near import Neighbourhood
 from kvstore.cluster.session import Session
 from kvstore.cluster.values import SharedValues
 from kvstore.errors import DisagreementError, KVStoreError, OptionError, ProtocolError, to_wire
+from kvstore.protocol.leases import Lending, Reader
 from kvstore.protocol.messages import (
     NOBODY,
     Departed,
@@ -45,12 +45,12 @@ from kvstore.protocol.messages import (
     decode,
     envelope,
 )
+from kvstore.protocol.pieces import PieceId
 from kvstore.protocol.serving import (
     Action,
     Apply,
     Create,
     Forget,
-    PieceId,
     Reply,
     ReplyAfter,
     ReplyValue,
@@ -68,15 +68,6 @@ JOIN_TIMEOUT_S = 300.0
 BATCH_BYTES = 256 << 10
 
 Outgoing = tuple[Message, Sequence[Any]]
-
-
-@dataclass(frozen=True, slots=True)
-class _Reader:
-    """Who was lent a value: the request that it answers."""
-
-    rank: int
-    incarnation: int
-    request_id: int
 
 
 class Server:
@@ -111,8 +102,9 @@ class Server:
         self._neighbourhood = neighbourhood or Neighbourhood(0)
         self._values: SharedValues | None = None
         self._stored: dict[PieceId, Stored] = {}
-        self._lent: dict[tuple[int, PieceId], list[_Reader]] = {}  # by rank: the places that it may be reading
-        self._lent_lock = threading.Lock()
+        self._shared: set[PieceId] = set()  # those whose values lie in shared memory, as far as there is any
+        self._lending = Lending()
+        self._lending_lock = threading.Lock()
         self._peers: dict[int, bytes] = {}  # rank -> its latest connection
         self._outbox: dict[bytes, list[tuple[Message, Sequence[Any], Callable[[], None] | None]]] = {}
         self._flushing = False
@@ -203,14 +195,9 @@ class Server:
     def _take_back(self, sender: Sender, message: Push | Fetch) -> None:
         """A request says which of the earlier ones' places its worker still reads."""
         piece_id = (message.key, message.piece)
-        with self._lent_lock:
-            lent = self._lent.get((sender.rank, piece_id))
-            if not lent:
-                return
-            current = (sender.incarnation, message.request_id)
-            over = [r for r in lent if (r.incarnation, r.request_id) < current and r.request_id not in message.held]
-            for reader in over:
-                lent.remove(reader)
+        speaker = Reader(sender.rank, sender.incarnation, message.request_id)
+        with self._lending_lock:
+            over = self._lending.heard(piece_id, speaker, message.held)
         for reader in over:
             self._stored[piece_id].give_back(reader)
 
@@ -284,6 +271,7 @@ class Server:
                 case Forget(piece):
                     assert self._values is not None
                     del self._stored[piece]
+                    self._shared.discard(piece)
                     self._values.forget(piece)
 
     def _apply(self, action: Apply, priority: int) -> None:
@@ -308,10 +296,12 @@ class Server:
     def _reply_value(self, action: ReplyValue, priority: int) -> None:
         assert self._serving is not None
         stored, request_id = self._stored[action.piece], action.request_id
-        reader = _Reader(action.rank, self._serving.incarnations[action.rank], request_id)
+        if action.near and action.piece not in self._shared:
+            self._share(action.piece)
+        reader = Reader(action.rank, self._serving.incarnations[action.rank], request_id)
 
         def make() -> Outgoing:
-            place = self._lend_in_place(action.rank, action.piece, reader) if action.near else None
+            place = self._lend_in_place(action.piece, reader) if action.near else None
             value = Value(request_id, action.version, action.staleness, place)
             if place is not None:
                 return value, ()
@@ -319,22 +309,28 @@ class Server:
 
         self._then(stored, action.rank, request_id, make, priority, lambda: stored.give_back(reader))
 
-    def _lend_in_place(self, rank: int, piece: PieceId, reader: _Reader) -> Place | None:
-        """Where the value lies for a worker of this host, moved to shared memory if it must be; None: it cannot."""
+    def _share(self, piece: PieceId) -> None:
+        """From here on the value lies in shared memory, if there is enough."""
         assert self._serving is not None and self._values is not None
+        self._shared.add(piece)
         stored = self._stored[piece]
-        if stored.allocate is None:
-            allocate = self._values.allocator(piece, self._serving.pieces[piece].spec)
+        allocate = self._values.allocator(piece, self._serving.pieces[piece].spec)
+
+        def move() -> None:
             row = allocate()
-            if row is None:
-                return None
-            stored.move(row, allocate)
-        with self._lent_lock:
-            place = self._values.place(stored.lend(reader))
-            if place is None:
-                stored.give_back(reader)
-            else:
-                self._lent.setdefault((rank, piece), []).append(reader)
+            if row is not None:
+                stored.move(row, allocate)
+
+        self._engine.push(move, reads=[stored.var], writes=[stored.var], name="share", inline=True)
+
+    def _lend_in_place(self, piece: PieceId, reader: Reader) -> Place | None:
+        """Where the value lies for a worker of this host to read; None: not in shared memory."""
+        assert self._values is not None
+        stored = self._stored[piece]
+        place = self._values.place(stored.lend(reader))
+        if place is not None:
+            with self._lending_lock:
+                self._lending.lend(piece, reader)
         return place
 
     def _then(
@@ -432,12 +428,11 @@ class Server:
 
     def _take_all_back(self, rank: int) -> None:
         """A worker is gone and reads nothing any more."""
-        with self._lent_lock:
-            mine = {key: self._lent.pop(key) for key in list(self._lent) if key[0] == rank}
-        for (_, piece), readers in mine.items():
-            for reader in readers:
-                if piece in self._stored:
-                    self._stored[piece].give_back(reader)
+        with self._lending_lock:
+            over = self._lending.gone(rank)
+        for piece, reader in over:
+            if piece in self._stored:
+                self._stored[piece].give_back(reader)
         self._neighbourhood.forget(rank)
 
     def _report(self) -> dict[str, Any]:

@@ -12,8 +12,7 @@ from collections.abc import Callable
 from kvstore.arrays import Array, dtype_named
 from kvstore.cluster.near import Arena, Region
 from kvstore.protocol.messages import Place, Spec
-from kvstore.protocol.pieces import Key
-from kvstore.protocol.serving import PieceId
+from kvstore.protocol.pieces import Key, PieceId
 
 
 class SharedValues:

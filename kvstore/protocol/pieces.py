@@ -10,6 +10,7 @@ import hashlib
 from dataclasses import dataclass
 
 Key = str | int
+PieceId = tuple[Key, int]
 
 PIECE_BYTES = 2 << 20
 

@@ -50,9 +50,7 @@ from kvstore.protocol.messages import (
     Spec,
     WriteState,
 )
-from kvstore.protocol.pieces import Key
-
-PieceId = tuple[Key, int]
+from kvstore.protocol.pieces import Key, PieceId
 
 
 class Rule(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 
 import ml_dtypes
@@ -16,7 +17,10 @@ from tests.clusters import Cluster
 DTYPES = ["float16", "float32", "float64", "int8", "int32", "int64", "uint8", "bool", ml_dtypes.bfloat16]
 
 
-@pytest.fixture(scope="module", params=["local", "cluster of 1 server", "cluster of 3 servers"])
+PLACES = ["local", "cluster of 1 server", "cluster of 3 servers", "cluster of 2 servers through sockets"]
+
+
+@pytest.fixture(scope="module", params=PLACES)
 def place(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -32,7 +36,9 @@ def make(place: str) -> Iterator[object]:
             store = kvstore.create("local", timeout=30, **options)
         else:
             clusters.append(Cluster(1, int(place.split()[2])))
-            store = kvstore.create("dist", address=clusters[-1].address, timeout=30, **options)
+            shared = "sockets" not in place
+            address = clusters[-1].address
+            store = kvstore.create("dist", address=address, timeout=30, shared_memory=shared, **options)
         stores.append(store)
         return store
 
@@ -202,6 +208,58 @@ def test_a_push_waits_for_the_engine_op_that_writes_the_gradient(kv):
     gate[0].set_result(None)
     handle.result()
     assert kv.pull("w").result().tolist() == [5, 5, 5]
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3, 4), (400, 500), (1200, 1500)])
+def test_staging_and_view(kv, shape):
+    kv.init("w", np.zeros(shape, np.float32))
+    assert kv.view("w").shape == shape
+    assert not kv.view("w").any()
+    for round in (1, 2, 3):
+        gradient = kv.staging("w")
+        assert gradient.shape == shape
+        assert gradient.dtype == np.float32
+        gradient[...] = round
+        value = kv.pushpull("w", gradient).result()
+        np.testing.assert_array_equal(value, np.full(shape, round))
+        assert value is kv.view("w")
+        assert not value.flags.writeable
+    kv.push("w", np.full(shape, 4, np.float32)).result()
+    np.testing.assert_array_equal(value, np.full(shape, 3), "a view changed under its reader")
+    np.testing.assert_array_equal(kv.pull("w", out=kvstore.IN_PLACE).result(), np.full(shape, 4))
+    out = np.empty(shape, np.float32)
+    kv.pushpull("w", kv.staging("w"), out=out).result()
+    np.testing.assert_array_equal(out, kv.pull("w").result())
+
+
+def test_the_view_of_an_updated_value(kv):
+    kv.init("w", np.zeros(50_000, np.float32))
+    kv.set_optimizer(optim.SGD(lr=1.0, momentum=0.5))
+    previous, expected, momentum = kv.view("w"), 0.0, 0.0
+    for _ in range(5):
+        gradient = kv.staging("w")
+        gradient[...] = 1
+        value = kv.pushpull("w", gradient).result()
+        np.testing.assert_array_equal(previous, np.float32(expected))
+        momentum = 0.5 * momentum + 1
+        expected -= momentum
+        np.testing.assert_array_equal(value, np.float32(expected))
+        previous = value
+
+
+def test_the_engine_fills_staging(kv):
+    kv.init("w", np.zeros(20_000, np.float32))
+    gradient, release = kv.staging("w"), threading.Event()
+
+    def fill():
+        assert release.wait(30)
+        gradient[...] = 7
+
+    engine.default().push(fill, writes=[gradient])
+    pushed = kv.pushpull("w", gradient)
+    assert not pushed.done()
+    release.set()
+    np.testing.assert_array_equal(pushed.result(), 7)
 
 
 def test_an_engine_op_that_reads_out_waits_for_the_pull(kv):
