@@ -1,0 +1,71 @@
+"""What can be measured: systems that stay up, cases they run, and the lines of the table made of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+Shapes = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class System:
+    """A set of processes. ``kind``: kvstore, kvstore local, mxnet, mxnet local, gloo, pyzmq, numpy."""
+
+    kind: str
+    workers: int = 2
+    servers: int = 1
+    optimizer: str = "none"  # none, sgd, adam
+    tcp: bool = False  # kvstore: without shared memory
+    type: str = ""  # mxnet's name of its store
+    devices: int = 0  # of a store of one process
+
+    @property
+    def peer(self) -> str:
+        """Whose interpreter runs it: mxnet, gloo, or "" for ours."""
+        return self.kind.split()[0] if self.kind.startswith(("mxnet", "gloo")) else ""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One thing that one system does, again and again."""
+
+    system: System
+    operation: str
+    shapes: Shapes
+    consistency: str | None = None
+    spinning: bool = False  # while another thread of each caller spins in pure Python
+
+    @property
+    def bytes(self) -> int:
+        return sum(4 * math.prod(shape) for shape in self.shapes)
+
+    def request(self) -> dict[str, Any]:
+        """What a member is told of it."""
+        return {
+            "operation": self.operation,
+            "shapes": self.shapes,
+            "consistency": self.consistency,
+            "devices": self.system.devices,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One line of the table; names are those of the group's cases."""
+
+    case: str
+    subject: str
+    limit: str | None = None
+    beside: Mapping[str, str] = field(default_factory=dict)  # column of the table -> case
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Cases that are measured interleaved: one repeat of each, then again."""
+
+    cases: dict[str, Case]
+    lines: list[Line]
