@@ -37,9 +37,9 @@ def make(case, workers):
         for bucket, flat in buckets:
             torch.cat([tensor.view(-1) for tensor in bucket], out=flat)
             works.append(dist.all_reduce(flat, async_op=True))
-        for (bucket, flat), work in zip(buckets, works):
+        for (bucket, flat), work in zip(buckets, works, strict=True):
             work.wait()
-            for tensor, part in zip(bucket, flat.split([t.numel() for t in bucket])):
+            for tensor, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
                 tensor.view(-1).copy_(part)
 
     def reduce_each():

@@ -16,7 +16,7 @@ def make(kv, optimizer, case):
     devices = [mx.cpu(number) for number in range(case["devices"])]
     gradients = [[mx.nd.ones(shape, ctx=device) for device in devices] for shape in shapes]
     outs = [[mx.nd.zeros(shape, ctx=device) for device in devices] for shape in shapes]
-    for key, shape in zip(keys, shapes):
+    for key, shape in zip(keys, shapes, strict=True):
         kv.init(key, mx.nd.zeros(shape))
     mx.nd.waitall()
 
@@ -27,7 +27,7 @@ def make(kv, optimizer, case):
         mx.nd.waitall()
 
     def once():
-        for position, (key, values, results) in enumerate(zip(keys, gradients, outs)):
+        for position, (key, values, results) in enumerate(zip(keys, gradients, outs, strict=True)):
             kv.push(key, values, priority=-position)
             kv.pull(key, results, priority=-position)
         mx.nd.waitall()

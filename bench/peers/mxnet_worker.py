@@ -24,7 +24,7 @@ def make(kv, optimizer, case):
     operation = case["operation"]
     gradients = [mx.nd.ones(shape) for shape in shapes]
     outs = [mx.nd.zeros(shape) for shape in shapes]
-    for key, shape in zip(keys, shapes):
+    for key, shape in zip(keys, shapes, strict=True):
         kv.init(key, mx.nd.zeros(shape))
     mx.nd.waitall()
     key, gradient, out = (keys[0], gradients[0], outs[0]) if len(keys) == 1 else (keys, gradients, outs)

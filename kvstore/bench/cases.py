@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 Shapes = tuple[tuple[int, ...], ...]
+PEERS: tuple[str, ...] = ("MXNet", "gloo")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,13 @@ class Case:
         }
 
 
+class Rounds(NamedTuple):
+    """What some rounds took."""
+
+    times: list[float]  # seconds of each round: the slowest worker's
+    cpu_s: float = 0.0  # processor time of all workers within the rounds
+
+
 @dataclass(frozen=True, slots=True)
 class Line:
     """One line of the table; names are those of the group's cases."""
@@ -59,6 +67,7 @@ class Line:
     case: str
     subject: str
     limit: str | None = None
+    limit_name: str = ""  # its name in the table, if another
     beside: Mapping[str, str] = field(default_factory=dict)  # column of the table -> case
     more: Mapping[str, Any] = field(default_factory=dict)
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from kvstore.arrays import Array
 from kvstore.bench.apart.member import Round
-from kvstore.bench.cases import Case
+from kvstore.bench.cases import Case, Rounds
 
 
 def make(case: Case, pool: ThreadPoolExecutor) -> Round:
@@ -76,7 +76,7 @@ class Numpy:
     def prepare(self, name: str, case: Case) -> None:
         self._cases[name] = make(case, self._pool)
 
-    def rounds(self, name: str, case: Case, count: int) -> list[float]:
+    def rounds(self, name: str, case: Case, count: int) -> Rounds:
         times = []
         one = self._cases[name]
         for _ in range(count):
@@ -84,7 +84,7 @@ class Numpy:
             start = time.perf_counter()
             one.once()
             times.append(time.perf_counter() - start)
-        return times
+        return Rounds(times)
 
     def check(self, name: str) -> None:
         self._cases[name].check()

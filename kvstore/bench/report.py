@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 
 import kvstore
+from kvstore.bench.cases import PEERS
+from kvstore.bench.statistic import Rows
 from kvstore.errors import KVStoreError
 
-PEERS = ("MXNet", "gloo")  # whose ratio is of interest
-Rows = list[dict[str, Any]]
+COMPARED = (*PEERS, "MXNet local", "MXNet device", "kvstore", "pushpull")  # whose ratio is of interest
 
 
 def machine() -> dict[str, Any]:
@@ -45,7 +46,7 @@ def number(value: float) -> str:
 def cells(row: Mapping[str, Any], columns: list[str]) -> list[str]:
     """One line of the table."""
     if "error" in row:
-        return [row["case"], "failed", row["error"].splitlines()[0], *[""] * (3 + len(columns))]
+        return [row["case"], "failed", *[""] * (4 + len(columns))]
     limit = times = ""
     if row.get("limit"):
         limit = f"{number(row['limit'])} ({row['limit_name']})"
@@ -59,7 +60,7 @@ def cells(row: Mapping[str, Any], columns: list[str]) -> list[str]:
         elif "error" in other:
             texts.append("failed")
         else:
-            ratio = f" ({other['ratio']:.2f}x)" if column in PEERS else ""
+            ratio = f" ({other['ratio']:.2f}x)" if column in COMPARED and other["ratio"] is not None else ""
             texts.append(number(other["median"]) + ratio)
     return texts
 
@@ -127,7 +128,9 @@ def plot(rows: Rows, path: str) -> None:
         latency.plot(sizes, times, "o" + style, label=name, markersize=4)
         throughput.plot(sizes, [s / t / 1e6 for s, t in points], "o" + style, label=name, markersize=4)
     latency.set(xscale="log", yscale="log", xlabel="bytes", ylabel="ms per round", title="latency")
-    throughput.set(xscale="log", xlabel="bytes", ylabel="value GB/s", title="throughput per worker, one way")
+    throughput.set(
+        xscale="log", yscale="log", xlabel="bytes", ylabel="value GB/s", title="throughput per worker, one way"
+    )
     for axes in (latency, throughput):
         axes.grid(alpha=0.3)
     latency.legend(fontsize="small")

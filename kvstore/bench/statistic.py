@@ -8,6 +8,7 @@ from typing import Any
 
 from kvstore.bench.cases import Line
 
+Rows = list[dict[str, Any]]
 Samples = Mapping[str, Sequence[float]]  # case -> one figure per repeat
 
 
@@ -24,12 +25,13 @@ def row(suite: str, line: Line, samples: Samples, errors: Mapping[str, str], uni
     own = samples[line.subject]
     made |= summary(own)
     if line.limit is not None and line.limit in samples:
-        made |= {"limit_name": line.limit, "limit": statistics.median(samples[line.limit])}
+        made |= {"limit_name": line.limit_name or line.limit, "limit": statistics.median(samples[line.limit])}
     made["beside"] = {}
     for column, case in line.beside.items():
         if case in samples:
-            ratios = [other / mine for other, mine in zip(samples[case], own, strict=False)]
-            made["beside"][column] = {**summary(samples[case]), "ratio": statistics.median(ratios)}
+            ratios = [other / mine for other, mine in zip(samples[case], own, strict=False) if mine]
+            ratio = statistics.median(ratios) if ratios else None
+            made["beside"][column] = {**summary(samples[case]), "ratio": ratio}
         elif case in errors:
             made["beside"][column] = {"error": errors[case]}
     return made

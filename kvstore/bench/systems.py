@@ -22,7 +22,7 @@ from typing import IO, Any, Protocol
 import kvstore
 from kvstore import environment
 from kvstore.bench.apart import member
-from kvstore.bench.cases import Case, System
+from kvstore.bench.cases import Case, Rounds, System
 from kvstore.bench.limits import Numpy
 from kvstore.cli.supervisor import Supervisor
 from kvstore.errors import KVStoreError
@@ -68,8 +68,7 @@ class Running(Protocol):
 
     def prepare(self, name: str, case: Case) -> None: ...
 
-    def rounds(self, name: str, case: Case, count: int) -> list[float]:
-        """Seconds of each round: the slowest worker's."""
+    def rounds(self, name: str, case: Case, count: int) -> Rounds: ...
 
     def check(self, name: str) -> None: ...
 
@@ -143,7 +142,8 @@ class Processes:
             rendezvous = str(Path(self._directory.name) / "rendezvous")
             for rank in range(system.workers):
                 arguments = [control, barrier, str(rank), str(system.workers), rendezvous]
-                self._spawn(f"worker {rank}", self._script("gloo_worker.py", *arguments), GLOO_SOCKET_IFNAME="lo")
+                around = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}  # the latter as torchrun sets it
+                self._spawn(f"worker {rank}", self._script("gloo_worker.py", *arguments), **around)
 
     def _start_pyzmq(self, program: list[str]) -> None:
         where = Path(self._directory.name) / "address"
@@ -247,9 +247,10 @@ class Processes:
     def prepare(self, name: str, case: Case) -> None:
         self._ask(do="prepare", name=name, case=case.request())
 
-    def rounds(self, name: str, case: Case, count: int) -> list[float]:
+    def rounds(self, name: str, case: Case, count: int) -> Rounds:
         answers = self._ask(do="rounds", name=name, count=count, spinning=case.spinning)
-        return [max(times) for times in zip(*(answer["times"] for answer in answers), strict=True)]
+        times = [max(times) for times in zip(*(answer["times"] for answer in answers), strict=True)]
+        return Rounds(times, sum(answer["cpu_s"] for answer in answers))
 
     def check(self, name: str) -> None:
         self._ask(do="check", name=name)

@@ -39,13 +39,13 @@ def client_round(dealer: zmq.Socket[bytes], case: dict[str, Any]) -> Round:
     """All bytes there and back."""
     total = sum(4 * int(np.prod(shape)) for shape in case["shapes"])
     data = np.ones(total, np.uint8)
-    pieces = [data[at : at + PIECE_BYTES] for at in range(0, total, PIECE_BYTES)]
+    pieces = [data.data[at : at + PIECE_BYTES] for at in range(0, total, PIECE_BYTES)]
     received: list[int] = []
 
     def once() -> None:
         for number, piece in enumerate(pieces):
             dealer.send(number.to_bytes(4, "little"), zmq.SNDMORE)
-            dealer.send(memoryview(piece), copy=False)
+            dealer.send(zmq.Frame(piece, copy=False), copy=False)
         received.clear()
         for _ in pieces:
             received.append(len(dealer.recv_multipart(copy=False)[1]))

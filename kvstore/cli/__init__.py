@@ -174,8 +174,8 @@ def scaling(workers: str, as_json: bool, plot: str | None, **options: Any) -> No
 def micro(**options: Any) -> None:
     """Push, pull and pushpull beside the machine's limits, MXNet and gloo, measured interleaved.
 
-    SUITES are among sizes, keys, scale, consistency, optimizers, models, staging, local, engine, kernels, memory, start;
-    none named: all.
+    SUITES are among sizes, keys, scale, consistency, optimizers, models, staging, local, engine, kernels,
+    memory and start; none named: all.
 
     Example: kvstore bench micro sizes --max-bytes 1000000 --json sizes.json
     """

@@ -113,7 +113,7 @@ class Member:
             self._cases[name] = make(request["case"] | {"name": name})
         elif request["do"] == "rounds":
             with spinning() if request["spinning"] else contextlib.nullcontext():
-                return {"times": self._time(self._cases[name], request["count"])}
+                return self._time(self._cases[name], request["count"])
         elif request["do"] == "check":
             self._cases[name].check()
         elif request["do"] == "drop":
@@ -122,15 +122,18 @@ class Member:
             raise ValueError(f"unknown request {request['do']!r}")
         return {}
 
-    def _time(self, case: Round, count: int) -> list[float]:
+    def _time(self, case: Round, count: int) -> dict[str, Any]:
         times = []
+        cpu = 0.0
         for _ in range(count):
             case.fill()
             self._barrier.wait()
+            cpu -= time.process_time()
             start = time.perf_counter()
             case.once()
             times.append(time.perf_counter() - start)
-        return times
+            cpu += time.process_time()
+        return {"times": times, "cpu_s": cpu}
 
 
 @contextlib.contextmanager

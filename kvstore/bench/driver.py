@@ -1,0 +1,124 @@
+"""Measures groups of cases, interleaved.
+
+A group's cases are measured one after the other, once per repeat, while all their systems stay up, so that
+a slow minute of the machine falls on all of them. One sample is the median of some rounds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from kvstore.bench.cases import Case, Group, System
+from kvstore.bench.statistic import Rows, row
+from kvstore.bench.systems import BenchError, Interpreters, Running, start
+
+SAMPLE_S = 0.3
+ROUNDS = (3, 300)  # of a sample: at least, at most
+WARM_UP = 3
+
+
+@dataclass
+class Driver:
+    """Keeps the systems of a suite running, measures its groups."""
+
+    interpreters: Interpreters
+    repeats: int
+    sample_s: float = SAMPLE_S
+    tell: Callable[[str], None] = lambda text: None  # what is being done, for the progress bar
+    versions: dict[str, str] = field(default_factory=dict)
+    _running: dict[System, Running] = field(default_factory=dict)
+    _broken: dict[System, str] = field(default_factory=dict)
+    _prepared: int = 0
+
+    def system(self, system: System) -> Running:
+        """The running system, started if need be.
+
+        Raises:
+            BenchError: it does not start, or has failed before.
+        """
+        if system in self._broken:
+            raise BenchError(self._broken[system])
+        if system not in self._running:
+            self.tell(f"starting {system.kind}")
+            try:
+                self._running[system] = start(system, self.interpreters)
+            except BenchError as error:
+                self._broken[system] = str(error)
+                raise
+            self.versions[system.kind.split()[0]] = self._running[system].version
+        return self._running[system]
+
+    def measure(self, suite: str, group: Group) -> Rows:
+        """The rows of a group."""
+        samples: dict[str, list[float]] = {}
+        errors: dict[str, str] = {}
+        counts: dict[str, int] = {}
+        names: dict[str, str] = {}
+        systems: dict[str, Running] = {}
+        for name, case in group.cases.items():
+            if not self.interpreters.has(case.system):
+                continue
+            with self._errors_of(name, case, errors):
+                running = systems[name] = self.system(case.system)
+                self.tell(f"{suite}: preparing {name}")
+                self._prepared += 1
+                names[name] = f"case{self._prepared}"
+                running.prepare(names[name], case)
+                times = running.rounds(names[name], case, WARM_UP).times
+                running.check(names[name])
+                counts[name] = self._count(min(times))
+        for _ in range(self.repeats):
+            for name, count in counts.items():
+                case = group.cases[name]
+                if name in errors:
+                    continue
+                if self._running.get(case.system) is not systems[name]:
+                    errors[name] = "its system had to be ended: another case failed"
+                    continue
+                with self._errors_of(name, case, errors):
+                    self.tell(f"{suite}: {name}")
+                    times = systems[name].rounds(names[name], case, count).times
+                    samples.setdefault(name, []).append(statistics.median(times) * 1e3)
+        for name in names:
+            case = group.cases[name]
+            if self._running.get(case.system) is systems[name]:
+                with self._errors_of(name, case, errors):
+                    systems[name].drop(names[name])
+        return [
+            row(suite, line, {name: s for name, s in samples.items() if name not in errors}, errors)
+            for line in group.lines
+            if self.interpreters.has(group.cases[line.subject].system)
+        ]
+
+    def _count(self, round_s: float) -> int:
+        return max(ROUNDS[0], min(ROUNDS[1], round(self.sample_s / (round_s + 1e-3))))
+
+    @contextlib.contextmanager
+    def _errors_of(self, name: str, case: Case, errors: dict[str, str]) -> Iterator[None]:
+        """A system that fails is ended; its workers may not agree any more on what they have done."""
+        try:
+            yield
+        except BenchError as error:
+            errors[name] = str(error)
+            broken = self._running.pop(case.system, None)
+            if broken is not None:
+                broken.close()
+
+    def keep(self, systems: set[System]) -> None:
+        """End the systems that are not among these."""
+        for system in [s for s in self._running if s not in systems]:
+            self._running.pop(system).close()
+
+    @contextlib.contextmanager
+    def fresh(self, system: System) -> Iterator[Running]:
+        """A system of one's own, for as long as the block lasts."""
+        self.tell(f"starting {system.kind}")
+        running = start(system, self.interpreters)
+        try:
+            self.versions[system.kind.split()[0]] = running.version
+            yield running
+        finally:
+            running.close()
