@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 from collections.abc import Callable
 
 import click
@@ -15,6 +17,8 @@ from kvstore.bench.statistic import Rows
 from kvstore.bench.suites import SUITES, Options, Step
 from kvstore.bench.systems import Interpreters, find_interpreters
 from kvstore.errors import OptionError
+
+NO_PEER = "not measured: no Python given that has it, or no source checkout; see bench/README.md"
 
 
 def measure(chosen: dict[str, list[Step]], driver: Driver, advance: Callable[[], None]) -> Rows:
@@ -63,10 +67,11 @@ def run(
         raise OptionError("--plot: expected the suite sizes among those that run")
     steps = {suite: SUITES[suite](Options(max_bytes, quick)) for suite in chosen}
     console = Console(stderr=True)
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that everything is ended
     found = Interpreters() if peers == "none" else find_interpreters(mxnet_python, torch_python)
     if peers != "none":
         for name in ("mxnet", "gloo"):
-            console.print(f"{name}: {found.of.get(name, 'not found; see bench/README.md')}", highlight=False)
+            click.echo(f"{name}: {found.of.get(name, NO_PEER)}", err=True)
     bar = Progress(
         BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"), console=console
     )

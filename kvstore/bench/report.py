@@ -49,7 +49,7 @@ def cells(row: Mapping[str, Any], columns: list[str]) -> list[str]:
         return [row["case"], "failed", *[""] * (4 + len(columns))]
     limit = times = ""
     if row.get("limit"):
-        limit = f"{number(row['limit'])} ({row['limit_name']})"
+        limit = f"{number(row['limit'])} ({row.get('limit_name', '')})"
         times = f"{row['median'] / row['limit']:.2f}"
     texts = [row["case"], row["unit"], number(row["median"]), f"{number(row['low'])}-{number(row['high'])}"]
     texts += [limit, times]

@@ -24,7 +24,7 @@ from kvstore import environment
 from kvstore.bench.apart import member
 from kvstore.bench.cases import Case, Rounds, System
 from kvstore.bench.limits import Numpy
-from kvstore.cli.supervisor import Supervisor
+from kvstore.cli.supervisor import Ended, Supervisor
 from kvstore.errors import KVStoreError
 
 START_TIMEOUT_S = 120.0
@@ -205,7 +205,8 @@ class Processes:
     def _still_alive(self, end: float) -> None:
         with contextlib.suppress(queue.Empty):
             event = self._supervisor.events.get_nowait()
-            raise self._failed(f"{getattr(event, 'child', event)} ended while the system was starting")
+            name = event.child.name if isinstance(event, Ended) else str(event)
+            raise self._failed(f"{name} ended while the system was starting")
         if time.monotonic() > end:
             raise self._failed(f"not up after {START_TIMEOUT_S:g} s")
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +19,7 @@ from kvstore.bench.report import cells, curves, number
 from kvstore.bench.statistic import row, summary
 from kvstore.bench.suites import SUITES, Options, size_name
 from kvstore.bench.systems import Interpreters
-from tests.cli.test_run import gone
+from tests.cli.test_run import descendants, gone
 
 LIMIT_S = 100
 ROOT = Path(__file__).parent.parent.parent
@@ -59,6 +62,31 @@ def test_a_suite_runs_and_says_what_it_measured(suite, tmp_path, monkeypatch):
         assert not {"MXNet", "gloo"} & set(one["beside"])
         assert one["case"] in done.stdout
     assert plot.exists() == (suite == "sizes")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_run_leaves_no_process(number, monkeypatch):
+    mark = f"KVSTORE_TEST_MARK=bench-{os.getpid()}-{number}"
+    monkeypatch.setenv(*mark.split("="))
+    command = [sys.executable, "-m", "bench", "sizes", "--repeats", "1000", "--peers", "none"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
+    try:
+        end = time.monotonic() + LIMIT_S
+        while not any(b"kvstore.bench.worker" in command_of(pid) for pid in descendants(mark)):
+            assert time.monotonic() < end
+            time.sleep(0.02)  # between looks
+        process.send_signal(number)
+        assert process.wait(LIMIT_S) != 0
+    finally:
+        process.kill()
+        process.communicate(timeout=LIMIT_S)
+    assert gone(mark), descendants(mark)
+
+
+def command_of(pid: int) -> bytes:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
 
 
 def test_both_commands_are_the_same():
