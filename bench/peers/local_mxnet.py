@@ -12,7 +12,7 @@ from mxnet_worker import optimizer_called
 
 def make(kv, optimizer, case):
     shapes = [tuple(shape) for shape in case["shapes"]]
-    keys = [f"{case['name']} {number}" for number in range(len(shapes))]
+    keys = [f"{case['keys']} {number}" for number in range(len(shapes))]
     devices = [mx.cpu(number) for number in range(case["devices"])]
     gradients = [[mx.nd.ones(shape, ctx=device) for device in devices] for shape in shapes]
     outs = [[mx.nd.zeros(shape, ctx=device) for device in devices] for shape in shapes]

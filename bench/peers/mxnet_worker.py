@@ -7,6 +7,7 @@ MXNet's rank is decided by its scheduler; RANK only orders the start of rounds.
 
 import math
 import sys
+import weakref
 
 import mxnet as mx
 from member import Member, Round
@@ -18,19 +19,32 @@ def optimizer_called(name):
     return mx.optimizer.Adam(learning_rate=1e-4)
 
 
+class Value:
+    """Keys with the caller's arrays; cases that do different things with the same keys share them."""
+
+    def __init__(self, kv, case):
+        shapes = [tuple(shape) for shape in case["shapes"]]
+        self.keys = [f"{case['keys']} {number}" for number in range(len(shapes))]
+        self.gradients = [mx.nd.ones(shape) for shape in shapes]
+        self.outs = [mx.nd.zeros(shape) for shape in shapes]
+        for key, out in zip(self.keys, self.outs, strict=True):
+            kv.init(key, out)
+        mx.nd.waitall()
+
+
+values = weakref.WeakValueDictionary()
+
+
 def make(kv, optimizer, case):
-    shapes = [tuple(shape) for shape in case["shapes"]]
-    keys = [f"{case['name']} {number}" for number in range(len(shapes))]
+    value = values.get(case["keys"])
+    if value is None:
+        value = values[case["keys"]] = Value(kv, case)
     operation = case["operation"]
-    gradients = [mx.nd.ones(shape) for shape in shapes]
-    outs = [mx.nd.zeros(shape) for shape in shapes]
-    for key, shape in zip(keys, shapes, strict=True):
-        kv.init(key, mx.nd.zeros(shape))
-    mx.nd.waitall()
+    keys, gradients, outs = value.keys, value.gradients, value.outs
     key, gradient, out = (keys[0], gradients[0], outs[0]) if len(keys) == 1 else (keys, gradients, outs)
 
     def fill():  # every time: a pull of MXNet may overwrite the array that was pushed
-        for array in gradients:
+        for array in value.gradients:
             array[:] = 1
         mx.nd.waitall()
 

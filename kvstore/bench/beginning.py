@@ -27,7 +27,7 @@ def measure(driver: Driver, shapes: Shapes, label: str, systems: dict[str, Syste
                 with driver.fresh(system) as running:
                     took = {"up": time.perf_counter() - begin}
                     driver.tell(f"start: {name}")
-                    running.prepare("first", case)
+                    running.prepare("first", case, "start")
                     took["first"] = running.rounds("first", case, 1).times[0] * 1e3
                     running.check("first")
                     steady = running.rounds("first", case, STEADY_AFTER + STEADY).times[STEADY_AFTER:]

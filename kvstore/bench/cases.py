@@ -43,9 +43,10 @@ class Case:
     def bytes(self) -> int:
         return sum(4 * math.prod(shape) for shape in self.shapes)
 
-    def request(self) -> dict[str, Any]:
-        """What a member is told of it."""
+    def request(self, group: str) -> dict[str, Any]:
+        """What a member is told of it; ``keys`` is the same for cases of a group that may share their keys."""
         return {
+            "keys": f"{group} {self.bytes} {self.consistency}",
             "operation": self.operation,
             "shapes": self.shapes,
             "consistency": self.consistency,

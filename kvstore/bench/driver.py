@@ -13,11 +13,14 @@ from dataclasses import dataclass, field
 
 from kvstore.bench.cases import Case, Group, System
 from kvstore.bench.statistic import Rows, row
-from kvstore.bench.systems import BenchError, Interpreters, Running, start
+from kvstore.bench.systems import BenchError, Interpreters, Running, available_bytes, start
 
 SAMPLE_S = 0.3
 ROUNDS = (3, 300)  # of a sample: at least, at most
 WARM_UP = 3
+MEMORY_OF_A_CASE = 8  # values per worker that must fit into memory before a case is tried
+SPARE_BYTES = 2 << 30
+LARGE_BYTES = 64 << 20
 
 
 @dataclass
@@ -31,7 +34,7 @@ class Driver:
     versions: dict[str, str] = field(default_factory=dict)
     _running: dict[System, Running] = field(default_factory=dict)
     _broken: dict[System, str] = field(default_factory=dict)
-    _prepared: int = 0
+    _groups: int = 0
 
     def system(self, system: System) -> Running:
         """The running system, started if need be.
@@ -53,22 +56,21 @@ class Driver:
 
     def measure(self, suite: str, group: Group) -> Rows:
         """The rows of a group."""
+        self._groups += 1
         samples: dict[str, list[float]] = {}
         errors: dict[str, str] = {}
         counts: dict[str, int] = {}
-        names: dict[str, str] = {}
         systems: dict[str, Running] = {}
         for name, case in group.cases.items():
             if not self.interpreters.has(case.system):
                 continue
             with self._errors_of(name, case, errors):
+                _check_memory(MEMORY_OF_A_CASE * case.system.workers * case.bytes)
                 running = systems[name] = self.system(case.system)
                 self.tell(f"{suite}: preparing {name}")
-                self._prepared += 1
-                names[name] = f"case{self._prepared}"
-                running.prepare(names[name], case)
-                times = running.rounds(names[name], case, WARM_UP).times
-                running.check(names[name])
+                running.prepare(name, case, f"group{self._groups}")
+                times = running.rounds(name, case, WARM_UP).times
+                running.check(name)
                 counts[name] = self._count(min(times))
         for _ in range(self.repeats):
             for name, count in counts.items():
@@ -80,13 +82,15 @@ class Driver:
                     continue
                 with self._errors_of(name, case, errors):
                     self.tell(f"{suite}: {name}")
-                    times = systems[name].rounds(names[name], case, count).times
+                    _check_memory(0)
+                    times = systems[name].rounds(name, case, count).times
                     samples.setdefault(name, []).append(statistics.median(times) * 1e3)
-        for name in names:
+        for name in counts:
             case = group.cases[name]
             if self._running.get(case.system) is systems[name]:
                 with self._errors_of(name, case, errors):
-                    systems[name].drop(names[name])
+                    systems[name].drop(name)
+        self.keep({system for system in self._running if system not in _large(group)})
         return [
             row(suite, line, {name: s for name, s in samples.items() if name not in errors}, errors)
             for line in group.lines
@@ -122,3 +126,21 @@ class Driver:
             yield running
         finally:
             running.close()
+
+
+def _check_memory(needed: int) -> None:
+    """The machine is not to run out of memory: it may be used by others.
+
+    Raises:
+        BenchError: less than ``needed`` bytes and some to spare are free.
+    """
+    free = available_bytes()
+    if free < needed + SPARE_BYTES:
+        raise BenchError(
+            f"skipped: {(needed + SPARE_BYTES) / 1e9:.1f} GB of free memory needed, {free / 1e9:.1f} there"
+        )
+
+
+def _large(group: Group) -> set[System]:
+    """Systems that are ended after the group, because a store keeps its keys for ever."""
+    return {case.system for case in group.cases.values() if case.bytes >= LARGE_BYTES}

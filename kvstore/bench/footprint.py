@@ -60,7 +60,7 @@ def _once(driver: Driver, system: System, shapes: Shapes) -> dict[str, float]:
     with driver.fresh(system) as running:
         driver.tell(f"memory: {system.kind}")
         with _peaks(running) as peaks:
-            running.prepare("memory", case)
+            running.prepare("memory", case, "memory")
             running.rounds("memory", case, ROUNDS)
         servers = running.pids().get("server", [])
         before = cpu_seconds(servers)

@@ -73,7 +73,7 @@ class Numpy:
         self._pool = ThreadPoolExecutor(2, "bench-limits")
         self._cases: dict[str, Round] = {}
 
-    def prepare(self, name: str, case: Case) -> None:
+    def prepare(self, name: str, case: Case, group: str) -> None:
         self._cases[name] = make(case, self._pool)
 
     def rounds(self, name: str, case: Case, count: int) -> Rounds:

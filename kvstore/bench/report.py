@@ -16,7 +16,7 @@ from kvstore.bench.cases import PEERS
 from kvstore.bench.statistic import Rows
 from kvstore.errors import KVStoreError
 
-COMPARED = (*PEERS, "MXNet local", "MXNet device", "kvstore", "pushpull")  # whose ratio is of interest
+COMPARED = (*PEERS, "gloo, each tensor", "MXNet local", "MXNet device", "pushpull")  # whose ratio is of interest
 
 
 def machine() -> dict[str, Any]:

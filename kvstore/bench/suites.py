@@ -194,24 +194,21 @@ def models(options: Options) -> list[Step]:
     own, mxnet = replace(KVSTORE, optimizer="sgd"), replace(MXNET, optimizer="sgd")
     for model in ("mlp",) if options.quick else ("resnet50", "bert-base"):
         shapes = tuple(MODELS[model]().values())
-        cases = {
-            "kvstore": Case(own, "pushpull", shapes),
-            "MXNet": Case(mxnet, "pushpull", shapes),
-            "gloo": Case(GLOO, "buckets", shapes),
-            LOOP: Case(PYZMQ, "loop", shapes),
-            COPY: Case(NUMPY, "copy", shapes),
-            "tcp": Case(replace(own, tcp=True), "pushpull", shapes),
-            "servers": Case(replace(own, servers=2), "pushpull", shapes),
-            "MXNet servers": Case(replace(mxnet, servers=2), "pushpull", shapes),
-            "gloo each": Case(GLOO, "tensor by tensor", shapes),
-        }
-        lines = [
-            Line(f"{model}, shared memory", "kvstore", LOOP, beside={COPY: COPY, **BOTH}),
-            Line(f"{model}, tcp", "tcp", LOOP, beside={COPY: COPY, **BOTH}),
-            Line(f"{model}, 2 servers", "servers", LOOP, beside={COPY: COPY, "MXNet": "MXNet servers", "gloo": "gloo"}),
-            Line(f"{model}, gloo tensor by tensor", "gloo each", LOOP, beside={"kvstore": "kvstore"}),
-        ]
-        groups.append(Group(cases, lines))
+        for title, store, peer in (
+            ("shared memory", own, mxnet),
+            ("tcp", replace(own, tcp=True), mxnet),
+            ("2 servers", replace(own, servers=2), replace(mxnet, servers=2)),
+        ):
+            cases = {
+                "kvstore": Case(store, "pushpull", shapes),
+                "MXNet": Case(peer, "pushpull", shapes),
+                "gloo": Case(GLOO, "buckets", shapes),
+                "gloo each": Case(GLOO, "tensor by tensor", shapes),
+                LOOP: Case(PYZMQ, "loop", shapes),
+                COPY: Case(NUMPY, "copy", shapes),
+            }
+            beside = {COPY: COPY, **BOTH, "gloo, each tensor": "gloo each"}
+            groups.append(Group(cases, [Line(f"{model}, {title}", "kvstore", LOOP, beside=beside)]))
     return groups
 
 

@@ -66,7 +66,7 @@ class Running(Protocol):
 
     version: str
 
-    def prepare(self, name: str, case: Case) -> None: ...
+    def prepare(self, name: str, case: Case, group: str) -> None: ...
 
     def rounds(self, name: str, case: Case, count: int) -> Rounds: ...
 
@@ -246,8 +246,8 @@ class Processes:
         answer: dict[str, Any] = json.loads(line)
         return answer
 
-    def prepare(self, name: str, case: Case) -> None:
-        self._ask(do="prepare", name=name, case=case.request())
+    def prepare(self, name: str, case: Case, group: str) -> None:
+        self._ask(do="prepare", name=name, case=case.request(group))
 
     def rounds(self, name: str, case: Case, count: int) -> Rounds:
         answers = self._ask(do="rounds", name=name, count=count, spinning=case.spinning)
@@ -292,6 +292,12 @@ def cpu_seconds(pids: list[int]) -> float:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         ticks += int(fields[11]) + int(fields[12])
     return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def available_bytes() -> int:
+    """Memory that can be had without swapping."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
 
 
 def memory_bytes(pid: int) -> dict[str, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -29,51 +30,61 @@ def staged_round(kv: kvstore.KVStore, key: str) -> Array:
     return value
 
 
+class Value:
+    """Keys with the caller's arrays; cases that do different things with the same keys share them."""
+
+    def __init__(self, kv: kvstore.KVStore, case: dict[str, Any]) -> None:
+        shapes = [tuple(shape) for shape in case["shapes"]]
+        self.keys = [f"{case['keys']} {number}" for number in range(len(shapes))]
+        self.gradients = [np.zeros(shape, np.float32) for shape in shapes]
+        self.outs = [np.zeros(shape, np.float32) for shape in shapes]
+        kv.init(self.keys, self.outs, cluster_consistency=case.get("consistency"))
+
+    def fill(self) -> None:
+        for array in self.gradients:
+            array.fill(1)
+
+
+_values: weakref.WeakValueDictionary[str, Value] = weakref.WeakValueDictionary()
+
+
 def cluster_round(kv: kvstore.KVStore, case: dict[str, Any], optimizer: str) -> Round:
     """A case of a cluster: every worker calls this with the same case."""
-    shapes = [tuple(shape) for shape in case["shapes"]]
-    keys = [f"{case['name']} {number}" for number in range(len(shapes))]
-    kv.init(keys, [np.zeros(shape, np.float32) for shape in shapes], cluster_consistency=case.get("consistency"))
+    value = _values.get(case["keys"])
+    if value is None:
+        value = _values[case["keys"]] = Value(kv, case)
     operation = case["operation"]
     if operation == "staged":
-        return _staged(kv, keys, optimizer)
-    gradients = [np.empty(shape, np.float32) for shape in shapes]
-    outs = gradients if operation == "in place" else [np.zeros(shape, np.float32) for shape in shapes]
-    one = len(keys) == 1  # as a user would call it
-    key, gradient, out = (keys[0], gradients[0], outs[0]) if one else (keys, gradients, outs)
+        return _staged(kv, value, optimizer)
+    outs = value.gradients if operation == "in place" else value.outs
+    one = len(value.keys) == 1  # as a user would call it
+    key, gradient, out = (value.keys[0], value.gradients[0], outs[0]) if one else (value.keys, value.gradients, outs)
 
     def once() -> None:
         if operation == "push":
             kv.push(key, gradient).result()
         elif operation == "pull":
             kv.pull(key, out).result()
-        elif operation == "push, pull":
-            kv.push(key, gradient)
-            kv.pull(key, out).result()
         else:
             kv.pushpull(key, gradient, out).result()
 
-    def fill() -> None:
-        for array in gradients:
-            array.fill(1)
-
     def check() -> None:
-        if operation in ("pushpull", "in place", "push, pull"):
+        if operation in ("pushpull", "in place"):
             same = case.get("consistency") in (None, "sequential")
             _check(outs, kv.num_workers if optimizer == "none" and same else None)
 
-    return Round(fill, once, check)
+    return Round(value.fill, once, check)
 
 
-def _staged(kv: kvstore.KVStore, keys: list[str], optimizer: str) -> Round:
+def _staged(kv: kvstore.KVStore, value: Value, optimizer: str) -> Round:
     last: list[Array] = []
 
     def fill() -> None:
-        for key in keys:
+        for key in value.keys:
             kv.staging(key).fill(1)  # type: ignore[attr-defined]
 
     def once() -> None:
-        last[:] = [staged_round(kv, key) for key in keys]
+        last[:] = [staged_round(kv, key) for key in value.keys]
 
     return Round(fill, once, lambda: _check(last, kv.num_workers if optimizer == "none" else None))
 
@@ -81,7 +92,7 @@ def _staged(kv: kvstore.KVStore, keys: list[str], optimizer: str) -> Round:
 def local_round(kv: kvstore.KVStore, case: dict[str, Any], optimizer: str) -> Round:
     """A case of one process with several devices."""
     shapes = [tuple(shape) for shape in case["shapes"]]
-    keys = [f"{case['name']} {number}" for number in range(len(shapes))]
+    keys = [f"{case['keys']} {number}" for number in range(len(shapes))]
     kv.init(keys, [np.zeros(shape, np.float32) for shape in shapes])
     gradients = [[np.empty(shape, np.float32) for _ in range(case["devices"])] for shape in shapes]
     outs = [[np.zeros(shape, np.float32) for _ in range(case["devices"])] for shape in shapes]

@@ -110,7 +110,7 @@ class Member:
     def _do(self, make: Callable[[dict[str, Any]], Round], request: dict[str, Any]) -> dict[str, Any]:
         name = request.get("name", "")
         if request["do"] == "prepare":
-            self._cases[name] = make(request["case"] | {"name": name})
+            self._cases[name] = make(request["case"])
         elif request["do"] == "rounds":
             with spinning() if request["spinning"] else contextlib.nullcontext():
                 return self._time(self._cases[name], request["count"])
