@@ -8,7 +8,7 @@ import time
 from kvstore.bench.cases import PEERS, Case, Line, Shapes, System
 from kvstore.bench.driver import Driver
 from kvstore.bench.statistic import Rows, row
-from kvstore.bench.systems import BenchError
+from kvstore.errors import KVStoreError
 
 STEADY_AFTER = 3
 STEADY = 5
@@ -32,7 +32,7 @@ def measure(driver: Driver, shapes: Shapes, label: str, systems: dict[str, Syste
                     running.check("first")
                     steady = running.rounds("first", case, STEADY_AFTER + STEADY).times[STEADY_AFTER:]
                     took["steady"] = statistics.median(steady) * 1e3
-            except BenchError as error:
+            except KVStoreError as error:
                 errors |= {f"{name} {what}": str(error) for what in ("up", "first", "steady")}
                 continue
             for what, figure in took.items():

@@ -43,6 +43,23 @@ class Case:
     def bytes(self) -> int:
         return sum(4 * math.prod(shape) for shape in self.shapes)
 
+    def about(self) -> dict[str, Any]:
+        """What stands in the JSON of it."""
+        system = self.system
+        return {
+            "system": system.kind,
+            "operation": self.operation,
+            "bytes": self.bytes,
+            "keys": len(self.shapes),
+            "workers": system.workers,
+            "servers": system.servers,
+            "devices": system.devices,
+            "optimizer": system.optimizer,
+            "shared_memory": not system.tcp,
+            "consistency": self.consistency,
+            "spinning": self.spinning,
+        }
+
     def request(self, group: str) -> dict[str, Any]:
         """What a member is told of it; ``keys`` is the same for cases of a group that may share their keys."""
         return {

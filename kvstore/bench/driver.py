@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from kvstore.bench.cases import Case, Group, System
 from kvstore.bench.statistic import Rows, row
 from kvstore.bench.systems import BenchError, Interpreters, Running, available_bytes, start
+from kvstore.errors import KVStoreError
 
 SAMPLE_S = 0.3
 ROUNDS = (3, 300)  # of a sample: at least, at most
@@ -48,7 +49,7 @@ class Driver:
             self.tell(f"starting {system.kind}")
             try:
                 self._running[system] = start(system, self.interpreters)
-            except BenchError as error:
+            except KVStoreError as error:
                 self._broken[system] = str(error)
                 raise
             self.versions[system.kind.split()[0]] = self._running[system].version
@@ -92,7 +93,8 @@ class Driver:
                     systems[name].drop(name)
         self.keep({system for system in self._running if system not in _large(group)})
         return [
-            row(suite, line, {name: s for name, s in samples.items() if name not in errors}, errors)
+            group.cases[line.subject].about()
+            | row(suite, line, {name: s for name, s in samples.items() if name not in errors}, errors)
             for line in group.lines
             if self.interpreters.has(group.cases[line.subject].system)
         ]
@@ -105,7 +107,7 @@ class Driver:
         """A system that fails is ended; its workers may not agree any more on what they have done."""
         try:
             yield
-        except BenchError as error:
+        except KVStoreError as error:
             errors[name] = str(error)
             broken = self._running.pop(case.system, None)
             if broken is not None:

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from kvstore.bench.cases import PEERS, Case, Line, Shapes, System
 from kvstore.bench.driver import Driver
 from kvstore.bench.statistic import Rows, row
-from kvstore.bench.systems import BenchError, Running, cpu_seconds, memory_bytes
+from kvstore.bench.systems import Running, cpu_seconds, memory_bytes
+from kvstore.errors import KVStoreError
 
 LOOK_EVERY_S = 0.02
 ROUNDS = 10
@@ -27,7 +28,7 @@ def measure(driver: Driver, shapes: Shapes, label: str, systems: dict[str, Syste
             try:
                 for what, figure in _once(driver, system, shapes).items():
                     samples.setdefault(f"{name} {what}", []).append(figure)
-            except BenchError as error:
+            except KVStoreError as error:
                 errors |= {f"{name} {what}": str(error) for what in ("worker", "server", "shared", "cpu")}
     for role, values in OWN.items():
         samples[f"values of a {role}"] = [values]

@@ -21,9 +21,8 @@ from kvstore.errors import OptionError
 NO_PEER = "not measured: no Python given that has it, or no source checkout; see bench/README.md"
 
 
-def measure(chosen: dict[str, list[Step]], driver: Driver, advance: Callable[[], None]) -> Rows:
-    """The rows of these suites; ``advance`` is called after each step."""
-    rows: Rows = []
+def measure(chosen: dict[str, list[Step]], driver: Driver, rows: Rows, advance: Callable[[], None]) -> None:
+    """Append the rows of these suites as they come; ``advance`` is called after each step."""
     try:
         for suite, steps in chosen.items():
             for number, step in enumerate(steps):
@@ -36,7 +35,6 @@ def measure(chosen: dict[str, list[Step]], driver: Driver, advance: Callable[[],
                 advance()
     finally:
         driver.keep(set())
-    return rows
 
 
 def _systems(steps: list[Step]) -> set[System]:
@@ -75,21 +73,20 @@ def run(
     bar = Progress(
         BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"), console=console
     )
-    with bar:
-        task = bar.add_task("", total=sum(map(len, steps.values())))
-        driver = Driver(
-            found,
-            repeats,
-            SAMPLE_S / 20 if quick else SAMPLE_S,
-            tell=lambda text: bar.update(task, description=text),
-        )
-        rows = measure(steps, driver, lambda: bar.advance(task))
-    report.show(rows)
+    driver = Driver(found, repeats, SAMPLE_S / 20 if quick else SAMPLE_S)
+    rows: Rows = []
+    try:
+        with bar:
+            task = bar.add_task("", total=sum(map(len, steps.values())))
+            driver.tell = lambda text: bar.update(task, description=text)
+            measure(steps, driver, rows, lambda: bar.advance(task))
+    finally:  # also what was measured until an interruption
+        report.show(rows)
+        if json_path is not None:
+            report.save(rows, json_path, versions=driver.versions, repeats=repeats, suites=chosen, quick=quick)
     for one in rows:
         for where in [one, *one.get("beside", {}).values()]:
             if "error" in where:
                 click.echo(f"{one['suite']}: {one['case']}: {where['error']}", err=True)
-    if json_path is not None:
-        report.save(rows, json_path, versions=driver.versions, repeats=repeats, suites=chosen, quick=quick)
     if plot is not None:
         report.plot(rows, plot)

@@ -12,9 +12,9 @@ Rows = list[dict[str, Any]]
 Samples = Mapping[str, Sequence[float]]  # case -> one figure per repeat
 
 
-def summary(samples: Sequence[float]) -> dict[str, float]:
-    """Median, lowest and highest."""
-    return {"median": statistics.median(samples), "low": min(samples), "high": max(samples)}
+def summary(samples: Sequence[float]) -> dict[str, Any]:
+    """Median, lowest and highest, and the samples themselves."""
+    return {"median": statistics.median(samples), "low": min(samples), "high": max(samples), "samples": list(samples)}
 
 
 def row(suite: str, line: Line, samples: Samples, errors: Mapping[str, str], unit: str = "ms") -> dict[str, Any]:

@@ -83,8 +83,7 @@ def sizes(options: Options) -> list[Step]:
         }
         names = ["pushpull", "pushpull in place", "pushpull, tcp"]
         lines = [
-            Line(f"{name}, {label}", name, LOOP, beside={COPY: COPY, **BOTH}, more={"curve": name, "bytes": size})
-            for name in names
+            Line(f"{name}, {label}", name, LOOP, beside={COPY: COPY, **BOTH}, more={"curve": name}) for name in names
         ]
         lines += [
             Line(f"push, {label}", "push", COPY, beside={"MXNet": "MXNet push"}),

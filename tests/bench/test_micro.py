@@ -131,7 +131,7 @@ def test_a_peer_that_does_not_start_costs_its_column_only(tmp_path):
 
 
 def test_figures_of_a_row():
-    assert summary([3, 1, 2]) == {"median": 2, "low": 1, "high": 3}
+    assert summary([3, 1, 2]) == {"median": 2, "low": 1, "high": 3, "samples": [3, 1, 2]}
     line = Line("a case", "own", "limit", "the limit", {"MXNet": "other", "gloo": "broken"}, {"bytes": 4})
     samples = {"own": [1.0, 2.0, 4.0], "limit": [0.5, 0.5, 0.7], "other": [2.0, 2.0, 16.0]}
     made = row("sizes", line, samples, {"broken": "it fell over"})
@@ -143,10 +143,11 @@ def test_figures_of_a_row():
         "median": 2.0,
         "low": 1.0,
         "high": 4.0,
+        "samples": [1.0, 2.0, 4.0],
         "limit": 0.5,
         "limit_name": "the limit",
         "beside": {
-            "MXNet": {"median": 2.0, "low": 2.0, "high": 16.0, "ratio": 2.0},
+            "MXNet": {"median": 2.0, "low": 2.0, "high": 16.0, "samples": [2.0, 2.0, 16.0], "ratio": 2.0},
             "gloo": {"error": "it fell over"},
         },
     }
