@@ -159,3 +159,30 @@ def scaling(workers: str, as_json: bool, plot: str | None, **options: Any) -> No
         click.echo(json.dumps(rows, indent=2))
     else:
         show(rows, plot)
+
+
+@bench.command()
+@click.argument("suites", nargs=-1)
+@click.option("--repeats", type=click.IntRange(1), default=5, show_default=True, help="Samples of each case.")
+@click.option("--max-bytes", type=int, default=256 << 20, show_default=True, help="Largest value, up to 1 GB.")
+@click.option("--quick", is_flag=True, help="Tiny sizes and short samples: does it all run?")
+@click.option("--json", "json_path", type=click.Path(dir_okay=False), help="Write everything there as JSON.")
+@click.option("--plot", type=click.Path(dir_okay=False), help="Write a PNG: latency and throughput over size.")
+@click.option("--peers", type=click.Choice(["auto", "none"]), default="auto", show_default=True)
+@click.option(
+    "--mxnet-python", envvar="KVSTORE_BENCH_MXNET", help="The Python that has MXNet (or KVSTORE_BENCH_MXNET)."
+)
+@click.option(
+    "--torch-python", envvar="KVSTORE_BENCH_TORCH", help="The Python that has torch (or KVSTORE_BENCH_TORCH)."
+)
+def micro(**options: Any) -> None:
+    """Push, pull and pushpull beside the machine's limits, MXNet and gloo, measured interleaved.
+
+    SUITES are among sizes, keys, scale, consistency, optimizers, models, staging, local, engine, kernels,
+    memory and start; none named: all.
+
+    Example: kvstore bench micro sizes --max-bytes 1000000 --json sizes.json
+    """
+    from kvstore.bench.micro import run
+
+    run(**options)

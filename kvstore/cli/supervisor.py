@@ -47,8 +47,10 @@ class Ended:
 class Supervisor:
     """Starts children, copies their output whole line by whole line, and stops them."""
 
-    def __init__(self) -> None:
+    def __init__(self, log: IO[str] | None = None) -> None:
+        """``log``: where the children's output goes instead of stdout and stderr."""
         self.children: list[Child] = []
+        self._log = log
         self.events: queue.Queue[Ended | int] = queue.Queue()  # what happened: an end, or a signal's number
         self._print = threading.Lock()
 
@@ -72,7 +74,10 @@ class Supervisor:
         child = Child(name, process)
         self.children.append(child)
         assert process.stdout is not None and process.stderr is not None
-        for source, target, tap in ((process.stdout, sys.stdout, first_line), (process.stderr, sys.stderr, None)):
+        for source, target, tap in (
+            (process.stdout, self._log or sys.stdout, first_line),
+            (process.stderr, self._log or sys.stderr, None),
+        ):
             copier = threading.Thread(target=self._copy, args=(name, source, target, tap), daemon=True)
             child.copiers.append(copier)
             copier.start()

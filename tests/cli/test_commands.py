@@ -36,7 +36,7 @@ def daemon(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["run"], ["scheduler"], ["server"], ["status"], ["bench"], ["bench", "scaling"]]
+    "command", [[], ["run"], ["scheduler"], ["server"], ["status"], ["bench"], ["bench", "scaling"], ["bench", "micro"]]
 )
 def test_every_command_has_help(command):
     result = CliRunner().invoke(main, [*command, "--help"])

@@ -1,0 +1,1 @@
+"""What the interpreters of other stores import too: the standard library only."""
