@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from kvstore.errors import DeadlineError
 
 Staleness = int | tuple[int, int]
+Drive = Callable[[Future[Any], float], None]
 
 
 class Handle(Future[Any]):
@@ -28,6 +30,7 @@ class Handle(Future[Any]):
         timeout_s: float,
         explain: Callable[[], str] | None = None,
         parts: Sequence[Handle] = (),
+        drive: Drive | None = None,
     ) -> None:
         super().__init__()
         self.what = what
@@ -37,6 +40,7 @@ class Handle(Future[Any]):
         self._timeout_s = timeout_s
         self._explain = explain
         self._parts = parts
+        self._drive = drive
 
     def __repr__(self) -> str:
         state = "pending" if not self.done() else "failed" if self.exception_now() else "done"
@@ -64,9 +68,14 @@ class Handle(Future[Any]):
 
     def wait(self, timeout: float | None = None) -> None:
         """Wait like :meth:`result`, without looking at the outcome. Raises DeadlineError."""
+        if self.done():
+            return
         limit = self._timeout_s if timeout is None else timeout
+        end = time.monotonic() + limit
+        if self._drive is not None:
+            self._drive(self, limit)
         try:
-            super().exception(None if limit == math.inf else limit)
+            super().exception(None if limit == math.inf else max(0.0, end - time.monotonic()))
         except TimeoutError as error:
             why = self.why()
             raise DeadlineError(f"{self.what}: not done after {limit:g} s" + (f"; {why}" if why else "")) from error
@@ -121,9 +130,9 @@ def countdown(handle: Handle, parts: int) -> Callable[[Future[Any]], None]:
     return ended
 
 
-def gather(what: str, timeout_s: float, parts: list[Handle]) -> Handle:
+def gather(what: str, timeout_s: float, parts: list[Handle], drive: Drive | None = None) -> Handle:
     """One handle for a list call: done when all are; its result is the list of theirs (None if all are)."""
-    whole = Handle(what, timeout_s, lambda: "; ".join(p.why() for p in parts if not p.done()), parts)
+    whole = Handle(what, timeout_s, lambda: "; ".join(p.why() for p in parts if not p.done()), parts, drive)
     left = [len(parts)]
     lock = threading.Lock()
 

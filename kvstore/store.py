@@ -480,7 +480,9 @@ class KVStore:
     # --- small parts of the calls ---------------------------------------------------------------
 
     def _handle(self, entry: Entry, what: str) -> Handle:
-        handle = Handle(f"{what} of key {entry.key!r}", self.timeout, lambda: self._explain(entry))
+        handle = Handle(
+            f"{what} of key {entry.key!r}", self.timeout, lambda: self._explain(entry), drive=self._home.drive
+        )
         if what == "push":
             with self._lock:
                 self._pushes.add(handle)
@@ -498,7 +500,7 @@ class KVStore:
     def _one_or_all(self, key: Keys, handles: list[Handle], what: str) -> Handle:
         if not isinstance(key, list | tuple):
             return handles[0]
-        return gather(f"{what} of {len(handles)} keys", self.timeout, handles)
+        return gather(f"{what} of {len(handles)} keys", self.timeout, handles, self._home.drive)
 
     def _explain(self, entry: Entry) -> str:
         """Why an operation on this key is not done."""

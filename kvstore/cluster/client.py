@@ -313,6 +313,9 @@ class ClusterHome(Home):
             why = self._session.explain(SCHEDULER, 0)
             raise DeadlineError(f"barrier: not passed after {timeout_s:g} s; {why}") from error
 
+    def drive(self, awaited: Future[Any], timeout_s: float) -> None:
+        self._session.drive(awaited, timeout_s)
+
     def explain(self, key: Key) -> str:
         remote = self._remotes.get(key)
         if remote is None:

@@ -80,6 +80,13 @@ class Arena:
         with self._lock:
             self._free.setdefault(region.array.nbytes, []).append(region)
 
+    def close(self) -> None:
+        """Let go of the memory; there will be no more."""
+        with self._lock:
+            self.limit_bytes = 0
+            self._segments.clear()
+            self._free.clear()
+
     def _take(self, size: int) -> Region:
         if self.used_bytes + size > self.limit_bytes:
             raise SharedMemoryError(
@@ -162,6 +169,12 @@ class Neighbourhood:
         if mappings is None:
             mappings = self._mappings.setdefault(peer, Mappings())
         return mappings.array(place, nbytes)
+
+    def close(self) -> None:
+        """Let go of all memory; what is still being viewed stays until that ends."""
+        self.arena.close()
+        self._probe = None
+        self._mappings.clear()
 
     def forget(self, peer: int) -> None:
         """The peer is gone: unmap its memory once nothing reads it any more."""

@@ -11,7 +11,8 @@ from kvstore.cluster.address import advertised
 from kvstore.errors import OptionError, ProtocolError, to_wire
 from kvstore.protocol.messages import NOBODY, Failed, Message, Sender, decode, envelope
 from kvstore.protocol.roster import Membership
-from kvstore.transport.zeromq import Endpoint, Frames, Reactor
+from kvstore.transport.reactor import Reactor
+from kvstore.transport.zeromq import Endpoint, Frames
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ class Scheduler:
             )
         self.membership = Membership(secrets.randbits(62) | 1, num_workers, num_servers)
         self._reactor = Reactor("kvstore-scheduler", self._tick)
-        self._endpoint: Endpoint = self._reactor.endpoint(self._receive, watch=True)
+        self._endpoint: Endpoint = Endpoint(self._reactor, self._receive, watch=True)
         self._endpoint.on_disconnect = self._disconnected
         try:
             self.address = advertised(self._endpoint.bind(bind), advertise)

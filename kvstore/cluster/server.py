@@ -59,7 +59,8 @@ from kvstore.protocol.serving import (
     StoreState,
 )
 from kvstore.stored import Stored
-from kvstore.transport.zeromq import Frames, Reactor
+from kvstore.transport.reactor import Reactor
+from kvstore.transport.zeromq import Endpoint, Frames
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +91,7 @@ class Server:
     ) -> None:
         self._engine = engine.default()
         self._reactor = Reactor("kvstore-server")
-        self._endpoint = self._reactor.endpoint(self._receive)
+        self._endpoint = Endpoint(self._reactor, self._receive)
         self._scheduler = address
         try:
             self.address = advertised(self._endpoint.bind(bind), advertise)
@@ -147,6 +148,7 @@ class Server:
         if self._session is not None:
             self._session.leave()
         self._reactor.stop(linger_s=0.2)
+        self._neighbourhood.close()
         if self._retained:
             self._engine.release()
 

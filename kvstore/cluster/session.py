@@ -1,7 +1,7 @@
 """A process's conversations with the scheduler and the servers: sockets around :class:`Requesting`.
 
 Workers use it to reach everybody, servers to register. Requests may be submitted from any thread;
-their ``on_outcome`` runs on the session's own thread and must be quick.
+their ``on_outcome`` runs in the session's loop, on its own thread or one that waits, and must be quick.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ from kvstore.protocol.messages import (
     envelope,
 )
 from kvstore.protocol.requesting import Answered, Outcome, Refused, Request, Requesting
-from kvstore.transport.zeromq import Connection, Frames, Reactor
+from kvstore.transport.reactor import Reactor
+from kvstore.transport.zeromq import Connection, Frames
 
 log = logging.getLogger(__name__)
 
@@ -88,10 +89,10 @@ class Session:
         self._lock = threading.Lock()
         self._inbox: list[tuple[Request, bool]] = []
         self._closed: KVStoreError | None = None
-        self._reactor = Reactor(f"kvstore-{role}", self._tick)
+        self._reactor = Reactor(f"kvstore-{role}", self._tick, lambda: bool(self._requests.open))
         try:
-            self._connections[SCHEDULER] = self._reactor.connection(
-                address, lambda frames: self._receive(SCHEDULER, frames)
+            self._connections[SCHEDULER] = Connection(
+                self._reactor, address, lambda frames: self._receive(SCHEDULER, frames)
             )
         except KVStoreError:
             self._reactor.abandon()
@@ -134,7 +135,8 @@ class Session:
 
         def connect() -> None:
             for number, address in enumerate(self.servers):
-                self._connections[number] = self._reactor.connection(
+                self._connections[number] = Connection(
+                    self._reactor,
                     address,
                     lambda frames, number=number: self._receive(number, frames),  # type: ignore[misc]
                 )
@@ -153,6 +155,10 @@ class Session:
                 met = answer.result(MEET_S)
                 if isinstance(met, Met) and self.neighbourhood.reaches(server, met.probe):
                     self.near.add(server)
+
+    def drive(self, awaited: Future[Any], timeout_s: float) -> None:
+        """While this thread waits for ``awaited``, let it work the sockets, if no other does."""
+        self._reactor.drive(awaited, timeout_s)
 
     def next_id(self) -> int:
         """A fresh request id."""
@@ -210,8 +216,9 @@ class Session:
         """End the conversations; what is open fails."""
         self._fail_all(ClosedError("the store is closed"))
         self._reactor.stop(linger_s)
+        self.neighbourhood.close()
 
-    # --- on the reactor's thread ----------------------------------------------------------------
+    # --- within the reactor's loop ----------------------------------------------------------------
 
     def _take_inbox(self) -> None:
         with self._lock:

@@ -80,6 +80,7 @@ def test_memory_that_could_shrink_under_the_reader_is_refused():
 
 
 def test_a_segment_ends_with_its_last_view():
+    gc.collect()
     before = open_segments()
     view = Segment.create(1 << 16).view(0, 10)
     assert open_segments() == before + 2  # the descriptor that its address names, and the mapping's own
@@ -269,3 +270,19 @@ def test_an_unreachable_place_costs_the_server_nothing():
 
         assert running.run(work) == [1]
     assert Neighbourhood(0).probe() is None
+
+
+def test_closed_stores_let_go_of_their_memory():
+    def work(kv):
+        kv.init("w", np.zeros(PIECES, np.float32))
+        kv.pushpull("w", kv.staging("w")).result()
+
+    def use():
+        with cluster(1) as running:
+            running.run(work)
+
+    gc.collect()
+    before = open_segments()
+    use()
+    gc.collect()
+    assert open_segments() == before

@@ -1,0 +1,233 @@
+"""The loop that works a process's ZeroMQ sockets: on a thread of its own, or on a thread that waits.
+
+A hand-over from one thread to another costs tens of microseconds, on a small request more than the
+request. So a thread that waits for a reply may :meth:`Reactor.drive` the loop itself: it polls, receives and
+runs what follows. The loop's own thread steps back meanwhile, and for a moment afterwards (a training loop comes
+back at once); what other threads post in that moment they run themselves.
+
+Whoever holds ``_turns`` works the sockets. A ZeroMQ socket may be used by one thread after another as
+long as a lock lies between them.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+import zmq
+
+log = logging.getLogger(__name__)
+
+TICK_S = 0.5
+STEP_BACK_S = 0.002  # how long after it was last driven the loop stays without its own thread
+
+T = TypeVar("T")
+
+
+class Reactor:
+    """One loop, its ZeroMQ context and its sockets.
+
+    Args:
+        name: of its thread.
+        on_tick: called by the loop about every ``TICK_S`` seconds.
+        busy: is something awaited from the network? Then the loop is never left alone.
+    """
+
+    def __init__(
+        self, name: str, on_tick: Callable[[float], None] | None = None, busy: Callable[[], bool] = lambda: True
+    ) -> None:
+        self.context = zmq.Context()
+        self.context.setsockopt(zmq.MAX_SOCKETS, 4096)
+        self.thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._poller = zmq.Poller()
+        self._sockets: list[zmq.Socket[bytes]] = []
+        self._on_readable: dict[Any, Callable[[], None]] = {}
+        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._poller.register(self._wake_fd, zmq.POLLIN)
+        self._turns = threading.Lock()  # whoever holds it works the sockets
+        self._state = threading.Condition()  # guards what follows
+        self._posted: deque[Callable[[], None]] = deque()
+        self._polling = False  # somebody sleeps in poll, or is about to
+        self._driver: int | None = None  # the thread that drives, or wants to
+        self._parked = False  # the own thread has stepped back
+        self._others_wait = False  # for something else than the driver does
+        self._driven_at = -math.inf
+        self._stopping = False
+        self._on_tick = on_tick
+        self._busy = busy
+        self._next_tick = time.monotonic() + TICK_S
+        self._linger_ms = 1000
+        self._pid = os.getpid()
+
+    def __repr__(self) -> str:
+        state = "alive" if self.thread.is_alive() else "stopped"
+        return f"<Reactor {self.thread.name}: {state}, {len(self._sockets)} sockets>"
+
+    def start(self) -> None:
+        """Start the thread; endpoints are bound before."""
+        self.thread.start()
+
+    # --- from any thread ------------------------------------------------------------------------
+
+    def post(self, work: Callable[[], None]) -> None:
+        """Run ``work`` in the loop, soon and in order; ignored after :meth:`stop`."""
+        with self._state:
+            if self._stopping:
+                return
+            self._posted.append(work)
+            alone = self._parked and self._driver is None
+            if not alone:
+                self._wake()
+        while alone and self._posted and self._turns.acquire(blocking=False):
+            try:
+                self._run_posted()
+            finally:
+                self._turns.release()
+
+    def call(self, work: Callable[[], T], timeout_s: float = 30.0) -> T:
+        """Run ``work`` in the loop and return what it returns. Not from within the loop."""
+        outcome: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                outcome.set_result(work())
+            except BaseException as error:
+                outcome.set_exception(error)
+
+        self.post(run)
+        return outcome.result(timeout_s)
+
+    def drive(self, awaited: Future[Any], timeout_s: float) -> None:
+        """Work the loop on this thread until ``awaited`` is done, for at most ``timeout_s`` seconds.
+
+        Returns at once, with nothing done, if another thread drives already.
+        """
+        me = threading.get_ident()
+        with self._state:
+            if self._driver is not None:
+                self._others_wait = True
+                return
+            if self._stopping or me == self.thread.ident or self._pid != os.getpid():
+                return
+            self._driver = me
+            self._wake()
+        awaited.add_done_callback(self._nudge)
+        end = time.monotonic() + timeout_s
+        with self._turns:
+            try:
+                while not awaited.done() and not self._stopping and time.monotonic() < end:
+                    self._turn(end)
+            finally:
+                with self._state:
+                    self._driver = None
+                    self._driven_at = -math.inf if self._others_wait else time.monotonic()
+                    self._others_wait = False
+                    if self._posted or self._stopping or self._busy():
+                        self._state.notify()
+
+    def stop(self, linger_s: float = 1.0) -> None:
+        """End the thread and close its sockets; what is queued is sent for up to ``linger_s``."""
+        with self._state:
+            if self._stopping:
+                return
+            self._stopping = True
+            self._linger_ms = int(linger_s * 1000)
+            if self._pid != os.getpid():
+                return
+            os.eventfd_write(self._wake_fd, 1)
+            self._state.notify()
+        if self.thread.is_alive() and self.thread is not threading.current_thread():
+            self.thread.join(linger_s + 10)
+        elif not self.thread.ident:
+            self._release()
+
+    def abandon(self) -> None:
+        """Free everything of a reactor that was never started."""
+        self._stopping = True
+        self._release()
+
+    def add(self, socket: zmq.Socket[bytes], on_readable: Callable[[], None]) -> None:
+        """Watch a socket; from within the loop, or before it starts."""
+        self._sockets.append(socket)
+        self._on_readable[socket] = on_readable
+        self._poller.register(socket, zmq.POLLIN)
+
+    # --- the loop -------------------------------------------------------------------------------
+
+    def _wake(self) -> None:
+        """Let whoever polls look up. With ``_state`` held."""
+        if self._polling:
+            self._polling = False
+            os.eventfd_write(self._wake_fd, 1)
+
+    def _nudge(self, _: Future[Any]) -> None:
+        """What the driver waits for is done, by another thread perhaps."""
+        with self._state:
+            if self._driver != threading.get_ident():
+                self._wake()
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping:
+                with self._turns:
+                    while self._driver is None and not self._stopping:
+                        self._turn(math.inf)
+                self._step_back()
+        finally:
+            with self._turns:
+                self._run_posted()  # farewells that were posted before the stop
+                self._release()
+
+    def _step_back(self) -> None:
+        """Leave the loop to those who drive it."""
+        with self._state:
+            self._parked = True
+            while not self._stopping:
+                if self._driver is None and time.monotonic() >= self._driven_at + STEP_BACK_S:
+                    break
+                self._state.wait(STEP_BACK_S if self._driver is None else 10 * STEP_BACK_S)
+            self._parked = False
+
+    def _turn(self, end: float) -> None:
+        """Wait for something to happen, at most until ``end``, and do what follows. With ``_turns`` held."""
+        with self._state:
+            self._polling = not self._posted
+            timeout_s = min(end, self._next_tick) - time.monotonic() if self._polling else 0.0
+        ready = self._poller.poll(max(0, math.ceil(timeout_s * 1000)))
+        with self._state:
+            self._polling = False
+        for socket, _ in ready:
+            if socket == self._wake_fd:
+                os.eventfd_read(self._wake_fd)
+            else:
+                self._guarded(self._on_readable[socket])
+        self._run_posted()
+        now = time.monotonic()
+        if now >= self._next_tick:
+            self._next_tick = now + TICK_S
+            if self._on_tick is not None:
+                self._guarded(self._on_tick, now)
+
+    def _run_posted(self) -> None:
+        while self._posted:
+            self._guarded(self._posted.popleft())
+
+    def _release(self) -> None:
+        for socket in self._sockets:
+            socket.close(linger=self._linger_ms)
+        with self._state:
+            os.close(self._wake_fd)
+        self.context.term()
+
+    def _guarded(self, work: Callable[..., None], *args: Any) -> None:
+        try:
+            work(*args)
+        except Exception:
+            log.exception("%r: an event handler failed", self)
