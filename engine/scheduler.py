@@ -10,7 +10,7 @@ argument is that of MXNet's engine: Chen et al. 2015, arXiv 1512.01274, section 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from types import CodeType
 from typing import Any
 
 from engine.var import Var
@@ -22,17 +22,22 @@ class Op:
     """A unit of work with what it reads and writes; what runs it hangs more on it."""
 
     __slots__ = (
-        *("async_start", "async_thread", "deadline_error", "fn", "handle", "holds", "info", "lane", "missing"),
-        *("name", "partial", "priority", "reads", "sequence", "site", "started_at", "state", "writes"),
+        *("caller", "caller_at", "fn", "given_up", "handle", "holds", "info", "is_async", "lane", "missing", "name"),
+        *("partial", "priority", "reads", "sequence", "started_at", "state", "thread", "writes"),
     )
 
     def __init__(
-        self, name: str, reads: Iterable[Var], writes: Iterable[Var], priority: int = 0, partial: Iterable[Var] = ()
+        self,
+        name: str,
+        reads: tuple[Var, ...],
+        writes: tuple[Var, ...],
+        priority: int = 0,
+        partial: frozenset[Var] = frozenset(),
     ) -> None:
         self.name = name
-        self.partial = frozenset(partial)  # writes that do not cover the var: they cannot heal it
-        self.writes = tuple(dict.fromkeys(writes))
-        self.reads = tuple(dict.fromkeys(reads))
+        self.partial = partial  # writes that do not cover the var: they cannot heal it
+        self.writes = writes if len(writes) < 2 else tuple(dict.fromkeys(writes))
+        self.reads = reads if len(reads) < 2 else tuple(dict.fromkeys(reads))
         self.priority = priority
         self.sequence = 0
         self.missing = 0  # vars that it does not hold yet
@@ -42,17 +47,23 @@ class Op:
         self.holds: Any = None  # arrays, kept alive until the op ends
         self.info: dict[str, Any] | None = None
         self.lane = "cpu"
-        self.site = ""
+        self.caller: CodeType | None = None  # the code that pushed it, and at which instruction
+        self.caller_at = 0
         self.started_at = 0.0
-        self.async_start = False
-        self.async_thread = 0
-        self.deadline_error: BaseException | None = None
+        self.thread = 0  # that ran it; 0: none
+        self.is_async = False
+        self.given_up: BaseException | None = None  # by whoever settles the handle: a deadline, a cancellation
 
     def __repr__(self) -> str:
         return f"<Op {self.sequence} {self.name}: {self.state}, pushed at {self.site or '?'}>"
 
-    def __lt__(self, other: Op) -> bool:  # for heaps: larger priority first, then age
-        return (-self.priority, self.sequence) < (-other.priority, other.sequence)
+    @property
+    def site(self) -> str:
+        """Where it was pushed, as ``file:line``; made when asked for, which is seldom."""
+        if self.caller is None:
+            return ""
+        line = next((line for low, high, line in self.caller.co_lines() if low <= self.caller_at < high), None)
+        return f"{self.caller.co_filename}:{line}"
 
 
 class Scheduler:
