@@ -15,6 +15,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager
+from threading import get_ident
+from time import perf_counter
 from types import FrameType
 from typing import Any
 
@@ -25,6 +27,8 @@ from engine.memory import Memory
 from engine.scheduler import DONE, READY, RUNNING, WAITING, Op, Scheduler
 from engine.trace import Trace
 from engine.var import Var
+
+Outcome = tuple[Any, BaseException | None]
 
 _HERE = os.path.dirname(__file__) + os.sep
 
@@ -136,7 +140,8 @@ class Engine(ABC):
             raise ArgumentError("push: expected lists of reads and writes, got a Var")
         if lane is not None and not isinstance(lane, str):
             raise ArgumentError(f"push: expected a lane's name, got {type(lane).__name__}")
-        name = name or getattr(fn, "__name__", "op")
+        if name is None:
+            name = getattr(fn, "__name__", "op")
         reads, writes = tuple(reads), tuple(writes)
         caller = _caller()
         with self._lock:
@@ -159,7 +164,7 @@ class Engine(ABC):
             if ready:
                 if inline:
                     op.state = RUNNING
-                    op.started_at = time.perf_counter()
+                    op.started_at = perf_counter()
                 else:
                     self._dispatch(op)
         if deadline is not None:
@@ -173,23 +178,28 @@ class Engine(ABC):
     def _op_on_arrays(self, name: str, reads: tuple[Any, ...], writes: tuple[Any, ...], priority: int) -> Op:
         self._memory.tidy()
         read_vars: list[Var] = []
-        write_vars: list[Var] = []
-        partial: list[Var] = []
         for item in reads:
-            whole, part = self._lookup(item)
-            read_vars += whole
-            read_vars += part
+            _, whole, part = self._lookup(item)
+            read_vars += whole + part
+        write_vars: list[Var] = []
+        poisons: list[Var] = []
+        heals: list[Var] = []
         for item in writes:
-            whole, part = self._lookup(item)
-            write_vars += whole
-            write_vars += part
-            partial += part
-        op = Op(name, tuple(read_vars), tuple(write_vars), priority, frozenset(partial))
+            own, whole, part = self._lookup(item)
+            write_vars += whole + part
+            poisons += own
+            heals += whole
+        op = Op(name, tuple(read_vars), tuple(write_vars), priority)
+        op.poisons, op.heals = poisons, heals
         op.holds = (reads, writes)
         return op
 
-    def _lookup(self, item: Any) -> tuple[list[Var], list[Var]]:
-        return ([item], []) if isinstance(item, Var) else self._memory.vars_of(item)
+    def _lookup(self, item: Any) -> tuple[list[Var], list[Var], list[Var]]:
+        """Its own var (none if it is empty), and, with that one, those it covers whole, and those in part."""
+        if isinstance(item, Var):
+            return [item], [item], []
+        whole, part = self._memory.vars_of(item)
+        return whole[:1], whole, part
 
     @contextmanager
     def bulk(self) -> Iterator[None]:
@@ -209,6 +219,7 @@ class Engine(ABC):
 
     def _before_wait(self) -> None:
         """This thread may be about to wait for an op."""
+        self._check_process()
         if self._here.bulks:
             self._wake_up()
 
@@ -229,25 +240,25 @@ class Engine(ABC):
         if op.state != READY:
             return False
         op.state = RUNNING
-        op.started_at = time.perf_counter()
+        op.started_at = perf_counter()
         return True
 
     def _run(self, op: Op) -> None:
         """Run a claimed op on this thread."""
-        outcome = self._execute(op)
+        outcome = self._execute(op, self._here.ops)
         if outcome is not None:
             self._finish(op, *outcome)
-            _reraise(op, outcome[1])
+        if op.interrupt is not None:
+            raise op.interrupt
 
-    def _execute(self, op: Op) -> tuple[Any, BaseException | None] | None:
+    def _execute(self, op: Op, stack: list[Op]) -> Outcome | None:
         """Call the op's function. Its result and error; None if it is asynchronous, and has begun."""
         fn = op.fn  # first: gone when the op has been given up and finished
         error = op.given_up or (self._scheduler.poison_of(op) if op.reads else None)
         if error is not None:
             return None, error
-        op.thread = threading.get_ident()
-        ops = self._here.ops
-        ops.append(op)
+        op.thread = get_ident()
+        stack.append(op)
         try:
             if not op.is_async:
                 return fn(), None
@@ -255,9 +266,11 @@ class Engine(ABC):
             return None
         except BaseException as raised:
             _note(raised, op)
+            if not isinstance(raised, Exception):
+                op.interrupt = raised
             return None, raised
         finally:
-            ops.pop()
+            stack.pop()
 
     def _finish(self, op: Op, result: Any, error: BaseException | None) -> None:
         with self._lock:
@@ -273,7 +286,7 @@ class Engine(ABC):
         if op.given_up is None:
             op.handle._settle(result, error)
         if self._trace is not None and op.thread:
-            self._trace.add(op, time.perf_counter())
+            self._trace.add(op, perf_counter())
         if not self._scheduler.pending:
             self._idle.notify_all()
         return ready
@@ -282,8 +295,9 @@ class Engine(ABC):
         """Tell those who watch an op that has ended, and let go of what it held; without the lock."""
         handle = op.handle
         op.fn = op.holds = op.handle = None
-        if op.given_up is None and not handle.done():
+        if op.given_up is None:
             handle._announce(result, error)
+
     # --- waiting ------------------------------------------------------------------------------
 
     def wait(self, *items: Any, timeout: float | None = None) -> None:
@@ -490,9 +504,3 @@ def _note(error: BaseException, op: Op) -> None:
     note = f"in the engine op {op.name!r} pushed at {op.site}"
     if note not in getattr(error, "__notes__", ()):
         error.add_note(note)
-
-
-def _reraise(op: Op, error: BaseException | None) -> None:
-    """An interrupt that came while the op ran in a thread of the user's is the user's."""
-    if error is not None and not isinstance(error, Exception) and op.thread == threading.get_ident():
-        raise error

@@ -10,6 +10,7 @@ argument is that of MXNet's engine: Chen et al. 2015, arXiv 1512.01274, section 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from types import CodeType
 from typing import Any
 
@@ -22,8 +23,8 @@ class Op:
     """A unit of work with what it reads and writes; what runs it hangs more on it."""
 
     __slots__ = (
-        *("caller", "caller_at", "fn", "given_up", "handle", "holds", "info", "is_async", "lane", "missing", "name"),
-        *("partial", "priority", "reads", "sequence", "started_at", "state", "thread", "writes"),
+        *("caller", "caller_at", "fn", "given_up", "handle", "heals", "holds", "info", "interrupt", "is_async", "lane"),
+        *("missing", "name", "poisons", "priority", "reads", "sequence", "started_at", "state", "thread", "writes"),
     )
 
     def __init__(
@@ -32,12 +33,12 @@ class Op:
         reads: tuple[Var, ...],
         writes: tuple[Var, ...],
         priority: int = 0,
-        partial: frozenset[Var] = frozenset(),
     ) -> None:
         self.name = name
-        self.partial = partial  # writes that do not cover the var: they cannot heal it
         self.writes = writes if len(writes) < 2 else tuple(dict.fromkeys(writes))
         self.reads = reads if len(reads) < 2 else tuple(dict.fromkeys(reads))
+        self.poisons: Iterable[Var] = self.writes  # those that carry its error
+        self.heals: Iterable[Var] = self.writes  # those that are whole again after it
         self.priority = priority
         self.sequence = 0
         self.missing = 0  # vars that it does not hold yet
@@ -52,6 +53,7 @@ class Op:
         self.started_at = 0.0
         self.thread = 0  # that ran it; 0: none
         self.is_async = False
+        self.interrupt: BaseException | None = None  # raised by it, but meant for its thread: KeyboardInterrupt
         self.given_up: BaseException | None = None  # by whoever settles the handle: a deadline, a cancellation
 
     def __repr__(self) -> str:
@@ -111,7 +113,7 @@ class Scheduler:
         return None
 
     def complete(self, op: Op, error: BaseException | None) -> list[Op]:
-        """The op has ended; its writes carry ``error`` (None: they are whole again).
+        """The op has ended; what it writes carries ``error`` (None: is whole again).
 
         Returns:
             The ops that may run now.
@@ -119,11 +121,10 @@ class Scheduler:
         op.state = DONE
         del self.pending[op.sequence]
         ready: list[Op] = []
-        partial = op.partial
+        for var in op.heals if error is None else op.poisons:
+            var.poison = error
         for var in op.writes:
             var.writer = None
-            if error is not None or var not in partial:
-                var.poison = error
             if var.queue:
                 self._advance(var, ready)
         for var in op.reads:

@@ -17,11 +17,11 @@ its place: a spare one may be awake meanwhile.
 
 from __future__ import annotations
 
-import heapq
 import math
 import os
 import threading
-import time
+from heapq import heappop, heappush
+from time import perf_counter
 
 from engine.base import Engine
 from engine.scheduler import DONE, READY, RUNNING, Op
@@ -37,9 +37,9 @@ class _Lane:
 
     def __init__(self, engine: ThreadedEngine, name: str, size: int) -> None:
         self.name = name
-        self.size = size  # threads that may be awake; grows while some wait inside an op
+        self.size = size  # threads that may be awake
         self.heap: list[tuple[int, int, Op]] = []  # by priority, then age; with ops that a waiter has taken
-        self.awake = 0
+        self.awake = 0  # and not waiting inside an op
         self.asleep = 0
         self.called = 0  # of those counted awake: have been woken and not come yet
         self.wake = threading.Condition(engine._lock)
@@ -54,16 +54,24 @@ class _Lane:
     def start(self, op: Op) -> None:
         """The thread at hand is to run ``op``."""
         op.state = RUNNING
-        op.started_at = self.started_at = time.perf_counter()
+        op.started_at = self.started_at = perf_counter()
         self.started += 1
 
 
-class _Work(threading.local):
-    """A thread's place in a lane."""
+class _Worker:
+    """A thread's place in a lane: one of the lane's own, or one that helps before it waits."""
 
-    lane: _Lane | None = None  # None: it has none
-    short = False  # the op it ran last was
-    number = 0  # of that op: the lane's ``started``
+    __slots__ = ("lane", "number", "short", "stack")
+
+    def __init__(self, lane: _Lane, stack: list[Op]) -> None:
+        self.lane = lane
+        self.stack = stack  # the ops that the thread is in
+        self.short = False  # the op it ran last was
+        self.number = 0  # of that op: the lane's ``started``
+
+
+class _Place(threading.local):
+    worker: _Worker | None = None
 
 
 class ThreadedEngine(Engine):
@@ -77,31 +85,33 @@ class ThreadedEngine(Engine):
         super().__init__()
         self._size = threads or os.cpu_count() or 1
         self._lanes: dict[str, _Lane] = {}
-        self._work = _Work()
+        self._place = _Place()
         self._monitor = _Monitor(self)
 
     # --- who runs what; with the lock held --------------------------------------------------------
 
     def _dispatch(self, op: Op) -> None:
         lane = self._enqueue(op)
-        if not self._here.bulks:
+        if lane.awake < lane.size and not self._here.bulks:
             self._attend(lane)
 
     def _enqueue(self, op: Op) -> _Lane:
         lane = self._lanes.get(op.lane)
         if lane is None:
             lane = self._lanes[op.lane] = _Lane(self, op.lane, self._size)
-        heapq.heappush(lane.heap, (-op.priority, op.sequence, op))
+        heappush(lane.heap, (-op.priority, op.sequence, op))
         return lane
 
     def _attend(self, lane: _Lane) -> None:
-        """If ops are ready and a thread may be woken: do, or see that the monitor will in time."""
-        if not lane.heap or lane.awake >= lane.size:
-            return
-        if not lane.awake or lane.long or not (lane.called or time.perf_counter() - lane.started_at < LONG_S):
+        """Ops are ready and threads asleep: wake one, or see that the monitor will in time."""
+        if not lane.awake or lane.long or not (lane.called or perf_counter() - lane.started_at < LONG_S):
             self._wake(lane)
         else:
             self._monitor.rouse()
+
+    def _look_after(self, lane: _Lane) -> None:
+        if lane.heap and lane.awake < lane.size:
+            self._attend(lane)
 
     def _wake(self, lane: _Lane) -> None:
         if lane.asleep > lane.called:
@@ -109,21 +119,26 @@ class ThreadedEngine(Engine):
             lane.wake.notify()
         else:
             name = f"engine-{lane.name}-{lane.awake + 1}"
-            threading.Thread(target=self._serve, args=(lane,), name=name, daemon=True).start()
+            try:
+                threading.Thread(target=self._serve, args=(lane,), name=name, daemon=True).start()
+            except RuntimeError:  # no thread is to be had
+                if not lane.awake:
+                    raise
+                return  # then those awake will have to do
         lane.awake += 1
 
-    def _take(self, lane: _Lane) -> Op | None:
+    def _take(self, worker: _Worker) -> Op | None:
         """The op that this thread, one of those awake, is to run now, if any."""
-        work = self._work
+        lane = worker.lane
         if lane.awake > 1 and (
-            lane.awake - lane.called > lane.size or (work.short and lane.started != work.number)
+            (worker.short and lane.started != worker.number) or lane.awake - lane.called > lane.size
         ):
             return None
         while lane.heap:
-            op = heapq.heappop(lane.heap)[2]
+            op = heappop(lane.heap)[2]
             if op.state == READY:  # else a waiter has taken it
                 lane.start(op)
-                work.number = lane.started
+                worker.number = lane.started
                 if lane.heap and lane.awake < lane.size:
                     if lane.long:
                         self._wake(lane)
@@ -138,7 +153,7 @@ class ThreadedEngine(Engine):
         lane = self._lanes[op.lane]
         lane.start(op)
         while lane.heap and lane.heap[0][2].state != READY:
-            heapq.heappop(lane.heap)
+            heappop(lane.heap)
         return True
 
     def _sleep(self, lane: _Lane) -> bool:
@@ -160,69 +175,77 @@ class ThreadedEngine(Engine):
 
     def _serve(self, lane: _Lane) -> None:
         """A thread of the lane."""
-        work = self._work
-        work.lane = lane
+        worker = self._place.worker = _Worker(lane, self._here.ops)
         while True:
             with self._lock:
-                while (op := self._take(lane)) is None:
+                while (op := self._take(worker)) is None:
                     if not self._sleep(lane):
                         return
-                    work.short = False
-            self._run_on(lane, op)
+                    worker.short = False
+            self._run_on(worker, op)
             del op
 
-    def _run_on(self, lane: _Lane, op: Op | None, until: float = math.inf) -> None:
-        """Run ``op`` and what is ready after it, while this thread is to; the lock is taken once per op."""
-        while op is not None:
-            outcome = self._execute(op)
-            now = time.perf_counter()
+    def _help(self, timeout: float | None) -> None:
+        until = math.inf if timeout is None else perf_counter() + timeout
+        for lane in list(self._lanes.values()):
+            worker = self._place.worker = _Worker(lane, self._here.ops)
+            with self._lock:
+                lane.awake += 1
+                op = self._take(worker)
+            interrupt = self._run_on(worker, op, until) if op is not None else None
+            self._place.worker = None
+            with self._lock:
+                lane.awake -= 1
+                self._look_after(lane)
+            if interrupt is not None:
+                raise interrupt
+
+    def _run_on(self, worker: _Worker, op: Op, until: float = math.inf) -> BaseException | None:
+        """Run ``op`` and what is ready after it, while that is for this thread; the lock is taken once per op.
+
+        Returns:
+            What interrupted an op, as KeyboardInterrupt does; no other op is run after that.
+        """
+        lane = worker.lane
+        following: Op | None = op
+        while following is not None:
+            op, following, outcome = following, None, None
+            outcome = self._execute(op, worker.stack)
+            now = perf_counter()
             with self._lock:
                 lane.long = now - op.started_at > LONG_S
-                self._work.short = not lane.long
+                worker.short = not lane.long
                 if op.state == DONE:  # given up meanwhile
                     outcome = None
                 elif outcome is not None:
                     for ready in self._end(op, *outcome):
                         if self._enqueue(ready) is not lane:
-                            self._attend(self._lanes[ready.lane])
-                following = self._take(lane) if now < until else None
+                            self._look_after(self._lanes[ready.lane])
+                if now < until and op.interrupt is None:
+                    following = self._take(worker)
             if outcome is not None:
                 self._leave(op, *outcome)
-            op = following
-
-    def _help(self, timeout: float | None) -> None:
-        until = math.inf if timeout is None else time.perf_counter() + timeout
-        for lane in list(self._lanes.values()):
-            with self._lock:
-                lane.awake += 1
-                self._work.short = False
-                op = self._take(lane)
-            self._work.lane = lane
-            try:
-                self._run_on(lane, op, until)
-            finally:
-                self._work.lane = None
-                with self._lock:
-                    lane.awake -= 1
-                    self._attend(lane)
+            if op.interrupt is not None:
+                return op.interrupt
+        return None
 
     def _wake_up(self) -> None:
         with self._lock:
             for lane in self._lanes.values():
-                self._attend(lane)
+                self._look_after(lane)
 
     def _lend(self) -> None:
-        lane = self._work.lane
-        if lane is not None:
+        worker = self._place.worker
+        if worker is not None:
             with self._lock:
-                lane.size += 1
-                self._attend(lane)
+                worker.lane.awake -= 1
+                self._look_after(worker.lane)
 
     def _take_back(self) -> None:
-        lane = self._work.lane
-        if lane is not None:
+        worker = self._place.worker
+        if worker is not None:
             with self._lock:
-                lane.size -= 1
+                worker.lane.awake += 1
 
     def _retire(self) -> None:
         super()._retire()

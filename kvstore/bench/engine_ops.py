@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import threading
 import time
@@ -20,12 +21,15 @@ SMALL_OPS = 10_000
 WAITS = 2_000
 BULK = 50
 READERS = 8
-SMALL_ELEMENTS = 1 << 14  # float32: 64 KB
-LARGE_ELEMENTS = 1 << 20  # float32: 4 MB
-LARGE_OPS = 16
+ARRAYS = 16
+SMALL_ELEMENTS = 1 << 13  # float64: 64 KB
+LARGE_ELEMENTS = 1 << 19  # float64: 4 MB
+LARGE_OPS = 32
 WAIT_S = 60.0
 
 Row = dict[str, Any]
+Work = Callable[[], Any]
+Array = np.ndarray[Any, Any]
 
 
 def measure(repeats: int = 5) -> list[Row]:
@@ -37,23 +41,29 @@ def measure(repeats: int = 5) -> list[Row]:
     call = _call_us()
     round_trip = _round_trip_us()
     rows: list[Row] = []
-    for case, run in (("chain", _chain), ("independent", _independent), ("1 writer, 8 readers", _fan), ("bulk of 50", _bulk)):
+    for case, run in (
+        ("chain", _chain),
+        ("independent", _independent),
+        ("1 writer, 8 readers", _fan),
+        ("bulk of 50", _bulk),
+    ):
         rows.append(_row(case, "us/op", _times(run, 2, repeats), call, "a Python call"))
     rows.append(_row("op and wait", "us/op", _times(_op_and_wait, 2, repeats), round_trip, "a condition's round trip"))
-    small = _plain_us(np.negative, SMALL_ELEMENTS, 200)
-    for threads in (1, 2):
-        for kind, run in (("independent", _small_independent), ("chains", _small_chains)):
-            times = _times(run, threads, repeats)
-            rows.append(_row(f"64 KB, {kind}, {_of(threads)}", "us/op", times, small, "NumPy alone"))
-    large = _plain_us(np.tanh, LARGE_ELEMENTS, LARGE_OPS)
-    for threads in (1, 2):
-        times = _times(_large, threads, repeats)
-        rows.append(_row(f"4 MB tanh, {_of(threads)}", "us/op", times, large / threads, f"NumPy alone / {threads}"))
+    small, large = _arrays(SMALL_ELEMENTS), _arrays(LARGE_ELEMENTS)
+    chains = [[engine.Var()] for _ in range(ARRAYS)]
+    none: list[list[engine.Var]] = [[] for _ in range(ARRAYS)]
+    for case, function, arrays, writes, ops in (
+        ("64 KB independent", np.negative, small, none, SMALL_OPS),
+        ("64 KB in chains", np.negative, small, chains, SMALL_OPS),
+        ("4 MB tanh", np.tanh, large, none, LARGE_OPS),
+    ):
+        works: list[Work] = [functools.partial(function, array, out=array) for array in arrays]
+        for threads in (1, 2):
+            limit = min(_plain_us(works, ops, threads) for _ in range(repeats))
+            times = _times(functools.partial(_calls, works, writes, ops), threads, repeats)
+            what = "1 thread" if threads == 1 else f"{threads} threads"
+            rows.append(_row(f"{case}, {what}", "us/op", times, limit, f"the calls in {what}"))
     return rows
-
-
-def _of(threads: int) -> str:
-    return "1 thread" if threads == 1 else f"{threads} threads"
 
 
 def _row(case: str, unit: str, values: list[float], limit: float, limit_name: str) -> Row:
@@ -130,29 +140,15 @@ def _op_and_wait(runtime: engine.Engine) -> int:
     return WAITS
 
 
-def _small_independent(runtime: engine.Engine) -> int:
-    return _small(runtime, [[] for _ in range(16)])
-
-
-def _small_chains(runtime: engine.Engine) -> int:
-    return _small(runtime, [[engine.Var()] for _ in range(16)])
-
-
-def _small(runtime: engine.Engine, vars_: list[list[engine.Var]]) -> int:
-    arrays = [np.ones(SMALL_ELEMENTS, np.float32) for _ in vars_]
-    works = [lambda array=array: np.negative(array, out=array) for array in arrays]
-    for number in range(SMALL_OPS):
-        runtime.push(works[number % 16], writes=vars_[number % 16])
+def _calls(works: list[Work], writes: list[list[engine.Var]], ops: int, runtime: engine.Engine) -> int:
+    for number in range(ops):
+        runtime.push(works[number % ARRAYS], writes=writes[number % ARRAYS])
     runtime.wait_all(WAIT_S)
-    return SMALL_OPS
+    return ops
 
 
-def _large(runtime: engine.Engine) -> int:
-    arrays = [np.ones(LARGE_ELEMENTS, np.float32) for _ in range(LARGE_OPS)]
-    for array in arrays:
-        runtime.push(lambda array=array: np.tanh(array, out=array))  # type: ignore[misc]
-    runtime.wait_all(WAIT_S)
-    return LARGE_OPS
+def _arrays(elements: int) -> list[Array]:
+    return [np.full(elements, 0.5) for _ in range(ARRAYS)]
 
 
 # --- the limits -------------------------------------------------------------------------------
@@ -186,11 +182,21 @@ def _round_trip_us() -> float:
     return elapsed / WAITS * 1e6
 
 
-def _plain_us(function: Callable[..., Any], elements: int, calls: int) -> float:
-    arrays = [np.ones(elements, np.float32) for _ in range(16)]
+def _plain_us(works: list[Work], calls: int, threads: int) -> float:
+    """The calls without an engine, shared out among threads."""
+
+    def some(first: int) -> None:
+        together.wait(WAIT_S)
+        for number in range(first, calls, threads):
+            works[number % ARRAYS]()
+        together.wait(WAIT_S)
+
+    together = threading.Barrier(threads + 1)
+    for first in range(threads):
+        threading.Thread(target=some, args=(first,), daemon=True).start()
+    together.wait(WAIT_S)
     start = time.perf_counter()
-    for number in range(calls):
-        function(arrays[number % 16], out=arrays[number % 16])
+    together.wait(WAIT_S)
     return (time.perf_counter() - start) / calls * 1e6
 
 
