@@ -47,6 +47,7 @@ __all__ = [
     "ForkedError",
     "Handle",
     "Var",
+    "bulk",
     "close",
     "create",
     "default",
@@ -75,7 +76,7 @@ def default() -> Engine:
     """The engine of this process; made on demand, and again after :func:`close` or in a forked child."""
     global _default
     with _lock:
-        if _default is None or _default._closed or (_default._pid != os.getpid() and not _default._users):
+        if _default is None or _default._closed or (_default._inherited and not _default._users):
             _default = create()
         return _default
 
@@ -100,6 +101,11 @@ def wait(*items: Any, timeout: float | None = None) -> None:
 def wait_all(timeout: float | None = None) -> None:
     """:meth:`Engine.wait_all` on the default engine."""
     default().wait_all(timeout)
+
+
+def bulk() -> AbstractContextManager[None]:
+    """:meth:`Engine.bulk` on the default engine."""
+    return default().bulk()
 
 
 def pending(*items: Any) -> bool:

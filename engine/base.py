@@ -6,6 +6,7 @@ An engine is this class with a way to start ready ops: :mod:`engine.threaded` ha
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import threading
@@ -14,6 +15,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager
+from threading import get_ident
+from time import perf_counter
+from types import FrameType
 from typing import Any
 
 from engine.deadlines import Deadlines
@@ -24,7 +28,27 @@ from engine.scheduler import DONE, READY, RUNNING, WAITING, Op, Scheduler
 from engine.trace import Trace
 from engine.var import Var
 
-_HERE = os.path.dirname(__file__)
+Outcome = tuple[Any, BaseException | None]
+
+_HERE = os.path.dirname(__file__) + os.sep
+
+_process = object()  # another one in a forked child; cheaper to look at than the process's id
+
+
+def _forked() -> None:
+    global _process
+    _process = object()
+
+
+os.register_at_fork(after_in_child=_forked)
+
+
+class _Here(threading.local):
+    """What the thread at hand is doing with one engine."""
+
+    def __init__(self) -> None:
+        self.ops: list[Op] = []  # on its stack
+        self.bulks = 0  # blocks of Engine.bulk it is in
 
 
 class Engine(ABC):
@@ -35,11 +59,13 @@ class Engine(ABC):
         self._scheduler = Scheduler()
         self._memory = Memory()
         self._deadlines = Deadlines(self._expire)
-        self._running = threading.local()  # .ops: the ops on this thread's stack
+        self._here = _Here()
         self._idle = threading.Condition(self._lock)
         self._trace: Trace | None = None
+        self._process = _process
         self._pid = os.getpid()
         self._closed = False
+        self._retiring = False  # threads are to end rather than idle, until the next push
         self._users = 0
 
     def __repr__(self) -> str:
@@ -76,7 +102,7 @@ class Engine(ABC):
         Raises:
             ArgumentError, ClosedError, ForkedError: nothing was submitted.
         """
-        return self._push(fn, reads, writes, priority, lane, name, inline, info, deadline, False)
+        return self._submit(fn, reads, writes, priority, lane, name, inline, info, deadline, False)
 
     def push_async(
         self,
@@ -92,9 +118,9 @@ class Engine(ABC):
         deadline: float | None = None,
     ) -> Handle:
         """Like :meth:`push` for an op that ends later: ``fn(completion)`` starts it."""
-        return self._push(fn, reads, writes, priority, lane, name, inline, info, deadline, True)
+        return self._submit(fn, reads, writes, priority, lane, name, inline, info, deadline, True)
 
-    def _push(
+    def _submit(
         self,
         fn: Callable[..., Any],
         reads: Iterable[Any],
@@ -107,62 +133,95 @@ class Engine(ABC):
         deadline: float | None,
         is_async: bool,
     ) -> Handle:
-        if self._pid != os.getpid():
-            raise ForkedError(f"the engine belongs to process {self._pid}; create another after fork")
+        self._check_process()
         if not callable(fn):
             raise ArgumentError(f"push: expected a function, got {type(fn).__name__}")
         if isinstance(reads, Var) or isinstance(writes, Var):
             raise ArgumentError("push: expected lists of reads and writes, got a Var")
         if lane is not None and not isinstance(lane, str):
             raise ArgumentError(f"push: expected a lane's name, got {type(lane).__name__}")
+        if name is None:
+            name = getattr(fn, "__name__", "op")
         reads, writes = tuple(reads), tuple(writes)
+        caller = _caller()
         with self._lock:
             if self._closed:
                 raise ClosedError("the engine is closed")
-            op = self._op(name or str(getattr(fn, "__name__", "op")), reads, writes, priority)
+            if _only_vars(reads) and _only_vars(writes):
+                op = Op(name, reads, writes, priority)
+            else:
+                op = self._op_on_arrays(name, reads, writes, priority)
             op.fn = fn
-            op.holds = (reads, writes)
-            op.info = info
-            op.async_start = is_async
+            op.caller, op.caller_at = caller.f_code, caller.f_lasti
+            op.handle = handle = Handle(self, op)
+            op.is_async = is_async
+            if info is not None:
+                op.info = info
             if lane is not None:
                 op.lane = lane
-            op.site = _site()
-            op.handle = Handle(self, op)
+            self._retiring = False
             ready = self._scheduler.submit(op)
-            if ready and inline:
-                op.state = RUNNING
-            elif ready:
-                self._dispatch(op)
+            if ready:
+                if inline:
+                    op.state = RUNNING
+                    op.started_at = perf_counter()
+                else:
+                    self._dispatch(op)
         if deadline is not None:
             self._deadlines.add(time.monotonic() + deadline, op)
         if ready and inline:
             self._run(op)
         else:
-            self._submitted(op)
-        handle: Handle = op.handle
+            self._submitted()
         return handle
 
-    def _op(self, name: str, reads: tuple[Any, ...], writes: tuple[Any, ...], priority: int) -> Op:
-        read_vars: list[Var] = []
-        write_vars: list[Var] = []
-        partial: list[Var] = []
+    def _op_on_arrays(self, name: str, reads: tuple[Any, ...], writes: tuple[Any, ...], priority: int) -> Op:
         self._memory.tidy()
+        read_vars: list[Var] = []
         for item in reads:
-            if type(item) is Var:
-                read_vars.append(item)
-            else:
-                whole, part = self._memory.vars_of(item)
-                read_vars += whole
-                read_vars += part
+            _, whole, part = self._lookup(item)
+            read_vars += whole + part
+        write_vars: list[Var] = []
+        poisons: list[Var] = []
+        heals: list[Var] = []
         for item in writes:
-            if type(item) is Var:
-                write_vars.append(item)
-            else:
-                whole, part = self._memory.vars_of(item)
-                write_vars += whole
-                write_vars += part
-                partial += part
-        return Op(name, read_vars, write_vars, priority, partial)
+            own, whole, part = self._lookup(item)
+            write_vars += whole + part
+            poisons += own
+            heals += whole
+        op = Op(name, tuple(read_vars), tuple(write_vars), priority)
+        op.poisons, op.heals = poisons, heals
+        op.holds = (reads, writes)
+        return op
+
+    def _lookup(self, item: Any) -> tuple[list[Var], list[Var], list[Var]]:
+        """Its own var (none if it is empty), and, with that one, those it covers whole, and those in part."""
+        if isinstance(item, Var):
+            return [item], [item], []
+        whole, part = self._memory.vars_of(item)
+        return whole[:1], whole, part
+
+    @contextmanager
+    def bulk(self) -> Iterator[None]:
+        """Push many ops for the price of one wake-up: none is woken for them before the block ends.
+
+        Nothing else changes: an op may start at once if a thread happens to be awake, ``inline`` ops run at
+        their push, and a wait for this engine within the block wakes what it needs. Only a wait
+        for something else, that one of these ops would bring about, would be in vain.
+        """
+        self._here.bulks += 1
+        try:
+            yield
+        finally:
+            self._here.bulks -= 1
+            if not self._here.bulks:
+                self._wake_up()
+
+    def _before_wait(self) -> None:
+        """This thread may be about to wait for an op."""
+        self._check_process()
+        if self._here.bulks:
+            self._wake_up()
 
     # --- how ready ops start --------------------------------------------------------------------
 
@@ -170,60 +229,74 @@ class Engine(ABC):
     def _dispatch(self, op: Op) -> None:
         """``op`` is ready; start it soon. Called with the lock held."""
 
-    def _submitted(self, op: Op) -> None:
-        """``op`` has been submitted; called without the lock."""
+    def _submitted(self) -> None:
+        """An op has been submitted; called without the lock."""
+
+    def _wake_up(self) -> None:
+        """See that a thread is awake for what is ready: a bulk of pushes is over, or waited for."""
 
     def _claim(self, op: Op) -> bool:
         """Take a ready op out of its pool to run it here. Called with the lock held."""
         if op.state != READY:
             return False
         op.state = RUNNING
+        op.started_at = perf_counter()
         return True
 
     def _run(self, op: Op) -> None:
         """Run a claimed op on this thread."""
-        error = op.deadline_error or self._scheduler.poison_of(op)
+        outcome = self._execute(op, self._here.ops)
+        if outcome is not None:
+            self._finish(op, *outcome)
+        if op.interrupt is not None:
+            raise op.interrupt
+
+    def _execute(self, op: Op, stack: list[Op]) -> Outcome | None:
+        """Call the op's function. Its result and error; None if it is asynchronous, and has begun."""
+        fn = op.fn  # first: gone when the op has been given up and finished
+        error = op.given_up or (self._scheduler.poison_of(op) if op.reads else None)
         if error is not None:
-            self._finish(op, None, error)
-            return
-        stack = self._stack()
+            return None, error
+        op.thread = get_ident()
         stack.append(op)
-        op.started_at = time.perf_counter()
-        op.async_thread = threading.get_ident()
         try:
-            result = op.fn(Completion(self, op)) if op.async_start else op.fn()
+            if not op.is_async:
+                return fn(), None
+            fn(Completion(self, op))
+            return None
         except BaseException as raised:
             _note(raised, op)
-            self._finish(op, None, raised)
             if not isinstance(raised, Exception):
-                raise
-        else:
-            if not op.async_start:
-                self._finish(op, result, None)
+                op.interrupt = raised
+            return None, raised
         finally:
             stack.pop()
-
-    def _stack(self) -> list[Op]:
-        try:
-            ops: list[Op] = self._running.ops
-        except AttributeError:
-            ops = self._running.ops = []
-        return ops
 
     def _finish(self, op: Op, result: Any, error: BaseException | None) -> None:
         with self._lock:
             if op.state == DONE:
                 return
-            error = error or op.deadline_error
-            for ready in self._scheduler.complete(op, error):
+            for ready in self._end(op, result, error):
                 self._dispatch(ready)
-            if not self._scheduler.pending:
-                self._idle.notify_all()
-            trace = self._trace
-        if trace is not None and op.started_at:
-            trace.add(op, time.perf_counter())
-        op.fn = op.holds = None
-        _settle(op.handle, result, error)
+        self._leave(op, result, error)
+
+    def _end(self, op: Op, result: Any, error: BaseException | None) -> list[Op]:
+        """The op has ended; called with the lock held, and :meth:`_leave` is to follow. The ops that are ready now."""
+        ready = self._scheduler.complete(op, op.given_up or error)
+        if op.given_up is None:
+            op.handle._settle(result, error)
+        if self._trace is not None and op.thread:
+            self._trace.add(op, perf_counter())
+        if not self._scheduler.pending:
+            self._idle.notify_all()
+        return ready
+
+    def _leave(self, op: Op, result: Any, error: BaseException | None) -> None:
+        """Tell those who watch an op that has ended, and let go of what it held; without the lock."""
+        handle = op.handle
+        op.fn = op.holds = op.handle = None
+        if op.given_up is None:
+            handle._announce(result, error)
 
     # --- waiting ------------------------------------------------------------------------------
 
@@ -259,25 +332,22 @@ class Engine(ABC):
 
     def wait_all(self, timeout: float | None = None) -> None:
         """Wait until nothing is pending. Raises DeadlineError, DeadlockError (inside an op)."""
-        if self._stack():
+        if self._here.ops:
             raise DeadlockError("wait_all inside an op would wait for that op")
-        end = None if timeout is None else time.monotonic() + timeout
-        while True:
-            with self._lock:
-                op = min((o for o in self._scheduler.pending.values() if o.state == READY), default=None)
-                if op is not None and self._claim(op):
-                    pass
-                elif not self._scheduler.pending:
-                    return
-                elif not self._idle.wait(0.05 if end is None else max(0.0, min(0.05, end - time.monotonic()))) and (
-                    end is not None and time.monotonic() >= end
-                ):
+        end = math.inf if timeout is None else time.monotonic() + timeout
+        self._before_wait()
+        self._help(timeout)
+        with self._lock:
+            while self._scheduler.pending:
+                left = end - time.monotonic()
+                if left <= 0:
                     raise DeadlineError(
                         f"wait_all: after {timeout:g} s still pending: {self._list(self._scheduler.pending.values())}"
                     )
-                else:
-                    continue
-            self._run(op)
+                self._idle.wait(None if timeout is None else left)
+
+    def _help(self, timeout: float | None) -> None:
+        """Before this thread waits for all: run ready ops here, while that pays."""
 
     def pending(self, *items: Any) -> bool:
         """Is there an unfinished op that writes any of these arrays or vars?"""
@@ -290,10 +360,9 @@ class Engine(ABC):
 
     def _await(self, handle: Handle, timeout: float | None) -> None:
         """Until the handle is done: run its op here if it is ready, else wait."""
-        if self._pid != os.getpid():
-            raise ForkedError(f"the engine belongs to process {self._pid}; its ops end there")
+        self._check_process()
         op = handle.op
-        stack = self._stack()
+        stack = self._here.ops
         with self._lock:
             if stack and op.state != DONE:
                 for own in stack:
@@ -331,23 +400,25 @@ class Engine(ABC):
         some = [f"{op.name!r} pushed at {op.site}" for op in list(ops)[:5]]
         return ", ".join(some) or "nothing"
 
-    def _cancel(self, op: Op) -> bool:
+    def _cancel(self, handle: Handle) -> bool:
+        op = handle.op
         with self._lock:
-            if op.state not in (WAITING, READY) or op.deadline_error is not None:
+            if op.state not in (WAITING, READY) or op.given_up is not None:
                 return False
-            op.deadline_error = CancelledError()
-        return Future.cancel(op.handle)
+            op.given_up = CancelledError()
+        Future.cancel(handle)
+        return not handle.set_running_or_notify_cancel()  # which notifies concurrent.futures.wait
 
     def _expire(self, op: Op) -> None:
         with self._lock:
-            if op.state == DONE or op.deadline_error is not None:
+            if op.state == DONE or op.given_up is not None:
                 return
-            op.deadline_error = DeadlineError(f"op {op.name!r} pushed at {op.site}: its deadline has passed")
-            finish = op.state == RUNNING and op.async_start
-        if finish:
-            self._finish(op, None, op.deadline_error)
-        else:
-            _settle(op.handle, None, op.deadline_error)
+            error = op.given_up = DeadlineError(f"op {op.name!r} pushed at {op.site}: its deadline has passed")
+            handle: Handle = op.handle
+            begun = op.state == RUNNING and op.is_async
+        handle._announce(None, error)
+        if begun:
+            self._finish(op, None, error)
 
     # --- life ---------------------------------------------------------------------------------
 
@@ -366,13 +437,24 @@ class Engine(ABC):
 
     def _retire(self) -> None:
         """Let the threads end when nothing is left to do."""
+        with self._lock:
+            self._retiring = True
 
     def close(self) -> None:
         """Finish what is pending, end the threads; a later push raises ClosedError."""
-        if self._pid == os.getpid() and not self._closed:
+        if not self._inherited and not self._closed:
             self.wait_all(timeout=60)
             self._closed = True
             self._retire()
+
+    @property
+    def _inherited(self) -> bool:
+        """Is this a forked child, and the engine the parent's?"""
+        return self._process is not _process
+
+    def _check_process(self) -> None:
+        if self._process is not _process:
+            raise ForkedError(f"the engine belongs to process {self._pid}; create another after fork")
 
     @contextmanager
     def profile(self, path: str | os.PathLike[str]) -> Iterator[None]:
@@ -403,23 +485,22 @@ def _nothing() -> None:
     pass
 
 
-def _site() -> str:
+def _only_vars(items: tuple[Any, ...]) -> bool:
+    for item in items:  # noqa: SIM110  (a generator costs more than all the rest)
+        if type(item) is not Var:
+            return False
+    return True
+
+
+def _caller() -> FrameType:
+    """The frame outside this package that pushes."""
     frame = sys._getframe(2)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_HERE):
         frame = frame.f_back
-    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+    return frame
 
 
 def _note(error: BaseException, op: Op) -> None:
     note = f"in the engine op {op.name!r} pushed at {op.site}"
     if note not in getattr(error, "__notes__", ()):
         error.add_note(note)
-
-
-def _settle(handle: Handle, result: Any, error: BaseException | None) -> None:
-    if handle.done():
-        return
-    if error is not None:
-        handle.set_exception(error)
-    else:
-        handle.set_result(result)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future
+from collections.abc import Callable
+from concurrent.futures import CancelledError, Future
+from concurrent.futures._base import FINISHED, PENDING
+from threading import Condition
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,31 +18,90 @@ class Handle(Future[Any]):
 
     Waiting for an op that is ready runs it in the waiting thread; waiting inside an op for
     something that this op blocks raises :class:`engine.DeadlockError`. Thread-safe.
+
+    Few handles are watched: most are done before anybody waits for them or adds a callback. So the
+    condition, and the lists that go with it, are made when a method of Future first asks for them, and under the
+    engine's lock, under which the engine settles a handle that has none.
     """
 
-    def __init__(self, engine: Engine, op: Op) -> None:
-        super().__init__()
+    _state: str = PENDING
+    _result: Any = None
+    _exception: BaseException | None = None
+    _watched: Condition | None = None
+    _waiters: list[Any]
+    _done_callbacks: list[Callable[[Future[Any]], Any]]
+
+    def __init__(self, engine: Engine, op: Op) -> None:  # in place of Future's
         self._engine = engine
         self.op = op
 
     def __repr__(self) -> str:
         return f"<Handle of {self.op!r}>"
 
+    @property
+    def _condition(self) -> Condition:  # type: ignore[override]
+        """What Future, and ``wait`` of concurrent.futures, acquire before they look at anything else."""
+        if self._state == PENDING:
+            self._engine._before_wait()
+        return self._watch()
+
+    def _watch(self) -> Condition:
+        with self._engine._lock:
+            if self._watched is None:
+                self._waiters = []
+                self._done_callbacks = []
+                self._watched = Condition()
+            return self._watched
+
+    def _settle(self, result: Any, error: BaseException | None) -> None:
+        """The op has ended. Called with the engine's lock held; :meth:`_announce`, without it, tells who watches."""
+        if self._watched is None:
+            self._result = result
+            self._exception = error
+            self._state = FINISHED
+
+    def _announce(self, result: Any, error: BaseException | None) -> None:
+        """The op has ended or been given up; does nothing if :meth:`_settle` has done it all."""
+        if self._state != PENDING:
+            return
+        if error is not None:
+            self.set_exception(error)
+        else:
+            self.set_result(result)
+
+    def done(self) -> bool:
+        """Has the op ended, or been given up?"""
+        return self._state != PENDING
+
     def result(self, timeout: float | None = None) -> Any:
         """The op's result; raises its error, :class:`engine.DeadlineError` after ``timeout`` seconds."""
-        if not self.done():
-            self._engine._await(self, timeout)
-        return super().result(0)
+        error = self.exception(timeout)
+        if error is not None:
+            try:
+                raise error
+            finally:
+                del self, error  # whose traceback holds this frame
+        return self._result
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """The op's error or None; waits like :meth:`result`."""
-        if not self.done():
+        if self._state == PENDING:
             self._engine._await(self, timeout)
-        return super().exception(0)
+        if self._state == FINISHED:
+            return self._exception
+        raise CancelledError
+
+    def add_done_callback(self, fn: Callable[[Future[Any]], Any]) -> None:
+        """Call ``fn(handle)`` when the op has ended, or now if it has."""
+        with self._watch():  # and not _condition: this is no wait
+            if self._state == PENDING:
+                self._done_callbacks.append(fn)
+                return
+        super().add_done_callback(fn)
 
     def cancel(self) -> bool:
         """Give the op up if it has not started; what it would have written is poisoned."""
-        return self._engine._cancel(self.op)
+        return self._engine._cancel(self)
 
 
 class Completion:

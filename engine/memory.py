@@ -37,7 +37,7 @@ class Memory:
         return f"<Memory: {len(self._ranges)} ranges>"
 
     def vars_of(self, array: Any) -> tuple[list[Var], list[Var]]:
-        """The vars of the ranges that the array covers whole (its own among them), and of those it overlaps in part.
+        """The vars of the ranges that the array covers whole (its own first), and of those it overlaps in part.
 
         Raises:
             ArgumentError: not an array.

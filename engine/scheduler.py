@@ -11,6 +11,7 @@ argument is that of MXNet's engine: Chen et al. 2015, arXiv 1512.01274, section 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from types import CodeType
 from typing import Any
 
 from engine.var import Var
@@ -22,17 +23,22 @@ class Op:
     """A unit of work with what it reads and writes; what runs it hangs more on it."""
 
     __slots__ = (
-        *("async_start", "async_thread", "deadline_error", "fn", "handle", "holds", "info", "lane", "missing"),
-        *("name", "partial", "priority", "reads", "sequence", "site", "started_at", "state", "writes"),
+        *("caller", "caller_at", "fn", "given_up", "handle", "heals", "holds", "info", "interrupt", "is_async", "lane"),
+        *("missing", "name", "poisons", "priority", "reads", "sequence", "started_at", "state", "thread", "writes"),
     )
 
     def __init__(
-        self, name: str, reads: Iterable[Var], writes: Iterable[Var], priority: int = 0, partial: Iterable[Var] = ()
+        self,
+        name: str,
+        reads: tuple[Var, ...],
+        writes: tuple[Var, ...],
+        priority: int = 0,
     ) -> None:
         self.name = name
-        self.partial = frozenset(partial)  # writes that do not cover the var: they cannot heal it
-        self.writes = tuple(dict.fromkeys(writes))
-        self.reads = tuple(dict.fromkeys(reads))
+        self.writes = writes if len(writes) < 2 else tuple(dict.fromkeys(writes))
+        self.reads = reads if len(reads) < 2 else tuple(dict.fromkeys(reads))
+        self.poisons: Iterable[Var] = self.writes  # those that carry its error
+        self.heals: Iterable[Var] = self.writes  # those that are whole again after it
         self.priority = priority
         self.sequence = 0
         self.missing = 0  # vars that it does not hold yet
@@ -42,17 +48,24 @@ class Op:
         self.holds: Any = None  # arrays, kept alive until the op ends
         self.info: dict[str, Any] | None = None
         self.lane = "cpu"
-        self.site = ""
+        self.caller: CodeType | None = None  # the code that pushed it, and at which instruction
+        self.caller_at = 0
         self.started_at = 0.0
-        self.async_start = False
-        self.async_thread = 0
-        self.deadline_error: BaseException | None = None
+        self.thread = 0  # that ran it; 0: none
+        self.is_async = False
+        self.interrupt: BaseException | None = None  # raised by it, but meant for its thread: KeyboardInterrupt
+        self.given_up: BaseException | None = None  # by whoever settles the handle: a deadline, a cancellation
 
     def __repr__(self) -> str:
         return f"<Op {self.sequence} {self.name}: {self.state}, pushed at {self.site or '?'}>"
 
-    def __lt__(self, other: Op) -> bool:  # for heaps: larger priority first, then age
-        return (-self.priority, self.sequence) < (-other.priority, other.sequence)
+    @property
+    def site(self) -> str:
+        """Where it was pushed, as ``file:line``; made when asked for, which is seldom."""
+        if self.caller is None:
+            return ""
+        line = next((line for low, high, line in self.caller.co_lines() if low <= self.caller_at < high), None)
+        return f"{self.caller.co_filename}:{line}"
 
 
 class Scheduler:
@@ -100,7 +113,7 @@ class Scheduler:
         return None
 
     def complete(self, op: Op, error: BaseException | None) -> list[Op]:
-        """The op has ended; its writes carry ``error`` (None: they are whole again).
+        """The op has ended; what it writes carries ``error`` (None: is whole again).
 
         Returns:
             The ops that may run now.
@@ -108,11 +121,10 @@ class Scheduler:
         op.state = DONE
         del self.pending[op.sequence]
         ready: list[Op] = []
-        partial = op.partial
+        for var in op.heals if error is None else op.poisons:
+            var.poison = error
         for var in op.writes:
             var.writer = None
-            if error is not None or var not in partial:
-                var.poison = error
             if var.queue:
                 self._advance(var, ready)
         for var in op.reads:

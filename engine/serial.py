@@ -20,7 +20,7 @@ class SerialEngine(Engine):
     def _dispatch(self, op: Op) -> None:
         self._ready.append(op)
 
-    def _submitted(self, op: Op) -> None:
+    def _submitted(self) -> None:
         self._drain()
 
     def _finish(self, op: Op, result: object, error: BaseException | None) -> None:

@@ -1,18 +1,34 @@
 """The threaded engine: pools of threads, one per lane, start the ready ops by priority, then age.
 
-A pool has few threads and wakes one only when there is work that no awake thread will take. A thread
-that waits inside an op lends its place: a spare thread may start meanwhile.
+To hand work to another thread costs tens of microseconds, and a Python thread more only helps while
+ops leave the GIL alone. So a second thread has to pay:
+
+* A ready op wakes a thread if none of its lane is awake. Another one is woken if the op that ended last,
+  or the one running now, takes long (``LONG_S``).
+* A thread with a short op behind it goes to sleep if another has started one meanwhile: they would only
+  pass the GIL to and fro.
+* Nobody knows whether a running op ever ends. So while there are ready ops and threads asleep,
+  a monitor looks every ``LOOK_S``, and wakes another if no op has been started since the last look.
+
+Two threads lend a hand: one that waits for a ready op runs it itself, and one that waits for all ops
+runs what is ready as if it were of the lane. A thread that waits inside an op lends
+its place: a spare one may be awake meanwhile.
 """
 
 from __future__ import annotations
 
-import heapq
+import math
 import os
 import threading
+from heapq import heappop, heappush
+from time import perf_counter
 
 from engine.base import Engine
-from engine.scheduler import READY, RUNNING, Op
+from engine.scheduler import DONE, READY, RUNNING, Op
 
+LONG_S = 100e-6  # worth a thread of its own: a hand-over and the way back
+LOOK_S = 5e-3  # the GIL's switch interval: in less a runnable thread need not have come to run
+LOOKS = 4  # without a reason, then the monitor goes to sleep
 IDLE_S = 30.0  # a thread with nothing to do for so long ends
 
 
@@ -21,14 +37,41 @@ class _Lane:
 
     def __init__(self, engine: ThreadedEngine, name: str, size: int) -> None:
         self.name = name
-        self.size = size  # threads allowed; grows while some wait inside an op
-        self.alive = 0
+        self.size = size  # threads that may be awake
+        self.heap: list[tuple[int, int, Op]] = []  # by priority, then age; with ops that a waiter has taken
+        self.awake = 0  # and not waiting inside an op
         self.asleep = 0
-        self.heap: list[Op] = []
+        self.called = 0  # of those counted awake: have been woken and not come yet
         self.wake = threading.Condition(engine._lock)
+        self.started = 0  # ops
+        self.started_at = 0.0  # the last of them
+        self.seen = 0  # ``started`` when the monitor last looked
+        self.long = True  # the op that ended last was
 
     def __repr__(self) -> str:
-        return f"<_Lane {self.name}: {self.alive} threads, {self.asleep} asleep, {len(self.heap)} ready>"
+        return f"<_Lane {self.name}: {self.awake} threads awake, {self.asleep} asleep, {len(self.heap)} ready>"
+
+    def start(self, op: Op) -> None:
+        """The thread at hand is to run ``op``."""
+        op.state = RUNNING
+        op.started_at = self.started_at = perf_counter()
+        self.started += 1
+
+
+class _Worker:
+    """A thread's place in a lane: one of the lane's own, or one that helps before it waits."""
+
+    __slots__ = ("lane", "number", "short", "stack")
+
+    def __init__(self, lane: _Lane, stack: list[Op]) -> None:
+        self.lane = lane
+        self.stack = stack  # the ops that the thread is in
+        self.short = False  # the op it ran last was
+        self.number = 0  # of that op: the lane's ``started``
+
+
+class _Place(threading.local):
+    worker: _Worker | None = None
 
 
 class ThreadedEngine(Engine):
@@ -42,68 +85,218 @@ class ThreadedEngine(Engine):
         super().__init__()
         self._size = threads or os.cpu_count() or 1
         self._lanes: dict[str, _Lane] = {}
-        self._local = threading.local()
-        self._retiring = False
+        self._place = _Place()
+        self._monitor = _Monitor(self)
+
+    # --- who runs what; with the lock held --------------------------------------------------------
 
     def _dispatch(self, op: Op) -> None:
+        lane = self._enqueue(op)
+        if lane.awake < lane.size and not self._here.bulks:
+            self._attend(lane)
+
+    def _enqueue(self, op: Op) -> _Lane:
         lane = self._lanes.get(op.lane)
         if lane is None:
             lane = self._lanes[op.lane] = _Lane(self, op.lane, self._size)
-        heapq.heappush(lane.heap, op)
-        self._retiring = False
-        if lane.asleep:
-            if lane.alive - lane.asleep < len(lane.heap):
-                lane.wake.notify()
-        elif lane.alive < lane.size:
-            lane.alive += 1
-            number = lane.alive
-            threading.Thread(target=self._work, args=(lane,), name=f"engine-{lane.name}-{number}", daemon=True).start()
+        heappush(lane.heap, (-op.priority, op.sequence, op))
+        return lane
 
-    def _work(self, lane: _Lane) -> None:
-        self._local.lane = lane
+    def _attend(self, lane: _Lane) -> None:
+        """Ops are ready and threads asleep: wake one, or see that the monitor will in time."""
+        if not lane.awake or lane.long or not (lane.called or perf_counter() - lane.started_at < LONG_S):
+            self._wake(lane)
+        else:
+            self._monitor.rouse()
+
+    def _look_after(self, lane: _Lane) -> None:
+        if lane.heap and lane.awake < lane.size:
+            self._attend(lane)
+
+    def _wake(self, lane: _Lane) -> None:
+        if lane.asleep > lane.called:
+            lane.called += 1
+            lane.wake.notify()
+        else:
+            name = f"engine-{lane.name}-{lane.awake + 1}"
+            try:
+                threading.Thread(target=self._serve, args=(lane,), name=name, daemon=True).start()
+            except RuntimeError:  # no thread is to be had
+                if not lane.awake:
+                    raise
+                return  # then those awake will have to do
+        lane.awake += 1
+
+    def _take(self, worker: _Worker) -> Op | None:
+        """The op that this thread, one of those awake, is to run now, if any."""
+        lane = worker.lane
+        if lane.awake > 1 and (
+            (worker.short and lane.started != worker.number) or lane.awake - lane.called > lane.size
+        ):
+            return None
+        while lane.heap:
+            op = heappop(lane.heap)[2]
+            if op.state == READY:  # else a waiter has taken it
+                lane.start(op)
+                worker.number = lane.started
+                if lane.heap and lane.awake < lane.size:
+                    if lane.long:
+                        self._wake(lane)
+                    else:
+                        self._monitor.rouse()
+                return op
+        return None
+
+    def _claim(self, op: Op) -> bool:
+        if op.state != READY:
+            return False
+        lane = self._lanes[op.lane]
+        lane.start(op)
+        while lane.heap and lane.heap[0][2].state != READY:
+            heappop(lane.heap)
+        return True
+
+    def _sleep(self, lane: _Lane) -> bool:
+        """Until this thread is woken, and then True. False: it is to end."""
+        lane.awake -= 1
+        if lane.heap:
+            self._monitor.rouse()
+        elif self._retiring:
+            return False
+        lane.asleep += 1
+        lane.wake.wait(IDLE_S)
+        lane.asleep -= 1
+        if not lane.called:
+            return False
+        lane.called -= 1
+        return True
+
+    # --- the threads ------------------------------------------------------------------------------
+
+    def _serve(self, lane: _Lane) -> None:
+        """A thread of the lane."""
+        worker = self._place.worker = _Worker(lane, self._here.ops)
         while True:
             with self._lock:
-                op = self._next(lane)
-                if op is None:
-                    lane.alive -= 1
-                    return
-            self._run(op)
+                while (op := self._take(worker)) is None:
+                    if not self._sleep(lane):
+                        return
+                    worker.short = False
+            self._run_on(worker, op)
             del op
 
-    def _next(self, lane: _Lane) -> Op | None:
-        while True:
-            if lane.alive > lane.size:
-                return None
-            while lane.heap:
-                op = heapq.heappop(lane.heap)
-                if op.state == READY:
-                    op.state = RUNNING
-                    return op
-            if self._retiring or self._closed:
-                return None
-            lane.asleep += 1
-            woken = lane.wake.wait(IDLE_S)
-            lane.asleep -= 1
-            if not woken and not lane.heap:
-                return None
+    def _help(self, timeout: float | None) -> None:
+        until = math.inf if timeout is None else perf_counter() + timeout
+        for lane in list(self._lanes.values()):
+            worker = self._place.worker = _Worker(lane, self._here.ops)
+            with self._lock:
+                lane.awake += 1
+                op = self._take(worker)
+            interrupt = self._run_on(worker, op, until) if op is not None else None
+            self._place.worker = None
+            with self._lock:
+                lane.awake -= 1
+                self._look_after(lane)
+            if interrupt is not None:
+                raise interrupt
+
+    def _run_on(self, worker: _Worker, op: Op, until: float = math.inf) -> BaseException | None:
+        """Run ``op`` and what is ready after it, while that is for this thread; the lock is taken once per op.
+
+        Returns:
+            What interrupted an op, as KeyboardInterrupt does; no other op is run after that.
+        """
+        lane = worker.lane
+        following: Op | None = op
+        while following is not None:
+            op, following, outcome = following, None, None
+            outcome = self._execute(op, worker.stack)
+            now = perf_counter()
+            with self._lock:
+                lane.long = now - op.started_at > LONG_S
+                worker.short = not lane.long
+                if op.state == DONE:  # given up meanwhile
+                    outcome = None
+                elif outcome is not None:
+                    for ready in self._end(op, *outcome):
+                        if self._enqueue(ready) is not lane:
+                            self._look_after(self._lanes[ready.lane])
+                if now < until and op.interrupt is None:
+                    following = self._take(worker)
+            if outcome is not None:
+                self._leave(op, *outcome)
+            if op.interrupt is not None:
+                return op.interrupt
+        return None
+
+    def _wake_up(self) -> None:
+        with self._lock:
+            for lane in self._lanes.values():
+                self._look_after(lane)
 
     def _lend(self) -> None:
-        lane: _Lane | None = getattr(self._local, "lane", None)
-        if lane is not None:
+        worker = self._place.worker
+        if worker is not None:
             with self._lock:
-                lane.size += 1
-                if lane.heap and not lane.asleep:
-                    self._dispatch(heapq.heappop(lane.heap))
+                worker.lane.awake -= 1
+                self._look_after(worker.lane)
 
     def _take_back(self) -> None:
-        lane: _Lane | None = getattr(self._local, "lane", None)
-        if lane is not None:
+        worker = self._place.worker
+        if worker is not None:
             with self._lock:
-                lane.size -= 1
-                lane.wake.notify()
+                worker.lane.awake += 1
 
     def _retire(self) -> None:
+        super()._retire()
         with self._lock:
-            self._retiring = True
             for lane in self._lanes.values():
                 lane.wake.notify_all()
+            self._monitor.retire()
+
+
+class _Monitor:
+    """Wakes another thread for lanes whose ready ops nobody comes to start. Everything under the engine's lock."""
+
+    def __init__(self, engine: ThreadedEngine) -> None:
+        self._engine = engine
+        self._changed = threading.Condition(engine._lock)
+        self._alive = False
+        self._active = False  # and looks every now and then
+
+    def rouse(self) -> None:
+        """Ops are ready and threads asleep."""
+        if self._active:
+            return
+        self._active = True
+        if self._alive:
+            self._changed.notify()
+        else:
+            self._alive = True
+            threading.Thread(target=self._watch, name="engine-monitor", daemon=True).start()
+
+    def retire(self) -> None:
+        """End when there is nothing to look at."""
+        self._changed.notify()
+
+    def _watch(self) -> None:
+        engine, quiet = self._engine, 0
+        with engine._lock:
+            while True:
+                self._changed.wait(LOOK_S)
+                quiet += 1
+                for lane in engine._lanes.values():
+                    if lane.heap and lane.awake < lane.size:
+                        quiet = 0
+                        if lane.started == lane.seen:
+                            lane.long = True
+                            engine._wake(lane)
+                    lane.seen = lane.started
+                if quiet > LOOKS:
+                    self._active = False
+                    if not engine._retiring:
+                        self._changed.wait(IDLE_S)
+                    if not self._active:
+                        self._alive = False
+                        return
+                    quiet = 0

@@ -29,7 +29,7 @@ class Trace:
             "ts": op.started_at * 1e6,
             "dur": (ended_at - op.started_at) * 1e6,
             "pid": os.getpid(),
-            "tid": op.async_thread,
+            "tid": op.thread,
             "args": {**(op.info or {}), "site": op.site, "priority": op.priority},
         }
         with self._lock:

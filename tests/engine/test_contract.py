@@ -69,6 +69,19 @@ def test_errors_travel_with_the_data_until_the_next_full_write(runtime):
         runtime.wait(other, timeout=LIMIT_S)
 
 
+@pytest.mark.parametrize("seen_before", [False, True])
+def test_an_error_stays_with_the_bytes_that_the_op_would_have_written(runtime, seen_before):
+    array = np.zeros(8)
+    if seen_before:
+        runtime.push(lambda: None, reads=[array[4:]])
+    runtime.push(lambda: 1 / 0, writes=[array[2:6]])
+    with pytest.raises(ZeroDivisionError):
+        runtime.wait(array[4:], timeout=LIMIT_S)
+    runtime.wait(array[6:], timeout=LIMIT_S)
+    runtime.push(lambda: array[2:6].fill(1), writes=[array[2:6]])
+    runtime.wait(array[4:], timeout=LIMIT_S)
+
+
 def test_async_ops_end_when_completed(runtime):
     var, completions = engine.Var(), []
     handle = runtime.push_async(completions.append, writes=[var], inline=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import threading
 
@@ -24,9 +25,13 @@ def run(runtime: engine.Engine, seed: int) -> list[object]:
     arrays = [np.arange(8, dtype=np.int64) + 10 * n for n in range(3)]
     cells = {engine.Var(f"v{n}"): [n] for n in range(3)}
     handles = []
-    later: list[tuple[engine.Completion, object]] = []
     completers = []
+    bulk = contextlib.ExitStack()
     for number in range(rng.randrange(2, 14)):
+        if rng.random() < 0.15:
+            bulk.enter_context(runtime.bulk())
+        elif rng.random() < 0.15:
+            bulk.close()
         pool = [array[view] for array in arrays for view in VIEWS] + list(cells)
         reads = rng.sample(pool, rng.randrange(0, 3))
         writes = rng.sample(pool, rng.randrange(0, 3))
@@ -67,7 +72,8 @@ def run(runtime: engine.Engine, seed: int) -> list[object]:
             handles.append(runtime.push_async(start, reads, writes, **options))
         else:
             handles.append(runtime.push(work, reads, writes, **options))
-    del later
+    if rng.random() < 0.5:  # else the waits below are within a bulk
+        bulk.close()
     outcome: list[object] = []
     for handle in handles:
         error = handle.exception(30)
@@ -80,6 +86,7 @@ def run(runtime: engine.Engine, seed: int) -> list[object]:
             outcome.append(item.tolist() if isinstance(item, np.ndarray) else cells[item][0])
         except Boom as error:
             outcome.append(repr(error))
+    bulk.close()
     runtime.validate()
     return outcome
 
