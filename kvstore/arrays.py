@@ -23,6 +23,7 @@ _DTYPES = {
         *("f2", "f4", "f8", "c8", "c16", ml_dtypes.bfloat16),
     )
 }
+_NATIVE = frozenset(_DTYPES.values())
 
 
 def dtype_named(name: str) -> np.dtype[Any]:
@@ -52,7 +53,7 @@ def view(value: object, what: str) -> Array:
         array = _import(value, what)
     else:
         raise DtypeError(f"{what}: expected an array, got {type(value).__name__}")
-    if array.dtype.name not in _DTYPES or not array.dtype.isnative:
+    if array.dtype not in _NATIVE:
         raise DtypeError(f"{what}: expected dtype one of {', '.join(_DTYPES)}; got {array.dtype}")
     return array
 

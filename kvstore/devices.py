@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,13 +22,12 @@ from kvstore import comm
 from kvstore.arrays import Array
 from kvstore.consistency import Answer, Level, Model, Pull, Update
 from kvstore.errors import CallerError, KVStoreError
-from kvstore.handle import Handle
+from kvstore.handle import Ended, Handle, when_ended
 from kvstore.home import Gradient, Held, Home, Source
 from kvstore.protocol.pieces import Key
 
 INLINE_BYTES = 64 << 10
 
-Ended = Callable[[Future[Any]], None]
 _Step = tuple[list[Update], list[Answer]]  # what one push at the level leads to
 
 
@@ -95,50 +93,50 @@ class _Delayed(Source):
 
     def __init__(self, key: Key, priority: int, runtime: engine.Engine) -> None:
         self.priority = priority
+        self.answer: Answer | None = None
         self._key = key
         self._engine = runtime
-        self._held: Future[Held] = Future()
-        self.answer: Answer | None = None
+        self._held: Held | BaseException | None = None
+        self._wanted: Callable[[Held | BaseException], None] | None = None
+        self._lock = threading.Lock()
 
     def answered(self, answer: Answer, source: Source) -> None:
         """The level has decided: this is the value."""
         self.answer = answer
+        source.hold(self._come)
 
-        def come(done: Future[Held]) -> None:
-            error = done.exception()
-            if error is not None:
-                self._held.set_exception(error)
-                return
-            held = done.result()
+    def _come(self, held: Held | BaseException) -> None:
+        if isinstance(held, Held):
             self.version, self.staleness = held.version, held.staleness
-            self._held.set_result(held)
+        with self._lock:
+            self._held, wanted = held, self._wanted
+        if wanted is not None:
+            wanted(held)
 
-        source.hold().add_done_callback(come)
+    def hold(self, ended: Callable[[Held | BaseException], None]) -> None:
+        with self._lock:
+            self._wanted, held = ended, self._held
+        if held is not None:
+            ended(held)
 
-    def hold(self) -> Future[Held]:
-        return self._held
-
-    def deliver(self, outs: Sequence[Array], priority: int) -> Future[Any]:
+    def deliver(self, outs: Sequence[Array], priority: int, ended: Ended) -> None:
         def start(completion: engine.Completion) -> None:
+            def come(held: Held | BaseException) -> None:
+                if not isinstance(held, Held):
+                    completion.set_exception(held)
+                elif held.array.nbytes * len(outs) <= INLINE_BYTES:
+                    copy(held)
+                else:
+                    self._engine.push(lambda: copy(held), priority=priority, name="deliver", info={"key": self._key})
+
             def copy(held: Held) -> None:
                 comm.broadcast(held.array.reshape(-1), outs)
                 held.give_back()
                 completion.set_result(None)
 
-            def come(done: Future[Held]) -> None:
-                error = done.exception()
-                if error is not None:
-                    completion.set_exception(error)
-                    return
-                held = done.result()
-                if held.array.nbytes * len(outs) <= INLINE_BYTES:
-                    copy(held)
-                else:
-                    self._engine.push(lambda: copy(held), priority=priority, name="deliver", info={"key": self._key})
+            self.hold(come)
 
-            self._held.add_done_callback(come)
-
-        return self._engine.push_async(start, writes=outs, priority=priority, name="pull", inline=True)
+        when_ended(self._engine.push_async(start, writes=outs, priority=priority, name="pull", inline=True), ended)
 
 
 class Devices:
@@ -184,8 +182,7 @@ class Devices:
                 gradient.lent = (
                     outs is not None and len(outs) == len(gradient.arrays) == 1 and outs[0] is gradient.arrays[0]
                 )
-                committed, source = self._home.pushpull(entry.key, gradient)
-                _tell(parts, committed)
+                source = self._home.pushpull(entry.key, gradient, _all(parts))
                 self._stage_leftovers(entry, contributions)
                 self._deliver(entry, request, source, lambda: answer)
             else:
@@ -214,7 +211,7 @@ class Devices:
         for updates, answers in steps:
             for update in updates:
                 gradient, parts = self._merged(entry, update)
-                _tell(parts, self._home.push(entry.key, gradient))
+                self._home.push(entry.key, gradient, _all(parts))
             for answer in answers:
                 delayed = answer.ticket
                 assert isinstance(delayed, _Delayed)
@@ -244,16 +241,10 @@ class Devices:
 
     def _deliver(self, entry: Entry, request: Request, source: Source, answer: Callable[[], Answer | None]) -> None:
         """When the source's value has come to where it was asked for, the request's handle is done."""
-        arriving: Future[Any]
-        arriving = source.hold() if request.outs is None else source.deliver(request.outs, request.priority)
 
-        def done(arrived: Future[Any]) -> None:
-            error, result, handle = arrived.exception(), request.result, request.handle
+        def done(error: BaseException | None, result: Any) -> None:
+            handle = request.handle
             if error is None:
-                if request.outs is None:
-                    result = entry.show(arrived.result())
-                else:
-                    entry.view_is_latest = False
                 answered = answer()
                 assert answered is not None
                 handle.version = answered.version if source.version is None else source.version
@@ -261,12 +252,29 @@ class Devices:
                 handle.staleness = answered.staleness if behind is None else (answered.staleness, behind)
             handle.finish(result, _translated(error, entry.key))
 
-        arriving.add_done_callback(done)
+        def shown(held: Held | BaseException) -> None:
+            if isinstance(held, Held):
+                done(None, entry.show(held))
+            else:
+                done(held, None)
+
+        if request.outs is None:
+            source.hold(shown)
+        else:
+            entry.view_is_latest = False
+            source.deliver(request.outs, request.priority, lambda error: done(error, request.result))
 
 
-def _tell(parts: list[_Contribution], committed: Future[Any]) -> None:
-    for part in parts:
-        committed.add_done_callback(part.ended)
+def _all(parts: list[_Contribution]) -> Ended:
+    """What tells everybody whose pushes these are."""
+    if len(parts) == 1:
+        return parts[0].ended
+
+    def ended(error: BaseException | None) -> None:
+        for part in parts:
+            part.ended(error)
+
+    return ended
 
 
 def _translated(error: BaseException | None, key: Key) -> BaseException | None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import math
+import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from concurrent.futures._base import FINISHED, PENDING
 from typing import Any
 
 from kvstore.errors import DeadlineError
 
 Staleness = int | tuple[int, int]
 Drive = Callable[[Future[Any], float], None]
+Ended = Callable[[BaseException | None], None]  # called once, with the error if there was one
+
+log = logging.getLogger(__name__)
 
 
 class Handle(Future[Any]):
@@ -22,7 +26,20 @@ class Handle(Future[Any]):
         version: pulls: how many updates the value has seen, the smallest over its pieces; else None.
         staleness: pulls: rounds that the slowest participant is behind; in a cluster the pair
             (device level, cluster level); else None.
+
+    What a Future needs to be waited for is made when somebody waits: most handles are done before.
     """
+
+    version: int | None = None
+    staleness: Staleness | None = None
+    _state: str = PENDING
+    _result: Any = None
+    _exception: BaseException | None = None
+    _observed = False
+    _watched: threading.Condition | None = None
+    _waiters: list[Any]
+    _callbacks: list[Callable[[Future[Any]], object]] | None = None
+    _lock = threading.Lock()  # of all handles: held for a few instructions only
 
     def __init__(
         self,
@@ -31,12 +48,8 @@ class Handle(Future[Any]):
         explain: Callable[[], str] | None = None,
         parts: Sequence[Handle] = (),
         drive: Drive | None = None,
-    ) -> None:
-        super().__init__()
+    ) -> None:  # in place of Future's
         self.what = what
-        self.version: int | None = None
-        self.staleness: Staleness | None = None
-        self._observed = False
         self._timeout_s = timeout_s
         self._explain = explain
         self._parts = parts
@@ -45,6 +58,19 @@ class Handle(Future[Any]):
     def __repr__(self) -> str:
         state = "pending" if not self.done() else "failed" if self.exception_now() else "done"
         return f"<Handle {self.what}: {state}>"
+
+    @property
+    def _condition(self) -> threading.Condition:  # type: ignore[override]
+        """What Future's own methods, and ``wait`` of concurrent.futures, hold while they look."""
+        with self._lock:
+            if self._watched is None:
+                self._waiters = []
+                self._watched = threading.Condition()
+            return self._watched
+
+    def done(self) -> bool:
+        """Has the operation ended?"""
+        return self._state == FINISHED
 
     def result(self, timeout: float | None = None) -> Any:
         """The value pulled (None for a push).
@@ -58,13 +84,15 @@ class Handle(Future[Any]):
         """
         self.wait(timeout)
         self.observed = True
-        return super().result(0)
+        if self._exception is not None:
+            raise self._exception
+        return self._result
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """The error of the operation, or None; waits like :meth:`result`."""
         self.wait(timeout)
         self.observed = True
-        return super().exception(0)
+        return self._exception
 
     def wait(self, timeout: float | None = None) -> None:
         """Wait like :meth:`result`, without looking at the outcome. Raises DeadlineError."""
@@ -74,11 +102,28 @@ class Handle(Future[Any]):
         end = time.monotonic() + limit
         if self._drive is not None:
             self._drive(self, limit)
-        try:
-            super().exception(None if limit == math.inf else max(0.0, end - time.monotonic()))
-        except TimeoutError as error:
+            if self.done():
+                return
+        condition = self._condition
+        with condition:
+            while not self.done():
+                left = end - time.monotonic()
+                if left <= 0:
+                    break
+                condition.wait(min(left, threading.TIMEOUT_MAX))
+        if not self.done():
             why = self.why()
-            raise DeadlineError(f"{self.what}: not done after {limit:g} s" + (f"; {why}" if why else "")) from error
+            raise DeadlineError(f"{self.what}: not done after {limit:g} s" + (f"; {why}" if why else ""))
+
+    def add_done_callback(self, fn: Callable[[Future[Any]], object]) -> None:
+        """Call ``fn(handle)`` when the operation has ended, or now if it has."""
+        with self._lock:
+            if self._state == PENDING:
+                if self._callbacks is None:
+                    self._callbacks = []
+                self._callbacks.append(fn)
+                return
+        fn(self)
 
     def cancel(self) -> bool:
         """False: what was pushed or asked cannot be taken back."""
@@ -101,31 +146,41 @@ class Handle(Future[Any]):
 
     def exception_now(self) -> BaseException | None:
         """The error so far; does not wait and does not count as looking."""
-        return super().exception(0) if self.done() and not self.cancelled() else None
+        return self._exception
 
     def finish(self, result: Any, error: BaseException | None = None) -> None:
         """Called by the store, once."""
-        if error is not None:
-            self.set_exception(error)
-        else:
-            self.set_result(result)
+        with self._lock:
+            self._result = result
+            self._exception = error
+            self._state = FINISHED
+            watched, callbacks, self._callbacks = self._watched, self._callbacks, None
+        if watched is not None:
+            with watched:
+                for waiter in self._waiters:
+                    waiter.add_result(self) if error is None else waiter.add_exception(self)
+                watched.notify_all()
+        for tell in callbacks or ():
+            try:
+                tell(self)
+            except Exception:
+                log.exception("%r: a callback failed", self)
 
 
-def countdown(handle: Handle, parts: int) -> Callable[[Future[Any]], None]:
-    """A callback to be given to ``parts`` futures; when all are done, so is ``handle``, with the first error."""
-    left = [parts]
-    errors: list[BaseException] = []
+def countdown(handle: Handle, parts: int) -> Ended:
+    """To be called with the outcome of each of ``parts``; when all are done, so is ``handle``, with the first error."""
+    left = parts
+    first: BaseException | None = None
     lock = threading.Lock()
 
-    def ended(part: Future[Any]) -> None:
-        error = part.exception()
+    def ended(error: BaseException | None) -> None:
+        nonlocal left, first
         with lock:
-            if error is not None:
-                errors.append(error)
-            left[0] -= 1
-            if left[0]:
+            first = first or error
+            left -= 1
+            if left:
                 return
-        handle.finish(None, errors[0] if errors else None)
+        handle.finish(None, first)
 
     return ended
 
@@ -144,7 +199,7 @@ def gather(what: str, timeout_s: float, parts: list[Handle], drive: Drive | None
         error = next((e for e in (part.exception_now() for part in parts) if e is not None), None)
         whole.version = min((p.version for p in parts if p.version is not None), default=None)
         whole.staleness = _largest([p.staleness for p in parts if p.staleness is not None])
-        results = [] if error else [Future.result(part, 0) for part in parts]
+        results = [] if error else [part._result for part in parts]
         whole.finish(None if all(r is None for r in results) else results, error)
 
     for part in parts:
@@ -159,3 +214,11 @@ def _largest(staleness: list[Staleness]) -> Staleness | None:
     if pairs:
         return max(device for device, _ in pairs), max(cluster for _, cluster in pairs)
     return max((s for s in staleness if isinstance(s, int)), default=None)
+
+
+def when_ended(op: Future[Any], ended: Ended) -> None:
+    """Call ``ended`` with the outcome of an engine op; at once if it is over."""
+    if op.done():
+        ended(op.exception())
+    else:
+        op.add_done_callback(lambda _: ended(op.exception()))

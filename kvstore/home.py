@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from kvstore.arrays import Array
+from kvstore.handle import Ended
 from kvstore.optim import Optimizer
 from kvstore.protocol.messages import Spec
 from kvstore.protocol.pieces import Key
@@ -50,12 +51,12 @@ class Source(ABC):
     staleness: int | None = None  # of the cluster level; None where there is none
 
     @abstractmethod
-    def deliver(self, outs: Sequence[Array], priority: int) -> Future[Any]:
-        """Copy it into ``outs``, in engine ops that write them; done when they hold it. Instead of :meth:`hold`."""
+    def deliver(self, outs: Sequence[Array], priority: int, ended: Ended) -> None:
+        """Instead of :meth:`hold`: copy it into ``outs``, by engine ops that write them, then call ``ended``."""
 
     @abstractmethod
-    def hold(self) -> Future[Held]:
-        """It, in memory of the home, where it can be without a copy."""
+    def hold(self, ended: Callable[[Held | BaseException], None]) -> None:
+        """Give it to ``ended`` when it has come, in memory of the home, where it can be without a copy."""
 
 
 class Home(Protocol):
@@ -67,13 +68,13 @@ class Home(Protocol):
     def init(self, key: Key, spec: Spec, value: Array) -> Future[Any]:
         """Create the key; done when it exists. ``value`` is flat and stays unchanged until then."""
 
-    def push(self, key: Key, gradient: Gradient) -> Future[Any]:
-        """One push; done when committed."""
+    def push(self, key: Key, gradient: Gradient, ended: Ended) -> None:
+        """One push; ``ended`` when it is committed."""
 
     def pull(self, key: Key, priority: int) -> Source:
         """The value after the pushes so far, as the home's consistency allows."""
 
-    def pushpull(self, key: Key, gradient: Gradient) -> tuple[Future[Any], Source]:
+    def pushpull(self, key: Key, gradient: Gradient, ended: Ended) -> Source:
         """A push and the pull right after it."""
 
     def staging(self, key: Key, timeout_s: float) -> Array:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -12,6 +12,7 @@ import engine
 from kvstore import comm
 from kvstore.arrays import Array
 from kvstore.errors import DuplicateKeyError, OptimizerError, UpdateError
+from kvstore.handle import Ended, when_ended
 from kvstore.home import Gradient, Held, Home, Source, Updater
 from kvstore.optim import Optimizer
 from kvstore.protocol.messages import Spec
@@ -61,7 +62,7 @@ class LocalHome(Home):
         done.set_result(None)
         return done
 
-    def push(self, key: Key, gradient: Gradient) -> Future[Any]:
+    def push(self, key: Key, gradient: Gradient, ended: Ended) -> None:
         stored, shape = self._stored[key], self._specs[key].shape
         rule, generation = self._rule(key), self._generation
         arrays, reads = gradient.arrays, list[Any](gradient.arrays)
@@ -79,17 +80,19 @@ class LocalHome(Home):
             else:
                 _update(key, stored, arrays, rule, generation)
 
-        return self._engine.push(
+        applied = self._engine.push(
             apply,
             reads=reads + value_reads, writes=[stored.var], priority=gradient.priority,
             name="assign" if rule is None else "update", inline=True, info={"key": key, "bytes": stored.value.nbytes},
         )  # fmt: skip
+        when_ended(applied, ended)
 
     def pull(self, key: Key, priority: int) -> Source:
         return _LocalSource(key, self._stored[key], self._engine)
 
-    def pushpull(self, key: Key, gradient: Gradient) -> tuple[Future[Any], Source]:
-        return self.push(key, gradient), self.pull(key, gradient.priority)
+    def pushpull(self, key: Key, gradient: Gradient, ended: Ended) -> Source:
+        self.push(key, gradient, ended)
+        return self.pull(key, gradient.priority)
 
     def staging(self, key: Key, timeout_s: float) -> Array:
         array = self._staging.get(key)
@@ -162,15 +165,16 @@ class _LocalSource(Source):
     def __init__(self, key: Key, stored: Stored, runtime: engine.Engine) -> None:
         self._key, self._stored, self._engine = key, stored, runtime
 
-    def deliver(self, outs: Sequence[Array], priority: int) -> Future[Any]:
+    def deliver(self, outs: Sequence[Array], priority: int, ended: Ended) -> None:
         stored, nbytes = self._stored, self._stored.value.nbytes * len(outs)
-        return self._engine.push(
+        delivered = self._engine.push(
             lambda: comm.broadcast(stored.value.reshape(-1), outs),
             reads=[stored.var], writes=outs, priority=priority, name="deliver", inline=nbytes <= INLINE_BYTES,
             info={"key": self._key, "bytes": nbytes},
         )  # fmt: skip
+        when_ended(delivered, ended)
 
-    def hold(self) -> Future[Held]:
+    def hold(self, ended: Callable[[Held | BaseException], None]) -> None:
         stored, reader = self._stored, object()
 
         def lend() -> Held:
@@ -178,7 +182,8 @@ class _LocalSource(Source):
             array.flags.writeable = False
             return Held(array, None, None, lambda: stored.give_back(reader))
 
-        return self._engine.push(lend, reads=[stored.var], name="hold", inline=True)
+        held = self._engine.push(lend, reads=[stored.var], name="hold", inline=True)
+        when_ended(held, lambda error: ended(held.result() if error is None else error))
 
 
 def _update(key: Key, stored: Stored, pushes: Sequence[Array], rule: Rule, generation: int) -> None:

@@ -18,6 +18,7 @@ from kvstore.cluster.exchange import Arrivals, Exchange, Remote, near_pieces
 from kvstore.cluster.session import SCHEDULER, Session
 from kvstore.cluster.staging import Staging
 from kvstore.errors import DeadlineError, DuplicateKeyError, OptimizerError, ServerLostError
+from kvstore.handle import Ended, when_ended
 from kvstore.home import Gradient, Home, Source
 from kvstore.optim import Optimizer
 from kvstore.protocol.messages import (
@@ -120,10 +121,8 @@ class ClusterHome(Home):
 
     # --- push and pull ------------------------------------------------------------------------
 
-    def push(self, key: Key, gradient: Gradient) -> Future[Any]:
-        committed: Future[Any] = Future()
-        self._push(Exchange(self._remotes[key], None, committed), gradient, pull=False)
-        return committed
+    def push(self, key: Key, gradient: Gradient, ended: Ended) -> None:
+        self._push(Exchange(self._remotes[key], None, ended), gradient, pull=False)
 
     def pull(self, key: Key, priority: int) -> Source:
         remote = self._remotes[key]
@@ -142,12 +141,11 @@ class ClusterHome(Home):
         self._in_order(exchange, submit, [], f"pull {key!r}", 0, priority)
         return arrivals
 
-    def pushpull(self, key: Key, gradient: Gradient) -> tuple[Future[Any], Source]:
+    def pushpull(self, key: Key, gradient: Gradient, ended: Ended) -> Source:
         remote = self._remotes[key]
-        committed: Future[Any] = Future()
         arrivals = Arrivals(remote, self._engine, self._session.neighbourhood)
-        self._push(Exchange(remote, arrivals, committed), gradient, pull=True)
-        return committed, arrivals
+        self._push(Exchange(remote, arrivals, ended), gradient, pull=True)
+        return arrivals
 
     def staging(self, key: Key, timeout_s: float) -> Array:
         return self._remotes[key].staging.lend(timeout_s, f"staging of key {key!r}")
@@ -243,12 +241,7 @@ class ClusterHome(Home):
             info={"bytes": nbytes},
         )
 
-        def ended(done: Future[Any]) -> None:
-            error = done.exception()
-            if error is not None:
-                exchange.give_up(error)
-
-        handle.add_done_callback(ended)
+        when_ended(handle, lambda error: None if error is None else exchange.give_up(error))
 
     # --- optimizer ----------------------------------------------------------------------------
 

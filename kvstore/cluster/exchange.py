@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +19,7 @@ from kvstore.arrays import Array
 from kvstore.cluster.near import NEAR_BYTES, Neighbourhood
 from kvstore.cluster.staging import Slot, Staging
 from kvstore.errors import KVStoreError
+from kvstore.handle import Ended, when_ended
 from kvstore.home import Held, Source
 from kvstore.protocol.leases import Holding
 from kvstore.protocol.messages import Place, Spec, Value
@@ -159,7 +159,7 @@ class Arrivals(Source):
             assert self._end is not None
             self._end(self._error)
 
-    def deliver(self, outs: Sequence[Array], priority: int) -> Future[Any]:
+    def deliver(self, outs: Sequence[Array], priority: int, ended: Ended) -> None:
         remote = self._remote
 
         def copy(piece: _Piece) -> None:
@@ -177,24 +177,16 @@ class Arrivals(Source):
         def start(completion: engine.Completion) -> None:
             self._consume(take, lambda error: _complete(completion, error))
 
-        return self._engine.push_async(start, writes=outs, priority=priority, name="pull", inline=True)
+        when_ended(self._engine.push_async(start, writes=outs, priority=priority, name="pull", inline=True), ended)
 
-    def hold(self) -> Future[Held]:
-        held: Future[Held] = Future()
+    def hold(self, ended: Callable[[Held | BaseException], None]) -> None:
         pieces: list[_Piece] = []
 
         def take(piece: _Piece) -> None:
             pieces.append(piece)
             self._took()
 
-        def end(error: BaseException | None) -> None:
-            if error is None:
-                held.set_result(self._whole(pieces))
-            else:
-                held.set_exception(error)
-
-        self._consume(take, end)
-        return held
+        self._consume(take, lambda error: ended(self._whole(pieces) if error is None else error))
 
     def _whole(self, pieces: list[_Piece]) -> Held:
         """The pieces as one array: in place where they lie side by side, else a copy."""
@@ -242,15 +234,15 @@ class Exchange:
 
     Args:
         arrivals: where the pieces of a pull go; None for a push alone.
-        committed: done when a push has ended; None for a pull alone.
+        ended: called when every piece has: a push is committed then; None for a pull alone.
     """
 
-    def __init__(self, remote: Remote, arrivals: Arrivals | None, committed: Future[Any] | None) -> None:
+    def __init__(self, remote: Remote, arrivals: Arrivals | None, ended: Ended | None) -> None:
         self.remote = remote
         self.slot: Slot | None = None  # what the servers read from
         self.sent = 0  # pieces handed to the session
         self._arrivals = arrivals
-        self._committed = committed
+        self._tell = ended
         self._left = len(remote.cut)
         self._came = 0
         self._error: BaseException | None = None
@@ -297,11 +289,8 @@ class Exchange:
                 self.remote.staging.lose(self.slot)
         if error is not None and self._arrivals is not None:
             self._arrivals.fail(error, self._came)
-        if self._committed is not None:
-            if error is None:
-                self._committed.set_result(None)
-            else:
-                self._committed.set_exception(error)
+        if self._tell is not None:
+            self._tell(error)
 
 
 def near_pieces(cut: Cut, owners: Sequence[int], itemsize: int, near_servers: set[int]) -> tuple[bool, ...]:
