@@ -19,6 +19,7 @@ from kvstore import optim
 from kvstore.arrays import Array, dtype_named
 from kvstore.cluster.address import advertised
 from kvstore.cluster.near import Neighbourhood
+from kvstore.cluster.outbox import OnSent, Outbox, Outgoing
 from kvstore.cluster.session import Session
 from kvstore.cluster.values import SharedValues
 from kvstore.errors import DisagreementError, KVStoreError, OptionError, ProtocolError, to_wire
@@ -66,9 +67,6 @@ log = logging.getLogger(__name__)
 
 INLINE_BYTES = 64 << 10
 JOIN_TIMEOUT_S = 300.0
-BATCH_BYTES = 256 << 10
-
-Outgoing = tuple[Message, Sequence[Any]]
 
 
 class Server:
@@ -107,7 +105,8 @@ class Server:
         self._lending = Lending()
         self._lending_lock = threading.Lock()
         self._peers: dict[int, bytes] = {}  # rank -> its latest connection
-        self._outbox: dict[bytes, list[tuple[Message, Sequence[Any], Callable[[], None] | None]]] = {}
+        self._outboxes: dict[bytes, Outbox] = {}  # by connection
+        self._unflushed: dict[bytes, Outbox] = {}
         self._flushing = False
         self._stopped = threading.Event()
         self._retained = False
@@ -161,7 +160,7 @@ class Server:
             if sender.cluster not in (0, self._session.sender.cluster):
                 raise DisagreementError("the sender belongs to another cluster than this server")
         except KVStoreError as error:
-            self._queue(peer, Failed(0, *to_wire(error)))
+            self._outbox(peer).put(Failed(0, *to_wire(error)))
             self._flush()
             return
         if sender.rank >= 0:
@@ -176,16 +175,16 @@ class Server:
     def _handle(self, peer: bytes, sender: Sender, message: Message, payload: Frames) -> None:
         assert self._serving is not None
         if isinstance(message, ReadStatus):
-            self._queue(peer, Status(message.request_id, self._report()))
+            self._outbox(peer).put(Status(message.request_id, self._report()))
             return
         if isinstance(message, Meet):
             met = self._neighbourhood.reaches(sender.rank, message.probe)
-            self._queue(peer, Met(message.request_id, self._neighbourhood.probe() if met else None))
+            self._outbox(peer).put(Met(message.request_id, self._neighbourhood.probe() if met else None))
             return
         try:
             arrays = self._check(sender.rank, message, payload)
         except KVStoreError as error:
-            self._queue(peer, Failed(message.request_id, *to_wire(error)))
+            self._outbox(peer).put(Failed(message.request_id, *to_wire(error)))
             return
         priority = 0
         if isinstance(message, Push | Fetch):
@@ -342,19 +341,20 @@ class Server:
         request_id: int,
         make: Callable[[], Outgoing],
         priority: int = 0,
-        on_sent: Callable[[], None] | None = None,
+        on_sent: OnSent | None = None,
     ) -> None:
         """Send what ``make`` returns after all earlier ops on the piece; or their failure.
 
-        ``on_sent`` is called once the frames' memory is not needed any more.
+        ``on_sent`` is called once the memory of the frames, if there are any, is not needed any more.
         """
 
         def reply() -> None:
             message, frames = make()
+            then = on_sent if frames else None
             if threading.current_thread() is self._reactor.thread:
-                self._reply(rank, message, frames, on_sent)
+                self._reply(rank, message, frames, priority, then)
             else:
-                self._reactor.post(lambda: self._reply_now(rank, message, frames, on_sent))
+                self._reactor.post(lambda: self._reply_now(rank, message, frames, priority, then))
 
         inline = stored.value.nbytes <= INLINE_BYTES
         handle = self._engine.push(reply, reads=[stored.var], priority=priority, name="reply", inline=inline)
@@ -363,7 +363,7 @@ class Server:
             error = handle.exception()
             if error is not None:
                 failed = Failed(request_id, *to_wire(error))
-                self._reactor.post(lambda: self._reply_now(rank, failed))
+                self._reactor.post(lambda: self._reply_now(rank, failed, (), priority, None))
 
         handle.add_done_callback(ended)
 
@@ -378,45 +378,51 @@ class Server:
         self._then(stored, rank, message.request_id, lambda: (Done(message.request_id), ()))
 
     def _reply_now(
-        self, rank: int, message: Message, frames: Sequence[Any] = (), on_sent: Callable[[], None] | None = None
+        self, rank: int, message: Message, frames: Sequence[Any], priority: int, on_sent: OnSent | None
     ) -> None:
-        self._reply(rank, message, frames, on_sent)
+        self._reply(rank, message, frames, priority, on_sent)
         if not self._flushing:  # after all that was posted until now, in as few messages as that allows
             self._flushing = True
             self._reactor.post(self._flush)
 
     def _reply(
-        self, rank: int, message: Message, frames: Sequence[Any] = (), on_sent: Callable[[], None] | None = None
+        self,
+        rank: int,
+        message: Message,
+        frames: Sequence[Any] = (),
+        priority: int = 0,
+        on_sent: OnSent | None = None,
     ) -> None:
         peer = self._peers.get(rank)
         if peer is not None:
-            self._queue(peer, message, frames, on_sent)
+            self._outbox(peer).put(message, frames, priority, on_sent)
         elif on_sent is not None:
             on_sent()
 
-    def _queue(
-        self, peer: bytes, message: Message, frames: Sequence[Any] = (), on_sent: Callable[[], None] | None = None
-    ) -> None:
-        self._outbox.setdefault(peer, []).append((message, frames, on_sent if frames else None))
+    def _outbox(self, peer: bytes) -> Outbox:
+        """The peer's replies, which :meth:`_flush` will look at."""
+        outbox = self._outboxes.get(peer)
+        if outbox is None:
+            outbox = self._outboxes[peer] = Outbox()
+        self._unflushed[peer] = outbox
+        return outbox
 
     def _flush(self) -> None:
         assert self._session is not None
         self._flushing = False
-        outbox, self._outbox = self._outbox, {}
-        for peer, messages in outbox.items():
-            batch: list[Outgoing] = []
-            sent: list[Callable[[], None]] = []
-            size = 0
-            for message, frames, on_sent in messages:
-                batch.append((message, frames))
-                size += sum(frame.nbytes for frame in frames)
-                if on_sent is not None:
-                    sent.append(on_sent)
-                if size >= BATCH_BYTES:
-                    self._endpoint.send(peer, envelope(self._session.sender, batch), sent)
-                    batch, sent, size = [], [], 0
-            if batch:
-                self._endpoint.send(peer, envelope(self._session.sender, batch), sent)
+        unflushed, self._unflushed = self._unflushed, {}
+        for peer, outbox in unflushed.items():
+            for batch in outbox.batches():
+                on_sent = [*batch.on_sent, lambda peer=peer: self._sent(peer)] if batch.on_sent else []  # type: ignore[misc]
+                if not self._endpoint.send(peer, envelope(self._session.sender, batch.messages), on_sent):
+                    self._outboxes.pop(peer, None)
+
+    def _sent(self, peer: bytes) -> None:
+        """The socket has done with some large replies: the next may follow."""
+        outbox = self._outboxes.get(peer)
+        if outbox is not None:
+            self._unflushed[peer] = outbox
+            self._reactor.post(self._flush)
 
     def _departed(self, gone: Departed) -> None:
         def tell() -> None:

@@ -22,8 +22,9 @@ from dataclasses import dataclass, field
 
 from kvstore.errors import KVStoreError, from_wire
 from kvstore.protocol.messages import Accepted, Committed, Failed, Message, Missing, Push
+from kvstore.protocol.pieces import PIECE_BYTES
 
-CREDIT_BYTES = 16 << 20
+CREDIT_BYTES = 2 * PIECE_BYTES  # what an urgent piece may have to wait for
 CREDIT_FREE_BYTES = 64 << 10  # requests up to this size need no credit
 RESEND_S = 5.0
 RESEND_S_MAX = 30.0

@@ -11,6 +11,8 @@ long as a lock lies between them.
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import logging
 import math
 import os
@@ -62,9 +64,11 @@ class Reactor:
         self._stopping = False
         self._on_tick = on_tick
         self._busy = busy
-        self._next_tick = time.monotonic() + TICK_S
+        self._timers: list[tuple[float, int, Callable[[], None]]] = []
+        self._timer_count = itertools.count()
         self._linger_ms = 1000
         self._pid = os.getpid()
+        self.call_later(TICK_S, self._tick)
 
     def __repr__(self) -> str:
         state = "alive" if self.thread.is_alive() else "stopped"
@@ -159,6 +163,10 @@ class Reactor:
         self._on_readable[socket] = on_readable
         self._poller.register(socket, zmq.POLLIN)
 
+    def call_later(self, delay_s: float, work: Callable[[], None]) -> None:
+        """Run ``work`` after so many seconds. From within the loop."""
+        heapq.heappush(self._timers, (time.monotonic() + delay_s, next(self._timer_count), work))
+
     # --- the loop -------------------------------------------------------------------------------
 
     def _wake(self) -> None:
@@ -199,7 +207,8 @@ class Reactor:
         """Wait for something to happen, at most until ``end``, and do what follows. With ``_turns`` held."""
         with self._state:
             self._polling = not self._posted
-            timeout_s = min(end, self._next_tick) - time.monotonic() if self._polling else 0.0
+            until = min(end, self._timers[0][0])
+            timeout_s = until - time.monotonic() if self._polling else 0.0
         ready = self._poller.poll(max(0, math.ceil(timeout_s * 1000)))
         with self._state:
             self._polling = False
@@ -209,11 +218,13 @@ class Reactor:
             else:
                 self._guarded(self._on_readable[socket])
         self._run_posted()
-        now = time.monotonic()
-        if now >= self._next_tick:
-            self._next_tick = now + TICK_S
-            if self._on_tick is not None:
-                self._guarded(self._on_tick, now)
+        while self._timers[0][0] <= time.monotonic():
+            self._guarded(heapq.heappop(self._timers)[2])
+
+    def _tick(self) -> None:
+        self.call_later(TICK_S, self._tick)
+        if self._on_tick is not None:
+            self._on_tick(time.monotonic())
 
     def _run_posted(self) -> None:
         while self._posted:

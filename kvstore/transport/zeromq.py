@@ -9,7 +9,6 @@ its I/O thread answers even while Python is busy.
 from __future__ import annotations
 
 import contextlib
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,6 +21,7 @@ from kvstore.transport.reactor import Reactor
 HEARTBEAT_MS = 1000
 HEARTBEAT_TIMEOUT_MS = 10000
 COPY_BYTES = 64 << 10  # frames below this are cheaper to copy than to track
+LOOK_S, LOOK_S_MAX = 0.001, 0.05  # how often it is looked whether large frames have been sent
 
 Frames = list[Any]  # the first a header (bytes-like), then value buffers
 
@@ -95,7 +95,8 @@ class Endpoint:
         self.on_disconnect: Callable[[int], None] | None = None
         self._on_receive = on_receive
         self._watch = watch
-        self._sending: deque[tuple[list[zmq.MessageTracker], Sequence[Callable[[], None]]]] = deque()
+        self._reactor = reactor
+        self._sending: list[tuple[list[zmq.MessageTracker], Sequence[Callable[[], None]]]] = []
         self._socket = reactor.context.socket(zmq.ROUTER)
         _tune(self._socket)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
@@ -139,14 +140,27 @@ class Endpoint:
         finally:
             if on_sent:
                 self._sending.append((trackers, on_sent))
+                if len(self._sending) == 1:
+                    self._reactor.call_later(LOOK_S, lambda: self._look_again(LOOK_S))
 
-    def _look_for_sent(self) -> None:
-        while self._sending and all(tracker.done for tracker in self._sending[0][0]):
-            for tell in self._sending.popleft()[1]:
+    def _look_for_sent(self) -> bool:
+        """Tell about what the socket has sent; was there any?"""
+        over = [sent for sent in self._sending if all(tracker.done for tracker in sent[0])]
+        for sent in over:
+            self._sending.remove(sent)
+            for tell in sent[1]:
                 tell()
+        return bool(over)
+
+    def _look_again(self, delay_s: float) -> None:
+        """Trackers tell nobody: look at them soon, and then less and less often as long as nothing moves."""
+        delay_s = LOOK_S if self._look_for_sent() else min(2 * delay_s, LOOK_S_MAX)
+        if self._sending:
+            self._reactor.call_later(delay_s, lambda: self._look_again(delay_s))
 
     def _receive(self) -> None:
-        self._look_for_sent()
+        if self._sending:
+            self._look_for_sent()
         for _ in range(64):
             try:
                 peer, *frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)

@@ -1,0 +1,79 @@
+"""Replies of a server to one peer, on their way to the socket: urgent ones first.
+
+What a socket has been given can no longer be overtaken. So large replies are given to it a few at a time, the
+next when the memory of an earlier one is free again; what needs to be sent quickly goes before those that wait here.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvstore.protocol.messages import Message
+from kvstore.protocol.pieces import PIECE_BYTES
+
+WINDOW_BYTES = 2 * PIECE_BYTES  # of large replies that the socket has
+BATCH_BYTES = 256 << 10  # replies travel together up to this size
+
+Outgoing = tuple[Message, Sequence[Any]]
+OnSent = Callable[[], None]
+
+
+@dataclass(order=True, slots=True)
+class _Waiting:
+    urgency: tuple[int, int]  # smaller is sooner
+    message: Message = field(compare=False)
+    frames: Sequence[Any] = field(compare=False)
+    nbytes: int = field(compare=False)
+    on_sent: OnSent | None = field(compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What goes to the socket as one ZeroMQ message."""
+
+    messages: list[Outgoing]
+    nbytes: int
+    on_sent: list[OnSent]
+
+
+class Outbox:
+    """The replies to one peer. Not thread-safe."""
+
+    def __init__(self) -> None:
+        self.in_flight = 0  # bytes that the socket has been given and not yet sent, as far as it tells
+        self._waiting: list[_Waiting] = []
+        self._count = 0
+
+    def __repr__(self) -> str:
+        return f"<Outbox: {len(self._waiting)} replies, {self.in_flight} bytes in flight>"
+
+    def put(
+        self, message: Message, frames: Sequence[Any] = (), priority: int = 0, on_sent: OnSent | None = None
+    ) -> None:
+        """A reply; ``on_sent`` is called when the memory of its frames is free again."""
+        self._count += 1
+        nbytes = sum(frame.nbytes for frame in frames)
+        heapq.heappush(self._waiting, _Waiting((-priority, self._count), message, frames, nbytes, on_sent))
+
+    def batches(self) -> Iterator[Batch]:
+        """What may go to the socket now."""
+        while self._waiting and (not self.in_flight or self.in_flight + self._waiting[0].nbytes <= WINDOW_BYTES):
+            messages: list[Outgoing] = []
+            on_sent: list[OnSent] = []
+            size = 0
+            while self._waiting and not (size and size + self._waiting[0].nbytes > BATCH_BYTES):
+                reply = heapq.heappop(self._waiting)
+                messages.append((reply.message, reply.frames))
+                size += reply.nbytes
+                if reply.on_sent is not None:
+                    on_sent.append(reply.on_sent)
+            if size > BATCH_BYTES // 2:
+                self.in_flight += size
+                on_sent.append(lambda size=size: self._sent(size))  # type: ignore[misc]
+            yield Batch(messages, size, on_sent)
+
+    def _sent(self, nbytes: int) -> None:
+        self.in_flight -= nbytes
