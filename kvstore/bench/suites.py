@@ -57,6 +57,11 @@ def size_name(size: int) -> str:
     return f"{size} B"
 
 
+def many(count: int, thing: str) -> str:
+    """1 key, 2 keys."""
+    return f"{count} {thing}" if count == 1 else f"{count:,} {thing}s"
+
+
 def one(size: int) -> Shapes:
     return ((size // 4,),)
 
@@ -116,7 +121,7 @@ def keys(options: Options) -> list[Step]:
             "pushpull, tcp": Case(TCP, "pushpull", shapes),
         }
         lines = [
-            Line(f"{name}, {count} keys of 100 floats", name, LOOP, beside={COPY: COPY, **BOTH})
+            Line(f"{name}, {many(count, 'key')} of 100 floats", name, LOOP, beside={COPY: COPY, **BOTH})
             for name in ("pushpull", "pushpull, tcp")
         ]
         groups.append(Group(cases, lines))
@@ -143,7 +148,7 @@ def scale(options: Options) -> list[Step]:
                 cases[f"gloo {size}"] = Case(replace(GLOO, workers=workers), "all_reduce", shapes)
                 beside["gloo"] = f"gloo {size}"
             for way, name in (("shared memory", "memory"), ("tcp", "tcp")):
-                title = f"{workers} workers, {servers} servers, {way}, {label}"
+                title = f"{many(workers, 'worker')}, {many(servers, 'server')}, {way}, {label}"
                 lines.append(Line(title, f"{name} {size}", f"{LOOP} {size}", LOOP, beside=beside))
         groups.append(Group(cases, lines))
     return groups
