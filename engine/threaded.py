@@ -110,6 +110,7 @@ class ThreadedEngine(Engine):
             self._monitor.rouse()
 
     def _look_after(self, lane: _Lane) -> None:
+        """See that what is ready will be run."""
         if lane.heap and lane.awake < lane.size:
             self._attend(lane)
 
@@ -139,11 +140,7 @@ class ThreadedEngine(Engine):
             if op.state == READY:  # else a waiter has taken it
                 lane.start(op)
                 worker.number = lane.started
-                if lane.heap and lane.awake < lane.size:
-                    if lane.long:
-                        self._wake(lane)
-                    else:
-                        self._monitor.rouse()
+                self._look_after(lane)
                 return op
         return None
 
@@ -187,18 +184,28 @@ class ThreadedEngine(Engine):
 
     def _help(self, timeout: float | None) -> None:
         until = math.inf if timeout is None else perf_counter() + timeout
-        for lane in list(self._lanes.values()):
-            worker = self._place.worker = _Worker(lane, self._here.ops)
-            with self._lock:
-                lane.awake += 1
-                op = self._take(worker)
-            interrupt = self._run_on(worker, op, until) if op is not None else None
+        with self._lock:
+            lanes = list(self._lanes.values())
+        for lane in lanes:
+            self._join(lane, until)
+
+    def _join(self, lane: _Lane, until: float) -> None:
+        """Be one of the lane's threads for a while."""
+        worker = self._place.worker = _Worker(lane, self._here.ops)
+        interrupt = None
+        with self._lock:
+            lane.awake += 1
+            op = self._take(worker)
+        try:
+            if op is not None:
+                interrupt = self._run_on(worker, op, until)
+        finally:
             self._place.worker = None
             with self._lock:
                 lane.awake -= 1
                 self._look_after(lane)
-            if interrupt is not None:
-                raise interrupt
+        if interrupt is not None:
+            raise interrupt
 
     def _run_on(self, worker: _Worker, op: Op, until: float = math.inf) -> BaseException | None:
         """Run ``op`` and what is ready after it, while that is for this thread; the lock is taken once per op.
@@ -209,7 +216,7 @@ class ThreadedEngine(Engine):
         lane = worker.lane
         following: Op | None = op
         while following is not None:
-            op, following, outcome = following, None, None
+            op, following, outcome = following, None, None  # nothing of the last op is kept while this one runs
             outcome = self._execute(op, worker.stack)
             now = perf_counter()
             with self._lock:
@@ -288,7 +295,7 @@ class _Monitor:
                 for lane in engine._lanes.values():
                     if lane.heap and lane.awake < lane.size:
                         quiet = 0
-                        if lane.started == lane.seen:
+                        if lane.started == lane.seen and not lane.called:
                             lane.long = True
                             engine._wake(lane)
                     lane.seen = lane.started
