@@ -60,7 +60,7 @@ class Outbox:
 
     def batches(self) -> Iterator[Batch]:
         """What may go to the socket now."""
-        while self._waiting and (not self.in_flight or self.in_flight + self._waiting[0].nbytes <= WINDOW_BYTES):
+        while self._waiting and self._may_go(self._waiting[0].nbytes):
             messages: list[Outgoing] = []
             on_sent: list[OnSent] = []
             size = 0
@@ -70,10 +70,13 @@ class Outbox:
                 size += reply.nbytes
                 if reply.on_sent is not None:
                     on_sent.append(reply.on_sent)
-            if size > BATCH_BYTES // 2:
+            if size > BATCH_BYTES:
                 self.in_flight += size
                 on_sent.append(lambda size=size: self._sent(size))  # type: ignore[misc]
             yield Batch(messages, size, on_sent)
+
+    def _may_go(self, nbytes: int) -> bool:
+        return nbytes <= BATCH_BYTES or not self.in_flight or self.in_flight + nbytes <= WINDOW_BYTES
 
     def _sent(self, nbytes: int) -> None:
         self.in_flight -= nbytes
