@@ -24,6 +24,7 @@ from engine.deadlines import Deadlines
 from engine.errors import ArgumentError, ClosedError, DeadlineError, DeadlockError, ForkedError
 from engine.handle import Completion, Handle
 from engine.memory import Memory
+from engine.mutex import Mutex
 from engine.scheduler import DONE, READY, RUNNING, WAITING, Op, Scheduler
 from engine.trace import Trace
 from engine.var import Var
@@ -55,12 +56,12 @@ class Engine(ABC):
     """Orders functions by what they read and write. All methods are thread-safe."""
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()
+        self._lock = Mutex()
         self._scheduler = Scheduler()
         self._memory = Memory()
         self._deadlines = Deadlines(self._expire)
         self._here = _Here()
-        self._idle = threading.Condition(self._lock)
+        self._idle = self._lock.condition()
         self._trace: Trace | None = None
         self._process = _process
         self._pid = os.getpid()

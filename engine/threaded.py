@@ -42,7 +42,7 @@ class _Lane:
         self.awake = 0  # and not waiting inside an op
         self.asleep = 0
         self.called = 0  # of those counted awake: have been woken and not come yet
-        self.wake = threading.Condition(engine._lock)
+        self.wake = engine._lock.condition()
         self.started = 0  # ops
         self.started_at = 0.0  # the last of them
         self.seen = 0  # ``started`` when the monitor last looked
@@ -267,7 +267,7 @@ class _Monitor:
 
     def __init__(self, engine: ThreadedEngine) -> None:
         self._engine = engine
-        self._changed = threading.Condition(engine._lock)
+        self._changed = engine._lock.condition()
         self._alive = False
         self._active = False  # and looks every now and then
 

@@ -48,7 +48,7 @@ def measure(repeats: int = 5) -> list[Row]:
         ("bulk of 50", _bulk),
     ):
         rows.append(_row(case, "us/op", _times(run, 2, repeats), call, "a Python call"))
-    rows.append(_row("op and wait", "us/op", _times(_op_and_wait, 2, repeats), round_trip, "a condition's round trip"))
+    rows.append(_row("op and wait", "us/op", _times(_op_and_wait, 2, repeats), round_trip, "a round trip"))
     small, large = _arrays(SMALL_ELEMENTS), _arrays(LARGE_ELEMENTS)
     chains = [[engine.Var()] for _ in range(ARRAYS)]
     none: list[list[engine.Var]] = [[] for _ in range(ARRAYS)]
@@ -62,7 +62,7 @@ def measure(repeats: int = 5) -> list[Row]:
             limit = min(_plain_us(works, ops, threads) for _ in range(repeats))
             times = _times(functools.partial(_calls, works, writes, ops), threads, repeats)
             what = "1 thread" if threads == 1 else f"{threads} threads"
-            rows.append(_row(f"{case}, {what}", "us/op", times, limit, f"the calls in {what}"))
+            rows.append(_row(f"{case}, {what}", "us/op", times, limit, "the calls alone"))
     return rows
 
 
@@ -183,7 +183,7 @@ def _round_trip_us() -> float:
 
 
 def _plain_us(works: list[Work], calls: int, threads: int) -> float:
-    """The calls without an engine, shared out among threads."""
+    """The calls without an engine, shared out among this thread and ``threads - 1`` more."""
 
     def some(first: int) -> None:
         together.wait(WAIT_S)
@@ -191,12 +191,11 @@ def _plain_us(works: list[Work], calls: int, threads: int) -> float:
             works[number % ARRAYS]()
         together.wait(WAIT_S)
 
-    together = threading.Barrier(threads + 1)
-    for first in range(threads):
+    together = threading.Barrier(threads)
+    for first in range(1, threads):
         threading.Thread(target=some, args=(first,), daemon=True).start()
-    together.wait(WAIT_S)
     start = time.perf_counter()
-    together.wait(WAIT_S)
+    some(0)
     return (time.perf_counter() - start) / calls * 1e6
 
 
@@ -205,13 +204,13 @@ def show(rows: list[Row]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="engine ops")
-    for column in ("case", "median", "low", "high", "limit"):
-        table.add_column(column, justify="left" if column == "case" else "right")
-    table.add_column("", no_wrap=True)
+    table = Table(title="engine ops, microseconds each", box=None)
+    for column in ("case", "median", "low", "high", "limit", ""):
+        table.add_column(column, justify="left" if column in ("case", "") else "right", no_wrap=True)
     for row in rows:
-        figures = (f"{row[column]:,.2f}" for column in ("median", "low", "high", "limit"))
-        table.add_row(f"{row['case']} ({row['unit']})", *figures, str(row["limit_name"]))
+        table.add_row(
+            row["case"], *(f"{row[column]:,.2f}" for column in ("median", "low", "high", "limit")), row["limit_name"]
+        )
     Console().print(table)
 
 
