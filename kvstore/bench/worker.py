@@ -23,10 +23,7 @@ OPTIMIZERS: dict[str, Callable[[], kvstore.optim.Optimizer]] = {
 
 def staged_round(kv: kvstore.KVStore, key: str) -> Array:
     """Push what was produced in the store's memory, and read the result there: no copy on the caller's side."""
-    gradient = kv.staging(key)  # type: ignore[attr-defined]
-    kv.push(key, gradient)
-    kv.pull(key).result()
-    value: Array = kv.view(key)  # type: ignore[attr-defined]
+    value: Array = kv.pushpull(key, kv.staging(key)).result()
     return value
 
 
@@ -81,7 +78,7 @@ def _staged(kv: kvstore.KVStore, value: Value, optimizer: str) -> Round:
 
     def fill() -> None:
         for key in value.keys:
-            kv.staging(key).fill(1)  # type: ignore[attr-defined]
+            kv.staging(key).fill(1)
 
     def once() -> None:
         last[:] = [staged_round(kv, key) for key in value.keys]
