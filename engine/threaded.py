@@ -140,7 +140,11 @@ class ThreadedEngine(Engine):
             if op.state == READY:  # else a waiter has taken it
                 lane.start(op)
                 worker.number = lane.started
-                self._look_after(lane)
+                if lane.heap and lane.awake < lane.size:
+                    if lane.long:
+                        self._wake(lane)
+                    else:
+                        self._monitor.rouse()
                 return op
         return None
 
