@@ -33,7 +33,10 @@ IDLE_S = 30.0  # a thread with nothing to do for so long ends
 
 
 class _Lane:
-    """One pool. Everything under the engine's lock."""
+    """One pool. Everything under the engine's lock.
+
+    Whenever something is ready, a thread is awake, or a bulk is going on in the thread that pushed it.
+    """
 
     def __init__(self, engine: ThreadedEngine, name: str, size: int) -> None:
         self.name = name
@@ -71,7 +74,7 @@ class _Worker:
 
 
 class _Place(threading.local):
-    worker: _Worker | None = None
+    worker: _Worker | None = None  # what the thread at hand is to a lane, if anything
 
 
 class ThreadedEngine(Engine):
