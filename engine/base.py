@@ -148,7 +148,7 @@ class Engine(ABC):
         with self._lock:
             if self._closed:
                 raise ClosedError("the engine is closed")
-            if _only_vars(reads) and _only_vars(writes):
+            if _only_vars(reads, writes):
                 op = Op(name, reads, writes, priority)
             else:
                 op = self._op_on_arrays(name, reads, writes, priority)
@@ -296,7 +296,7 @@ class Engine(ABC):
         """Tell those who watch an op that has ended, and let go of what it held; without the lock."""
         handle = op.handle
         op.fn = op.holds = op.handle = None
-        if op.given_up is None:
+        if op.given_up is None and not handle.done():
             handle._announce(result, error)
 
     # --- waiting ------------------------------------------------------------------------------
@@ -486,8 +486,11 @@ def _nothing() -> None:
     pass
 
 
-def _only_vars(items: tuple[Any, ...]) -> bool:
-    for item in items:  # noqa: SIM110  (a generator costs more than all the rest)
+def _only_vars(reads: tuple[Any, ...], writes: tuple[Any, ...]) -> bool:
+    for item in reads:  # loops, since a generator costs more than the rest of a push's checks
+        if type(item) is not Var:
+            return False
+    for item in writes:  # noqa: SIM110
         if type(item) is not Var:
             return False
     return True

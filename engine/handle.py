@@ -61,9 +61,7 @@ class Handle(Future[Any]):
             self._state = FINISHED
 
     def _announce(self, result: Any, error: BaseException | None) -> None:
-        """The op has ended or been given up; does nothing if :meth:`_settle` has done it all."""
-        if self._state != PENDING:
-            return
+        """The op has ended and :meth:`_settle` has left the rest to this; or it has been given up."""
         if error is not None:
             self.set_exception(error)
         else:

@@ -27,13 +27,7 @@ class Op:
         *("missing", "name", "poisons", "priority", "reads", "sequence", "started_at", "state", "thread", "writes"),
     )
 
-    def __init__(
-        self,
-        name: str,
-        reads: tuple[Var, ...],
-        writes: tuple[Var, ...],
-        priority: int = 0,
-    ) -> None:
+    def __init__(self, name: str, reads: tuple[Var, ...], writes: tuple[Var, ...], priority: int = 0) -> None:
         self.name = name
         self.writes = writes if len(writes) < 2 else tuple(dict.fromkeys(writes))
         self.reads = reads if len(reads) < 2 else tuple(dict.fromkeys(reads))

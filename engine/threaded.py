@@ -33,7 +33,10 @@ IDLE_S = 30.0  # a thread with nothing to do for so long ends
 
 
 class _Lane:
-    """One pool. Everything under the engine's lock."""
+    """One pool. Everything under the engine's lock.
+
+    Whenever something is ready, a thread is awake, or a bulk is going on in the thread that pushed it.
+    """
 
     def __init__(self, engine: ThreadedEngine, name: str, size: int) -> None:
         self.name = name
@@ -71,7 +74,7 @@ class _Worker:
 
 
 class _Place(threading.local):
-    worker: _Worker | None = None
+    worker: _Worker | None = None  # what the thread at hand is to a lane, if anything
 
 
 class ThreadedEngine(Engine):
@@ -140,7 +143,11 @@ class ThreadedEngine(Engine):
             if op.state == READY:  # else a waiter has taken it
                 lane.start(op)
                 worker.number = lane.started
-                self._look_after(lane)
+                if lane.heap and lane.awake < lane.size:
+                    if lane.long:
+                        self._wake(lane)
+                    else:
+                        self._monitor.rouse()
                 return op
         return None
 
