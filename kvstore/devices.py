@@ -23,7 +23,7 @@ from kvstore.arrays import Array
 from kvstore.consistency import Answer, Level, Model, Pull, Update
 from kvstore.errors import CallerError, KVStoreError
 from kvstore.handle import Ended, Handle, when_ended
-from kvstore.home import Gradient, Held, Home, Source
+from kvstore.home import Gradient, Held, Home, Reading, Source
 from kvstore.protocol.pieces import Key
 
 INLINE_BYTES = 64 << 10
@@ -149,14 +149,17 @@ class Devices:
     def __repr__(self) -> str:
         return f"<Devices of {self._home!r}>"
 
-    def push(self, entry: Entry, per_device: dict[int, list[Array]], priority: int, ended: Ended) -> None:
+    def push(self, entry: Entry, per_device: dict[int, list[Array]], priority: int, ended: Ended) -> list[Reading]:
         """One push of each of these devices. ``ended`` is called with the outcome of each.
 
         Args:
-            per_device: by device the arrays whose sum it pushes; they have been read when this returns.
+            per_device: by device the arrays whose sum it pushes.
+
+        Returns:
+            The ops after which these arrays have been read.
         """
         with entry.lock:
-            self._perform(entry, *self._count(entry, per_device, priority, ended))
+            return self._perform(entry, *self._count(entry, per_device, priority, ended))
 
     def pull(self, entry: Entry, request: Request) -> None:
         """Answer the request once the device level allows it."""
@@ -168,7 +171,9 @@ class Devices:
             else:
                 self._deliver(entry, request, self._home.pull(entry.key, request.priority), lambda: answer)
 
-    def pushpull(self, entry: Entry, per_device: dict[int, list[Array]], ended: Ended, request: Request) -> None:
+    def pushpull(
+        self, entry: Entry, per_device: dict[int, list[Array]], ended: Ended, request: Request
+    ) -> list[Reading]:
         """A push and the pull right after it, as one exchange with the home where the level answers at once."""
         with entry.lock:
             contributions, steps = self._count(entry, per_device, request.priority, ended)
@@ -182,14 +187,15 @@ class Devices:
                 gradient.lent = (
                     outs is not None and len(outs) == len(gradient.arrays) == 1 and outs[0] is gradient.arrays[0]
                 )
-                source = self._home.pushpull(entry.key, gradient, _all(parts))
+                reading, source = self._home.pushpull(entry.key, gradient, _all(parts))
                 self._stage_leftovers(entry, contributions)
                 self._deliver(entry, request, source, lambda: answer)
-            else:
-                if entry.level is not None:
-                    entry.level.waiting.pop(ticket, None)
-                self._perform(entry, contributions, steps)
-                self.pull(entry, request)
+                return [reading]
+            if entry.level is not None:
+                entry.level.waiting.pop(ticket, None)
+            all_reading = self._perform(entry, contributions, steps)
+            self.pull(entry, request)
+            return all_reading
 
     # --- pushes -------------------------------------------------------------------------------
 
@@ -207,16 +213,18 @@ class Devices:
             steps.append(level.push(device))
         return contributions, steps
 
-    def _perform(self, entry: Entry, contributions: list[_Contribution], steps: list[_Step]) -> None:
+    def _perform(self, entry: Entry, contributions: list[_Contribution], steps: list[_Step]) -> list[Reading]:
+        reading: list[Reading] = []
         for updates, answers in steps:
             for update in updates:
                 gradient, parts = self._merged(entry, update)
-                self._home.push(entry.key, gradient, _all(parts))
+                reading.append(self._home.push(entry.key, gradient, _all(parts)))
             for answer in answers:
                 delayed = answer.ticket
                 assert isinstance(delayed, _Delayed)
                 delayed.answered(answer, self._home.pull(entry.key, delayed.priority))
         self._stage_leftovers(entry, contributions)
+        return reading
 
     def _merged(self, entry: Entry, update: Update) -> tuple[Gradient, list[_Contribution]]:
         """What the home is to be pushed for this update, and whose pushes it consists of."""

@@ -18,6 +18,7 @@ from kvstore.optim import Optimizer
 from kvstore.protocol.messages import Spec
 from kvstore.protocol.pieces import Key
 
+Reading = Future[Any] | None  # an engine op that is still reading what the caller gave
 Updater = Callable[[Key, Array, Array], object]
 
 
@@ -25,8 +26,8 @@ Updater = Callable[[Key, Array, Array], object]
 class Gradient:
     """What the device level pushes as one round: the sum of ``arrays``, folded left to right.
 
-    The arrays are the caller's: they are read before the call returns, unless an engine op still has to
-    write one of them; then by an op that waits for it.
+    The arrays are the caller's: they have been read when the call of the home returns, or the op that it
+    returns has ended; or, if an engine op still has to write one of them, by an op that waits for that one.
     """
 
     arrays: list[Array]
@@ -68,13 +69,13 @@ class Home(Protocol):
     def init(self, key: Key, spec: Spec, value: Array) -> Future[Any]:
         """Create the key; done when it exists. ``value`` is flat and stays unchanged until then."""
 
-    def push(self, key: Key, gradient: Gradient, ended: Ended) -> None:
+    def push(self, key: Key, gradient: Gradient, ended: Ended) -> Reading:
         """One push; ``ended`` when it is committed."""
 
     def pull(self, key: Key, priority: int) -> Source:
         """The value after the pushes so far, as the home's consistency allows."""
 
-    def pushpull(self, key: Key, gradient: Gradient, ended: Ended) -> Source:
+    def pushpull(self, key: Key, gradient: Gradient, ended: Ended) -> tuple[Reading, Source]:
         """A push and the pull right after it."""
 
     def staging(self, key: Key, timeout_s: float) -> Array:

@@ -13,7 +13,7 @@ from kvstore import comm
 from kvstore.arrays import Array
 from kvstore.errors import DuplicateKeyError, OptimizerError, UpdateError
 from kvstore.handle import Ended, when_ended
-from kvstore.home import Gradient, Held, Home, Source, Updater
+from kvstore.home import Gradient, Held, Home, Reading, Source, Updater
 from kvstore.optim import Optimizer
 from kvstore.protocol.messages import Spec
 from kvstore.protocol.pieces import Key
@@ -62,7 +62,7 @@ class LocalHome(Home):
         done.set_result(None)
         return done
 
-    def push(self, key: Key, gradient: Gradient, ended: Ended) -> None:
+    def push(self, key: Key, gradient: Gradient, ended: Ended) -> Reading:
         stored, shape = self._stored[key], self._specs[key].shape
         rule, generation = self._rule(key), self._generation
         arrays, reads = gradient.arrays, list[Any](gradient.arrays)
@@ -73,6 +73,7 @@ class LocalHome(Home):
             )
             arrays, reads = [staged], [var]
         value_reads = [] if rule is None else [stored.var]
+        inline = stored.value.nbytes * len(gradient.arrays) <= INLINE_BYTES
 
         def apply() -> None:
             if rule is None:
@@ -83,16 +84,16 @@ class LocalHome(Home):
         applied = self._engine.push(
             apply,
             reads=reads + value_reads, writes=[stored.var], priority=gradient.priority,
-            name="assign" if rule is None else "update", inline=True, info={"key": key, "bytes": stored.value.nbytes},
+            name="assign" if rule is None else "update", inline=inline, info={"key": key, "bytes": stored.value.nbytes},
         )  # fmt: skip
         when_ended(applied, ended)
+        return None if inline or arrays is not gradient.arrays or self._engine.pending(*arrays) else applied
 
     def pull(self, key: Key, priority: int) -> Source:
         return _LocalSource(key, self._stored[key], self._engine)
 
-    def pushpull(self, key: Key, gradient: Gradient, ended: Ended) -> Source:
-        self.push(key, gradient, ended)
-        return self.pull(key, gradient.priority)
+    def pushpull(self, key: Key, gradient: Gradient, ended: Ended) -> tuple[Reading, Source]:
+        return self.push(key, gradient, ended), self.pull(key, gradient.priority)
 
     def staging(self, key: Key, timeout_s: float) -> Array:
         array = self._staging.get(key)

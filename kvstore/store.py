@@ -37,7 +37,7 @@ from kvstore.errors import (
     UnknownKeyError,
 )
 from kvstore.handle import Handle, countdown, gather
-from kvstore.home import Home, Updater
+from kvstore.home import Home, Reading, Updater
 from kvstore.local import LocalHome
 from kvstore.optim import Optimizer
 from kvstore.protocol import messages
@@ -230,11 +230,12 @@ class KVStore:
             UnknownKeyError, ShapeError, DtypeError, DeviceCountError: before anything is sent.
         """
         pushes = self._check_push(key, value, device)
-        handles = []
+        handles, reading = [], []
         for entry, per_device in pushes:
             handle = self._handle(entry, "push")
-            self._level.push(entry, per_device, priority, countdown(handle, len(per_device)))
+            reading += self._level.push(entry, per_device, priority, countdown(handle, len(per_device)))
             handles.append(handle)
+        _wait_for(reading)
         return self._one_or_all(key, handles, "push")
 
     def pull(self, key: Keys, out: Any = None, priority: int = 0, *, device: int | None = None) -> Handle:
@@ -284,13 +285,15 @@ class KVStore:
             outs = self._as_many(keys, out, "outs") if many else [out]
         pushes = self._check_push(key, value, device)
         targets = [self._check_out(entry, o, device) for (entry, _), o in zip(pushes, outs, strict=True)]
-        handles = []
+        handles, reading = [], []
         for (entry, per_device), (arrays, result) in zip(pushes, targets, strict=True):
             pushed, handle = self._handle(entry, "push"), self._handle(entry, "pushpull")
             pushed.observed = True  # the pull's handle fails with it
             ended = countdown(pushed, len(per_device))
-            self._level.pushpull(entry, per_device, ended, Request(handle, arrays, result, priority, device))
+            request = Request(handle, arrays, result, priority, device)
+            reading += self._level.pushpull(entry, per_device, ended, request)
             handles.append(handle)
+        _wait_for(reading)
         return self._one_or_all(key, handles, "pushpull")
 
     def _own_out(self, key: Key, value: Any) -> Any:
@@ -676,6 +679,13 @@ class KVStore:
 def type_of(key: Key) -> str:
     """The kind of a key."""
     return "str" if isinstance(key, str) else "int"
+
+
+def _wait_for(reading: list[Reading]) -> None:
+    """Until the caller's arrays have been read; what came of it the handles will tell."""
+    for op in reading:
+        if op is not None:
+            op.exception()
 
 
 @atexit.register

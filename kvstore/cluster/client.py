@@ -19,7 +19,7 @@ from kvstore.cluster.session import SCHEDULER, Session
 from kvstore.cluster.staging import Staging
 from kvstore.errors import DeadlineError, DuplicateKeyError, OptimizerError, ServerLostError
 from kvstore.handle import Ended, when_ended
-from kvstore.home import Gradient, Home, Source
+from kvstore.home import Gradient, Home, Reading, Source
 from kvstore.optim import Optimizer
 from kvstore.protocol.messages import (
     PRIORITY_MAX,
@@ -121,8 +121,9 @@ class ClusterHome(Home):
 
     # --- push and pull ------------------------------------------------------------------------
 
-    def push(self, key: Key, gradient: Gradient, ended: Ended) -> None:
+    def push(self, key: Key, gradient: Gradient, ended: Ended) -> Reading:
         self._push(Exchange(self._remotes[key], None, ended), gradient, pull=False)
+        return None
 
     def pull(self, key: Key, priority: int) -> Source:
         remote = self._remotes[key]
@@ -141,11 +142,11 @@ class ClusterHome(Home):
         self._in_order(exchange, submit, [], f"pull {key!r}", 0, priority)
         return arrivals
 
-    def pushpull(self, key: Key, gradient: Gradient, ended: Ended) -> Source:
+    def pushpull(self, key: Key, gradient: Gradient, ended: Ended) -> tuple[Reading, Source]:
         remote = self._remotes[key]
         arrivals = Arrivals(remote, self._engine, self._session.neighbourhood)
         self._push(Exchange(remote, arrivals, ended), gradient, pull=True)
-        return arrivals
+        return None, arrivals
 
     def staging(self, key: Key, timeout_s: float) -> Array:
         return self._remotes[key].staging.lend(timeout_s, f"staging of key {key!r}")

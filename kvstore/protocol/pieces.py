@@ -12,7 +12,7 @@ from dataclasses import dataclass
 Key = str | int
 PieceId = tuple[Key, int]
 
-PIECE_BYTES = 2 << 20
+PIECE_BYTES = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
