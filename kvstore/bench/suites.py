@@ -260,13 +260,6 @@ def engine(options: Options) -> list[Step]:
     return [lambda driver: engine_ops.measure(driver.repeats)]
 
 
-def kernels(options: Options) -> list[Step]:
-    """Optimizers, sums and codecs on one array."""
-    from kvstore.bench import kernel_rates
-
-    return [lambda driver: kernel_rates.measure(driver.repeats)]
-
-
 def memory(options: Options) -> list[Step]:
     """What a round needs beside time."""
     size = options.some(1 << 20, 64 << 20)[-1]
@@ -296,7 +289,6 @@ SUITES: dict[str, Callable[[Options], list[Step]]] = {
     "staging": staging,
     "local": local,
     "engine": engine,
-    "kernels": kernels,
     "memory": memory,
     "start": start,
 }
