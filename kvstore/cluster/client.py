@@ -168,7 +168,7 @@ class ClusterHome(Home):
             if not remote.order.idle:  # it will be sent later, but must be read now
                 staged = engine.Var(f"staged {remote.key!r}")
                 self._engine.push(
-                    lambda: comm.merge(arrays, slot.array.reshape(remote.spec.shape)),
+                    partial(comm.merge, arrays, slot.array.reshape(remote.spec.shape)),
                     reads=arrays, writes=[staged], name="stage", inline=True,
                     info={"key": remote.key, "bytes": slot.array.nbytes},
                 )  # fmt: skip
