@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from kvstore.cluster.outbox import OnSent, Outbox, Outgoing
 from kvstore.cluster.session import Session
 from kvstore.cluster.values import SharedValues
 from kvstore.errors import DisagreementError, KVStoreError, OptionError, ProtocolError, to_wire
+from kvstore.handle import when_ended
 from kvstore.protocol.leases import Lending, Reader
 from kvstore.protocol.messages import (
     NOBODY,
@@ -38,7 +40,6 @@ from kvstore.protocol.messages import (
     Push,
     ReadStatus,
     Sender,
-    Spec,
     State,
     Status,
     Value,
@@ -206,14 +207,17 @@ class Server:
         """The frames as arrays of the right dtype and size; ProtocolError otherwise."""
         assert self._serving is not None
         if isinstance(message, Init):
-            return self._one_frame(message, message.spec, message.piece, payload)
+            kind, cut, number = dtype_named(message.spec.dtype), message.spec.cut, message.piece
+            nbytes = cut.size(number) * kind.itemsize if number < len(cut) else -1
+            return self._one_frame(message, nbytes, kind, payload)
         if isinstance(message, Push):
-            piece = self._serving.pieces.get((message.key, message.piece))
-            if piece is None:
+            stored = self._stored.get((message.key, message.piece))
+            if stored is None:
                 return None
+            value = stored.value
             if message.place is not None:
-                return self._at_place(rank, message.place, piece.spec, message.piece)
-            return self._one_frame(message, piece.spec, message.piece, payload)
+                return self._neighbourhood.array(rank, message.place, value.nbytes).view(value.dtype)
+            return self._one_frame(message, value.nbytes, value.dtype, payload)
         if isinstance(message, WriteState):
             if not len(payload) == len(message.names) == len(message.dtypes):
                 raise ProtocolError(f"optimizer state of key {message.key!r}: expected one frame and dtype per name")
@@ -229,23 +233,17 @@ class Server:
             raise ProtocolError(f"{type(message).__name__}: expected no value frame, got {len(payload)}")
         return None
 
-    def _one_frame(self, message: Init | Push, spec: Spec, number: int, payload: Frames) -> Array | None:
+    def _one_frame(
+        self, message: Init | Push, expected: int, dtype: np.dtype[Any], payload: Frames
+    ) -> Array | None:
         if not payload:
             return None
-        dtype, cut = dtype_named(spec.dtype), spec.cut
-        expected = cut.size(number) * dtype.itemsize if number < len(cut) else -1
         if len(payload) != 1 or len(payload[0]) != expected:
             raise ProtocolError(
-                f"{type(message).__name__.lower()} of key {message.key!r}, piece {number}: expected one frame of "
-                f"{expected} bytes, got {[len(frame) for frame in payload]}"
+                f"{type(message).__name__.lower()} of key {message.key!r}, piece {message.piece}: expected one frame "
+                f"of {expected} bytes, got {[len(frame) for frame in payload]}"
             )
         array: Array = np.frombuffer(payload[0], dtype)
-        return array
-
-    def _at_place(self, rank: int, place: Place, spec: Spec, number: int) -> Array:
-        """A piece in the memory of a worker of this host."""
-        dtype = dtype_named(spec.dtype)
-        array: Array = self._neighbourhood.array(rank, place, spec.cut.size(number) * dtype.itemsize).view(dtype)
         return array
 
     def _perform(self, actions: list[Action], priority: int = 0) -> None:
@@ -279,20 +277,37 @@ class Server:
         stored = self._stored[action.piece]
         pushes: Any = action.payloads
         rule: Any = action.rule
-        nbytes = stored.value.nbytes
-        info = {"key": action.piece[0], "bytes": nbytes, "round": action.round}
-        inline = nbytes <= INLINE_BYTES
+        info = {"key": action.piece[0], "bytes": stored.value.nbytes, "round": action.round}
         if rule is None:
-            self._engine.push(
-                lambda: stored.assign(pushes, owned=True),
-                writes=[stored.var], priority=priority, name="merge", inline=inline, info=info,
-            )  # fmt: skip
+            self._work(stored, lambda: stored.assign(pushes, owned=True), "merge", priority, (), (stored.var,), info)
         else:
-            self._engine.push(
-                lambda: stored.update(pushes, rule, action.generation),
-                reads=[stored.var], writes=[stored.var], priority=priority,
-                name="merge+update", inline=inline, info=info,
+            self._work(
+                stored, lambda: stored.update(pushes, rule, action.generation),
+                "merge+update", priority, (stored.var,), (stored.var,), info,
             )  # fmt: skip
+
+    def _work(
+        self,
+        stored: Stored,
+        work: Callable[[], None],
+        name: str,
+        priority: int,
+        reads: tuple[engine.Var, ...],
+        writes: tuple[engine.Var, ...],
+        info: dict[str, Any] | None = None,
+    ) -> engine.Handle | None:
+        """Do this after what was to be done on the piece before: as an op, or at once and then there is no handle.
+
+        Small work is done at once if the piece is free, which it stays meanwhile: no other thread submits ops on it.
+        """
+        inline = stored.value.nbytes <= INLINE_BYTES
+        if inline and self._engine.free(stored.var):
+            try:
+                work()
+                return None
+            except Exception as raised:
+                work = partial(_raise, raised)  # so that those hear of it who would hear of an op's error
+        return self._engine.push(work, reads, writes, priority, name=name, inline=inline, info=info)
 
     def _reply_value(self, action: ReplyValue, priority: int) -> None:
         assert self._serving is not None
@@ -356,16 +371,15 @@ class Server:
             else:
                 self._reactor.post(lambda: self._reply_now(rank, message, frames, priority, then))
 
-        inline = stored.value.nbytes <= INLINE_BYTES
-        handle = self._engine.push(reply, reads=[stored.var], priority=priority, name="reply", inline=inline)
+        handle = self._work(stored, reply, "reply", priority, (stored.var,), ())
 
-        def ended(_: object) -> None:
-            error = handle.exception()
+        def ended(error: BaseException | None) -> None:
             if error is not None:
                 failed = Failed(request_id, *to_wire(error))
                 self._reactor.post(lambda: self._reply_now(rank, failed, (), priority, None))
 
-        handle.add_done_callback(ended)
+        if handle is not None:
+            when_ended(handle, ended)
 
     def _store_state(self, rank: int, message: WriteState, state: Any) -> None:
         assert self._serving is not None
@@ -446,6 +460,10 @@ class Server:
     def _report(self) -> dict[str, Any]:
         keys = {key for key, _ in self._stored}
         return {"keys": len(keys), "bytes": sum(stored.value.nbytes for stored in self._stored.values())}
+
+
+def _raise(error: Exception) -> None:
+    raise error
 
 
 def _state_of(stored: Stored, request_id: int) -> Outgoing:
