@@ -365,6 +365,11 @@ class Engine(ABC):
             self._memory.tidy()
             return self._memory.in_use()
 
+    def free(self, var: Var) -> bool:
+        """Does no op hold ``var`` or wait for it, and does it carry no error?"""
+        with self._lock:
+            return var.idle and var.poison is None
+
     def _await(self, handle: Handle, timeout: float | None) -> None:
         """Until the handle is done: run its op here if it is ready, else wait."""
         self._check_process()

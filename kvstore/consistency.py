@@ -74,13 +74,15 @@ class Sequential:
     pull_before_next_push = True
 
     def due(self, level: Level, participant: int) -> list[Update]:
-        updates = []
+        updates: list[Update] = []
         closed = level.closed
+        rounds = level.rounds
         while members := level.members_of(closed + 1):
-            if any(level.rounds[p] <= closed for p in members):
-                break
+            for p in members:
+                if rounds[p] <= closed:
+                    return updates
             closed += 1
-            updates.append(Update(closed, tuple((p, closed) for p in members)))
+            updates.append(Update(closed, tuple([(p, closed) for p in members])))
         return updates
 
     def answers(self, level: Level, participant: int, own: int) -> bool:
@@ -182,12 +184,16 @@ class Level:
         self.rounds = dict.fromkeys(self.participants, 0)
         self.left = {}
 
-    def members_of(self, round: int) -> list[int]:
+    def members_of(self, round: int) -> Sequence[int]:
         """The members of that round, in their order."""
+        if not self.left:
+            return self.participants
         return [p for p in self.participants if self.left.get(p, round) >= round]
 
     def slowest(self) -> int:
         """The smallest round of those who are still here; when everybody left, nobody is behind."""
+        if not self.left:
+            return min(self.rounds.values(), default=0)
         here = [n for p, n in self.rounds.items() if p not in self.left]
         return min(here) if here else max(self.rounds.values(), default=0)
 
@@ -256,24 +262,28 @@ class Level:
 
     def _advance(self, participant: int) -> tuple[list[Update], list[Answer]]:
         updates = self.model.due(self, participant)
-        self.version += len(updates)
         if updates:
+            self.version += len(updates)
             self.closed = max(self.closed, updates[-1].round)
+        if not self.waiting:
+            return updates, []
         ready = [pull for pull in self.waiting.values() if self._may_answer(pull)]
         for pull in ready:
             del self.waiting[pull.ticket]
         return updates, [self._answer(pull) for pull in ready]
 
     def _may_answer(self, pull: Pull) -> bool:
-        return all(
-            participant not in self.rounds or self.model.answers(self, participant, own)
-            for participant, own in pull.needs
-        )
+        for participant, own in pull.needs:
+            if participant in self.rounds and not self.model.answers(self, participant, own):
+                return False
+        return True
 
     def _answer(self, pull: Pull) -> Answer:
-        slowest = self.slowest()
-        behind = [own - slowest for participant, own in pull.needs if participant in self.rounds]
-        return Answer(pull.ticket, self.version, max([0, *behind]))
+        slowest, staleness = self.slowest(), 0
+        for participant, own in pull.needs:
+            if own - slowest > staleness and participant in self.rounds:
+                staleness = own - slowest
+        return Answer(pull.ticket, self.version, staleness)
 
 
 def participants_of(chosen: Iterable[int] | None, everybody: int) -> tuple[int, ...]:

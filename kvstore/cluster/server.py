@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from kvstore.cluster.outbox import OnSent, Outbox, Outgoing
 from kvstore.cluster.session import Session
 from kvstore.cluster.values import SharedValues
 from kvstore.errors import DisagreementError, KVStoreError, OptionError, ProtocolError, to_wire
+from kvstore.handle import when_ended
 from kvstore.protocol.bundles import Bundle, Part
 from kvstore.protocol.leases import Lending, Reader
 from kvstore.protocol.messages import (
@@ -212,14 +214,16 @@ class Server:
         """The frames as arrays of the right dtype and size; ProtocolError otherwise."""
         assert self._serving is not None
         if isinstance(message, Init):
-            return self._one_frame(message, message.spec, message.piece, payload)
+            kind, nbytes = _form(message.spec, message.piece)
+            return self._one_frame(message, nbytes, kind, payload)
         if isinstance(message, Push):
             spec = self._serving.spec_of(message.key, message.piece)
             if spec is None:
                 return None
+            kind, nbytes = _form(spec, message.piece)
             if message.place is not None:
-                return self._at_place(rank, message.place, spec, message.piece)
-            return self._one_frame(message, spec, message.piece, payload)
+                return self._neighbourhood.array(rank, message.place, nbytes).view(kind)
+            return self._one_frame(message, nbytes, kind, payload)
         if isinstance(message, WriteState):
             if not len(payload) == len(message.names) == len(message.dtypes):
                 raise ProtocolError(f"optimizer state of key {message.key!r}: expected one frame and dtype per name")
@@ -235,23 +239,17 @@ class Server:
             raise ProtocolError(f"{type(message).__name__}: expected no value frame, got {len(payload)}")
         return None
 
-    def _one_frame(self, message: Init | Push, spec: Spec, number: int, payload: Frames) -> Array | None:
+    def _one_frame(
+        self, message: Init | Push, expected: int, dtype: np.dtype[Any], payload: Frames
+    ) -> Array | None:
         if not payload:
             return None
-        dtype, cut = dtype_named(spec.dtype), spec.cut
-        expected = cut.size(number) * dtype.itemsize if number < len(cut) else -1
         if len(payload) != 1 or len(payload[0]) != expected:
             raise ProtocolError(
-                f"{type(message).__name__.lower()} of key {message.key!r}, piece {number}: expected one frame of "
-                f"{expected} bytes, got {[len(frame) for frame in payload]}"
+                f"{type(message).__name__.lower()} of key {message.key!r}, piece {message.piece}: expected one frame "
+                f"of {expected} bytes, got {[len(frame) for frame in payload]}"
             )
         array: Array = np.frombuffer(payload[0], dtype)
-        return array
-
-    def _at_place(self, rank: int, place: Place, spec: Spec, number: int) -> Array:
-        """A piece in the memory of a worker of this host."""
-        dtype = dtype_named(spec.dtype)
-        array: Array = self._neighbourhood.array(rank, place, spec.cut.size(number) * dtype.itemsize).view(dtype)
         return array
 
     def _perform(self, actions: list[Action], priority: int = 0) -> None:
@@ -306,20 +304,37 @@ class Server:
         stored = self._stored[action.piece]
         pushes = [_elements(payload) for payload in action.payloads]
         rule: Any = action.rule
-        nbytes = stored.value.nbytes
-        info = {"key": action.piece[0], "bytes": nbytes, "round": action.round}
-        inline = nbytes <= INLINE_BYTES
+        info = {"key": action.piece[0], "bytes": stored.value.nbytes, "round": action.round}
         if rule is None:
-            self._engine.push(
-                lambda: stored.assign(pushes, owned=True),
-                writes=[stored.var], priority=priority, name="merge", inline=inline, info=info,
-            )  # fmt: skip
+            self._work([stored], lambda: stored.assign(pushes, owned=True), "merge", priority, (), (stored.var,), info)
         else:
-            self._engine.push(
-                lambda: stored.update(pushes, rule, action.generation),
-                reads=[stored.var], writes=[stored.var], priority=priority,
-                name="merge+update", inline=inline, info=info,
+            self._work(
+                [stored], lambda: stored.update(pushes, rule, action.generation),
+                "merge+update", priority, (stored.var,), (stored.var,), info,
             )  # fmt: skip
+
+    def _work(
+        self,
+        pieces: Sequence[Stored],
+        work: Callable[[], None],
+        name: str,
+        priority: int,
+        reads: tuple[engine.Var, ...],
+        writes: tuple[engine.Var, ...],
+        info: dict[str, Any] | None = None,
+    ) -> engine.Handle | None:
+        """Do this after what was to be done on the pieces before: as an op, or at once and then there is no handle.
+
+        Small work is done at once if they are free, which they stay meanwhile: no other thread submits ops on them.
+        """
+        inline = sum([stored.value.nbytes for stored in pieces]) <= INLINE_BYTES
+        if inline and all(self._engine.free(stored.var) for stored in pieces):
+            try:
+                work()
+                return None
+            except Exception as raised:
+                work = partial(_raise, raised)  # so that those hear of it who would hear of an op's error
+        return self._engine.push(work, reads, writes, priority, name=name, inline=inline, info=info)
 
     def _reply_value(self, action: ReplyValue, priority: int) -> None:
         assert self._serving is not None
@@ -394,17 +409,16 @@ class Server:
             else:
                 self._reactor.post(lambda: self._reply_now(rank, message, frames, priority, then))
 
-        inline = sum(stored.value.nbytes for stored in after) <= INLINE_BYTES
-        reads = [stored.var for stored in after]
-        handle = self._engine.push(reply, reads=reads, priority=priority, name="reply", inline=inline)
+        reads = tuple([stored.var for stored in after])
+        handle = self._work(after, reply, "reply", priority, reads, ())
 
-        def ended(_: object) -> None:
-            error = handle.exception()
+        def ended(error: BaseException | None) -> None:
             if error is not None:
                 failed = Failed(request_id, *to_wire(error))
                 self._reactor.post(lambda: self._reply_now(rank, failed, (), priority, None))
 
-        handle.add_done_callback(ended)
+        if handle is not None:
+            when_ended(handle, ended)
 
     def _store_state(self, rank: int, message: WriteState, state: Any) -> None:
         assert self._serving is not None
@@ -490,12 +504,23 @@ class Server:
         return {"keys": len(keys), "bytes": sum(stored.value.nbytes for stored in counted)}
 
 
+@lru_cache(maxsize=65536)
+def _form(spec: Spec, number: int) -> tuple[np.dtype[Any], int]:
+    """The dtype of a piece and its size in bytes; -1 if there is no such piece."""
+    kind, cut = dtype_named(spec.dtype), spec.cut
+    return kind, cut.size(number) * kind.itemsize if number < len(cut) else -1
+
+
 def _elements(payload: object) -> Array:
     """A payload as the array it is, or is a part of."""
     if isinstance(payload, Part):
         return _elements(payload.payload).reshape(-1)[slice(*payload.span)]
     assert isinstance(payload, np.ndarray)
     return payload
+
+
+def _raise(error: Exception) -> None:
+    raise error
 
 
 def _state_of(stored: Stored, request_id: int, span: Span | None) -> Outgoing:

@@ -360,7 +360,7 @@ def key(value: Any) -> Key:
     """A ``str`` of 1-1024 UTF-8 bytes, or an int64; anything else raises ValueError."""
     if type(value) is str and 1 <= len(value) <= KEY_BYTES_MAX:
         try:
-            if len(value.encode()) <= KEY_BYTES_MAX:
+            if value.isascii() or len(value.encode()) <= KEY_BYTES_MAX:
                 return value
         except UnicodeEncodeError:
             pass
@@ -383,7 +383,7 @@ def _many(check: Check, limit: int) -> Check:
     def checked(value: Any) -> tuple[Any, ...]:
         if not isinstance(value, list | tuple) or len(value) > limit:
             raise ValueError(f"a list of at most {limit} items")
-        return tuple(check(item) for item in value)
+        return tuple([check(item) for item in value]) if value else ()
 
     return checked
 

@@ -122,7 +122,7 @@ class ReplyValue:
 
 @dataclass(frozen=True, slots=True)
 class ReplyTogether:
-    """Send this message when all earlier actions on these pieces are done; a Value with their values, in their order."""
+    """Send this message when all earlier actions on these pieces are done; a Value with their values in order."""
 
     rank: int
     message: Committed | Value
@@ -544,11 +544,10 @@ class Serving:
             piece.commits[rank, message.round] = message.request_id
             actions += self._commits_due(piece_id, piece, [(rank, message.round)])
         if message.pull:
-            actions += self._pull(rank, message, piece_id, piece)
-            if piece.level.in_effect(rank, message.round) and not any(
-                type(action) is ReplyValue and action.request_id == message.request_id for action in actions
-            ):
-                actions.append(ReplyAfter(rank, Committed(message.request_id), self._place_of(piece_id)[0]))
+            answered = self._pull(rank, message, piece_id, piece)
+            if not answered and piece.level.in_effect(rank, message.round):
+                answered.append(ReplyAfter(rank, Committed(message.request_id), self._place_of(piece_id)[0]))
+            actions += answered
         if message.acknowledge and not piece.level.in_effect(rank, message.round):
             actions.append(Reply(rank, Accepted(message.request_id)))
         return actions + self._fail_hopeless(piece_id, piece)
@@ -596,9 +595,10 @@ class Serving:
         actions: list[Action] = []
         for update in updates:
             rule, generation = self._setting(self._key_of(piece_id), update.round)
-            payloads = tuple(piece.held.pop(contribution) for contribution in update.contributions)
+            payloads = tuple([piece.held.pop(contribution) for contribution in update.contributions])
             actions.append(Apply(piece_id, update.round, payloads, rule, generation))
-            actions += self._commits_due(piece_id, piece, update.contributions)
+            if piece.commits:
+                actions += self._commits_due(piece_id, piece, update.contributions)
         actions += [self._value(answer) for answer in answers]
         return actions
 
@@ -679,7 +679,7 @@ class Serving:
 
     def _fail_hopeless(self, piece_id: PieceId, piece: Piece) -> list[Action]:
         """Fail the parked requests of the piece that wait for a worker which is lost."""
-        if not any(self.gone.values()):
+        if not self.gone:
             return []
         lost = {rank for rank, reason in self.gone.items() if reason}
         actions: list[Action] = []
