@@ -38,6 +38,7 @@ from kvstore.errors import (
 )
 from kvstore.handle import Handle, countdown, gather
 from kvstore.home import Home, Reading, Updater
+from kvstore.lists import Bundle, Lists, Plan
 from kvstore.local import LocalHome
 from kvstore.optim import Optimizer
 from kvstore.protocol import messages
@@ -45,6 +46,8 @@ from kvstore.protocol.messages import Spec
 from kvstore.protocol.pieces import PIECE_BYTES, Cut, Key
 
 Keys = Key | Sequence[Key]
+_Push = tuple[Entry, dict[int, list[Array]]]  # by device the arrays whose sum it pushes
+_Target = tuple[list[Array] | None, Any]  # the arrays to write (None: in place), and the result
 
 _stores: weakref.WeakSet[KVStore] = weakref.WeakSet()
 
@@ -81,6 +84,7 @@ class KVStore:
         self._cluster_model = cluster_model
         self._level = Devices(home, runtime)
         self._entries: dict[Key, Entry] = {}
+        self._lists = Lists(home, runtime)
         self._kind = ""  # of the keys: "str" or "int", from the first init on
         self._optimizer: Optimizer | None = None
         self._pushes: set[Handle] = set()  # not committed yet
@@ -229,14 +233,19 @@ class KVStore:
         Raises:
             UnknownKeyError, ShapeError, DtypeError, DeviceCountError: before anything is sent.
         """
+        if device is None and (whole := self._together("push", key, value, None, priority)) is not None:
+            return whole
         pushes = self._check_push(key, value, device)
+        return self._one_or_all(key, self._push_each(pushes, priority), "push")
+
+    def _push_each(self, pushes: list[_Push], priority: int) -> list[Handle]:
         handles, reading = [], []
         for entry, per_device in pushes:
-            handle = self._handle(entry, "push")
+            handle = self._handle_of(entry, "push")
             reading += self._level.push(entry, per_device, priority, countdown(handle, len(per_device)))
             handles.append(handle)
         _wait_for(reading)
-        return self._one_or_all(key, handles, "push")
+        return handles
 
     def pull(self, key: Keys, out: Any = None, priority: int = 0, *, device: int | None = None) -> Handle:
         """Read values.
@@ -253,16 +262,23 @@ class KVStore:
         Raises:
             UnknownKeyError, ShapeError, DtypeError, DeviceCountError, ReadOnlyError: at once.
         """
+        if device is None and (whole := self._together("pull", key, None, out, priority)) is not None:
+            return whole
         entries = self._known(self._keys(key))
         self._check_device(device)
         outs = [out] if not isinstance(key, list | tuple) else self._as_many(entries, out, "outs")
         targets = [self._check_out(entry, o, device) for entry, o in zip(entries, outs, strict=True)]
+        return self._one_or_all(key, self._pull_each(entries, targets, priority, device), "pull")
+
+    def _pull_each(
+        self, entries: list[Entry], targets: list[_Target], priority: int, device: int | None
+    ) -> list[Handle]:
         handles = []
         for entry, (arrays, result) in zip(entries, targets, strict=True):
-            handle = self._handle(entry, "pull")
+            handle = self._handle_of(entry, "pull")
             self._level.pull(entry, Request(handle, arrays, result, priority, device))
             handles.append(handle)
-        return self._one_or_all(key, handles, "pull")
+        return handles
 
     def pushpull(
         self, key: Keys, value: Any, out: Any = None, priority: int = 0, *, device: int | None = None
@@ -274,6 +290,8 @@ class KVStore:
                 with a new array, what :meth:`staging` gave with :meth:`view`. A value that is also out
                 belongs to the store until the handle is done.
         """
+        if device is None and (whole := self._together("pushpull", key, value, out, priority)) is not None:
+            return whole
         keys = self._keys(key)
         many = isinstance(key, list | tuple)
         if len(set(keys)) != len(keys):
@@ -285,16 +303,21 @@ class KVStore:
             outs = self._as_many(keys, out, "outs") if many else [out]
         pushes = self._check_push(key, value, device)
         targets = [self._check_out(entry, o, device) for (entry, _), o in zip(pushes, outs, strict=True)]
+        return self._one_or_all(key, self._pushpull_each(pushes, targets, priority, device), "pushpull")
+
+    def _pushpull_each(
+        self, pushes: list[_Push], targets: list[_Target], priority: int, device: int | None
+    ) -> list[Handle]:
         handles, reading = [], []
         for (entry, per_device), (arrays, result) in zip(pushes, targets, strict=True):
-            pushed, handle = self._handle(entry, "push"), self._handle(entry, "pushpull")
+            pushed, handle = self._handle_of(entry, "push"), self._handle_of(entry, "pushpull")
             pushed.observed = True  # the pull's handle fails with it
             ended = countdown(pushed, len(per_device))
             request = Request(handle, arrays, result, priority, device)
             reading += self._level.pushpull(entry, per_device, ended, request)
             handles.append(handle)
         _wait_for(reading)
-        return self._one_or_all(key, handles, "pushpull")
+        return handles
 
     def _own_out(self, key: Key, value: Any) -> Any:
         """Where a pushpull without ``out`` puts the value."""
@@ -303,6 +326,126 @@ class KVStore:
             return IN_PLACE
         arrays = value if isinstance(value, list) else [value]
         return value if all(map(is_writable, arrays)) else None
+
+    # --- list calls -------------------------------------------------------------------------------
+
+    def _together(self, what: str, key: Keys, value: Any, out: Any, priority: int) -> Handle | None:
+        """A list call some of whose keys are moved together; None for another one, with nothing done."""
+        self._check_open()
+        if not isinstance(key, list | tuple) or len(key) < 2 or not self._in_cluster:
+            return None
+        values = None if what == "pull" else self._as_many(key, value, "values")
+        outs = None if out is None else self._as_many(key, out, "outs")
+        if outs is not None and any(out is IN_PLACE for out in outs):
+            return None
+        plan = self._plan(key, values)
+        return None if plan is None else self._by_plan(what, plan, key, values, outs, priority)
+
+    def _plan(self, keys: Sequence[Key], values: list[Any] | None) -> Plan | None:
+        """How the keys of a list call are moved, if some of them together. ``values``: what is to be pushed."""
+        listed = tuple(keys)
+        try:
+            plan = self._lists.known(listed)
+            entries = [] if plan else [entry for entry in map(self._entries.get, listed) if entry is not None]
+        except TypeError:  # what cannot be hashed is no key: it will be said
+            return None
+        if plan is not None or len(entries) < len(listed) or len(set(listed)) < len(listed):
+            return plan
+        if values is None:
+            return self._lists.for_pull(listed, entries)
+        counts = {self._devices} if self._devices else {len(v) if isinstance(v, list | tuple) else 1 for v in values}
+        return self._lists.for_push(listed, entries, counts.pop(), self._limit(None)) if len(counts) == 1 else None
+
+    def _by_plan(
+        self,
+        what: str,
+        plan: Plan,
+        keys: Sequence[Key],
+        values: list[Any] | None,
+        outs: list[Any] | None,
+        priority: int,
+    ) -> Handle | None:
+        """A list call by its plan: checked whole, then bundle by bundle, and the rest one by one.
+
+        Returns:
+            None, with nothing done, if another thread has just ended one of the bundles.
+        """
+        if what == "pushpull" and outs is None and values is not None:
+            outs = [self._own_out(key, value) for key, value in zip(keys, values, strict=True)]
+        arrays = [self._arrays_of(bundle, values and [values[p] for p in some]) for bundle, some in plan.bundles]
+        targets = [
+            [] if what == "push" else self._targets_of(bundle, outs and [outs[p] for p in some])
+            for bundle, some in plan.bundles
+        ]
+        rest = [keys[p] for p in plan.singles]
+        pushes = self._check_push(rest, [values[p] for p in plan.singles], None) if values else []
+        entries = self._known(self._keys(rest))
+        rest_targets = [
+            self._check_out(entry, outs[p] if outs else None, None)
+            for entry, p in zip(entries, plan.singles if what != "push" else [], strict=False)
+        ]
+        if values:
+            self._fix_devices(len(arrays[0][0]))
+        with plan.held() as alive:
+            if not alive:
+                return None
+            parts = [
+                self._move(what, bundle, pushed, wanted, priority)
+                for (bundle, _), pushed, wanted in zip(plan.bundles, arrays, targets, strict=True)
+            ]
+        each = {
+            "push": lambda: self._push_each(pushes, priority),
+            "pull": lambda: self._pull_each(entries, rest_targets, priority, None),
+            "pushpull": lambda: self._pushpull_each(pushes, rest_targets, priority, None),
+        }[what]()
+        positions = [some for _, some in plan.bundles]
+        if each:
+            parts.append(self._one_or_all(rest, each, what))
+            positions.append(plan.singles)
+        return gather(f"{what} of {len(keys)} keys", self.timeout, parts, self._home.drive, positions)
+
+    def _arrays_of(self, bundle: Bundle, values: list[Any] | None) -> list[list[Array]]:
+        """For each key of the bundle what each device pushes, checked."""
+        if values is None:
+            return []
+        arrays: list[list[Array]] = []
+        count = self._devices or (len(values[0]) if isinstance(values[0], list | tuple) else 1)
+        for entry, value in zip(bundle.entries, values, strict=True):
+            if entry.failed:
+                self._raise_unseen(entry)
+            if count == 1 and _is_exactly(value, entry):
+                arrays.append([value])
+            else:
+                arrays.append(self._of_devices(entry, value, count))
+        return arrays
+
+    def _targets_of(self, bundle: Bundle, outs: list[Any] | None) -> list[_Target]:
+        """For each key of the bundle where its value goes, checked."""
+        targets: list[_Target] = []
+        for entry, out in zip(bundle.entries, outs or [None] * len(bundle.entries), strict=True):
+            if entry.failed:
+                self._raise_unseen(entry)
+            if _is_exactly(out, entry) and out.flags.writeable:
+                targets.append(([out], out))
+            else:
+                targets.append(self._check_out(entry, out, None))
+        return targets
+
+    def _move(
+        self, what: str, bundle: Bundle, arrays: list[list[Array]], targets: list[_Target], priority: int
+    ) -> Handle:
+        """Push, pull or both, the bundle's lock being held."""
+        handle = self._handle(bundle.entries, what, bundle.explain)
+        outs, results = [outs or [] for outs, _ in targets], [result for _, result in targets]
+        if what == "push":
+            bundle.push(arrays, priority, countdown(handle, 1))
+        elif what == "pull":
+            bundle.pull(outs, results, priority, handle)
+        else:
+            pushed = self._handle(bundle.entries, "push", bundle.explain)
+            pushed.observed = True  # the pull's handle fails with it
+            bundle.pushpull(arrays, countdown(pushed, 1), outs, results, priority, handle)
+        return handle
 
     # --- memory of the store's own ----------------------------------------------------------------
 
@@ -321,6 +464,8 @@ class KVStore:
             DeadlineError: both were on their way for ``timeout`` seconds (None: the store's).
         """
         (entry,) = self._known(self._keys(key))
+        with entry.alone():
+            pass  # it belongs to no bundle as long as the caller has memory of its own
         array = self._home.staging(entry.key, self._limit(timeout))
         with entry.lock:
             if not any(array is lent for lent in entry.lent):
@@ -414,7 +559,7 @@ class KVStore:
         if not isinstance(device, int) or not 0 <= device < self._devices:
             raise DeviceCountError(f"device={device!r}: expected 0..{self._devices - 1}")
 
-    def _check_push(self, key: Keys, value: Any, device: int | None) -> list[tuple[Entry, dict[int, list[Array]]]]:
+    def _check_push(self, key: Keys, value: Any, device: int | None) -> list[_Push]:
         """The whole call, checked: per entry and device the arrays to be summed."""
         keys = self._keys(key)
         entries = self._known(keys)
@@ -423,31 +568,35 @@ class KVStore:
         pushes: dict[Key, tuple[Entry, dict[int, list[Array]]]] = {}
         count = self._devices
         for entry, given in zip(entries, values, strict=True):
-            arrays = list(given) if isinstance(given, list | tuple) else [given]
+            devices: Sequence[int]
             if device is not None:
                 if isinstance(given, list | tuple):
                     raise DeviceCountError(
                         f"push of key {entry.key!r} by device {device}: expected one array, got a list"
                     )
-                devices: Sequence[int] = [device]
+                arrays, devices = self._of_devices(entry, given, 1), [device]
             else:
-                count = len(arrays) if count is None else count
-                if len(arrays) != count or not arrays:
-                    raise DeviceCountError(
-                        f"push of key {entry.key!r}: expected {count} arrays, one per device; got {len(arrays)}"
-                    )
-                devices = range(count)
+                if count is None:
+                    count = len(given) if isinstance(given, list | tuple) else 1
+                arrays, devices = self._of_devices(entry, given, count), range(count)
             per_device = pushes.setdefault(entry.key, (entry, {}))[1]
             for d, array in zip(devices, arrays, strict=True):
-                per_device.setdefault(d, []).append(
-                    self._fits(entry, view(array, f"push of key {entry.key!r}"), "push")
-                )
+                per_device.setdefault(d, []).append(array)
         self._fix_devices(count)
         for entry in entries:
             if entry.level is None:
                 with entry.lock:
                     entry.count(self.num_devices)
         return list(pushes.values())
+
+    def _of_devices(self, entry: Entry, given: Any, count: int) -> list[Array]:
+        """What each of ``count`` devices pushes, checked."""
+        arrays = list(given) if isinstance(given, list | tuple) else [given]
+        if len(arrays) != count or not arrays:
+            raise DeviceCountError(
+                f"push of key {entry.key!r}: expected {count} arrays, one per device; got {len(arrays)}"
+            )
+        return [self._fits(entry, view(array, f"push of key {entry.key!r}"), "push") for array in arrays]
 
     def _fix_devices(self, count: int | None) -> None:
         """The first push says how many devices there are."""
@@ -462,7 +611,7 @@ class KVStore:
             raise DtypeError(f"{what} of key {entry.key!r}: expected dtype {entry.dtype.name}, got {array.dtype.name}")
         return array
 
-    def _check_out(self, entry: Entry, out: Any, device: int | None) -> tuple[list[Array] | None, Any]:
+    def _check_out(self, entry: Entry, out: Any, device: int | None) -> _Target:
         """The arrays to write (None: in place), and what the handle's result is."""
         if out is IN_PLACE:
             return None, None
@@ -482,10 +631,10 @@ class KVStore:
 
     # --- small parts of the calls ---------------------------------------------------------------
 
-    def _handle(self, entry: Entry, what: str) -> Handle:
-        handle = Handle(
-            f"{what} of key {entry.key!r}", self.timeout, lambda: self._explain(entry), drive=self._home.drive
-        )
+    def _handle(self, entries: Sequence[Entry], what: str, explain: Callable[[], str]) -> Handle:
+        first, last = entries[0].key, entries[-1].key
+        named = f"key {first!r}" if len(entries) == 1 else f"{len(entries)} keys, {first!r} ... {last!r}"
+        handle = Handle(f"{what} of {named}", self.timeout, explain, drive=self._home.drive)
         if what == "push":
             with self._lock:
                 self._pushes.add(handle)
@@ -494,11 +643,15 @@ class KVStore:
             with self._lock:
                 self._pushes.discard(handle)
             if not handle.observed and handle.exception_now() is not None:
-                with entry.lock:
-                    entry.failed.append(handle)
+                for entry in entries:
+                    with entry.lock:
+                        entry.failed.append(handle)
 
         handle.add_done_callback(ended)
         return handle
+
+    def _handle_of(self, entry: Entry, what: str) -> Handle:
+        return self._handle((entry,), what, lambda: self._explain(entry))
 
     def _one_or_all(self, key: Keys, handles: list[Handle], what: str) -> Handle:
         if not isinstance(key, list | tuple):
@@ -674,6 +827,11 @@ class KVStore:
             self.close()
         else:
             self._leave(f"worker {self.rank} failed: {type(error).__name__}: {error}")
+
+
+def _is_exactly(array: Any, entry: Entry) -> bool:
+    """Is it an ordinary array as the key has them?"""
+    return type(array) is np.ndarray and array.shape == entry.shape and array.dtype == entry.dtype
 
 
 def type_of(key: Key) -> str:
