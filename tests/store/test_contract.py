@@ -278,6 +278,20 @@ def test_broadcast_and_trainer(kv):
     assert kv.broadcast("c", np.full(2, 3, np.float32)).result().tolist() == [3, 3]
 
 
+def test_trainer_scales_where_the_store_sends_from_and_leaves_the_callers_array_alone(kv):
+    weights = {"a": np.ones(3, np.float32)}
+    trainer = kvstore.Trainer(weights, optim.SGD(lr=1.0), kv, scale=0.25)
+    gradient = np.full(3, 2, np.float32)
+    trainer.step({"a": gradient})
+    assert (gradient.tolist(), weights["a"].tolist()) == ([2.0] * 3, [0.5] * 3)
+    staged = kv.staging("a")
+    staged.fill(1)
+    trainer.step({"a": staged})
+    assert weights["a"].tolist() == [0.25] * 3
+    with pytest.raises(errors.ShapeError, match=r"\(3,\).*\(4,\)"):
+        trainer.push("a", np.ones(4, np.float32))
+
+
 # --- bad use ------------------------------------------------------------------------------------------
 
 
