@@ -146,5 +146,7 @@ def test_environment():
     assert read(whole.variables()) == whole
     with pytest.raises(OptionError, match=r"KVSTORE_RANK.*'x'"):
         read({"KVSTORE_RANK": "x"})
+    with pytest.raises(OptionError, match="KVSTORE_RANK"):
+        read({"KVSTORE_RANK": "\N{SUPERSCRIPT TWO}"})
     with pytest.raises(OptionError, match=r"DMLC_ROLE.*'boss'"):
         read({"DMLC_ROLE": "boss"})
