@@ -233,8 +233,10 @@ class Session:
         self._pump()
 
     def _pump(self) -> None:
-        now = time.monotonic()
-        for server, connection in self._connections.items():
+        now, stirred = time.monotonic(), self._requests.stirred
+        while stirred:
+            server = stirred.pop()
+            connection = self._connections[server]
             batch: list[tuple[Message, Sequence[Any]]] = []
             size = 0
             for message, payload in self._requests.outgoing(server, now):
