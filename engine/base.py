@@ -92,7 +92,7 @@ class Engine(ABC):
 
         Args:
             fn: called without arguments; its return value is the handle's result.
-            reads, writes: vars and arrays. In both: it changes the value; in writes alone: it
+            reads, writes: vars, arrays and groups of arrays. In both: it changes the value; in writes alone: it
                 writes it whole, whatever was there before.
             priority: larger starts sooner among the ready ones.
             lane: a named pool of threads; None is ``cpu``.
@@ -362,6 +362,12 @@ class Engine(ABC):
                     if var.writer is not None or any(writes for _, writes in var.queue):
                         return True
         return False
+
+    def uses_arrays(self) -> bool:
+        """May there be an unfinished op that was pushed with arrays? Cheap, where :meth:`pending` looks each up."""
+        with self._lock:
+            self._memory.tidy()
+            return self._memory.in_use()
 
     def free(self, var: Var) -> bool:
         """Does no op hold ``var`` or wait for it, and does it carry no error?"""

@@ -13,7 +13,7 @@ from kvstore import comm
 from kvstore.arrays import Array
 from kvstore.errors import DuplicateKeyError, OptimizerError, UpdateError
 from kvstore.handle import Ended, when_ended
-from kvstore.home import Gradient, Held, Home, Reading, Source, Updater
+from kvstore.home import Bundle, Gradient, Held, Home, Reading, Source, Updater
 from kvstore.optim import Optimizer
 from kvstore.protocol.messages import Spec
 from kvstore.protocol.pieces import Key
@@ -94,6 +94,9 @@ class LocalHome(Home):
 
     def pushpull(self, key: Key, gradient: Gradient, ended: Ended) -> tuple[Reading, Source]:
         return self.push(key, gradient, ended), self.pull(key, gradient.priority)
+
+    def bundle(self, keys: Sequence[Key], timeout_s: float) -> list[Bundle]:
+        return []
 
     def staging(self, key: Key, timeout_s: float) -> Array:
         array = self._staging.get(key)

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
+from kvstore import plain
 from kvstore.errors import DtypeError, OptimizerError
 from kvstore.kernels.reference import BLOCK, HALVES
 from kvstore.optim import schedules
@@ -39,10 +40,9 @@ class Optimizer(ABC):
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, list):
-                object.__setattr__(self, field.name, tuple(value))
-            self._check(field.name, getattr(self, field.name), field.default)
+            value = plain.unboxed(getattr(self, field.name))
+            object.__setattr__(self, field.name, value)
+            self._check(field.name, value, field.default)
 
     def _check(self, name: str, value: Any, default: Any) -> None:
         def refuse(expected: str) -> None:
@@ -101,16 +101,17 @@ class Optimizer(ABC):
         states = {name: array.reshape(-1) for name, array in state.items() if name != "master"}
         scale = self._norm_scale(slopes)
         block = max(1, flat.size) if self.whole_tensor else BLOCK
-        for start in range(0, flat.size, block):
-            part = slice(start, start + block)
-            g = slopes[part].astype(flat.dtype)
-            if scale != 1.0:
-                g *= flat.dtype.type(scale)
-            if self.clip_gradient is not None:
-                np.clip(g, -self.clip_gradient, self.clip_gradient, out=g)
-            self._step(flat[part], g, {name: array[part] for name, array in states.items()}, float(lr), step)
-        if weights is not value:
-            value[...] = weights.astype(value.dtype)
+        with np.errstate(all="ignore"):  # what diverges shows in the values
+            for start in range(0, flat.size, block):
+                part = slice(start, start + block)
+                g = slopes[part].astype(flat.dtype)
+                if scale != 1.0:
+                    g *= flat.dtype.type(scale)
+                if self.clip_gradient is not None:
+                    np.clip(g, -self.clip_gradient, self.clip_gradient, out=g)
+                self._step(flat[part], g, {name: array[part] for name, array in states.items()}, float(lr), step)
+            if weights is not value:
+                value[...] = weights.astype(value.dtype)
 
     def _norm_scale(self, gradient: Array) -> float:
         if self.clip_norm is None:
