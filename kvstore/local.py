@@ -31,8 +31,16 @@ class _UpdaterRule:
     def create_state(self, value: Array) -> dict[str, Array]:
         return {}
 
-    def update(self, value: Array, gradient: Array, state: dict[str, Array], step: int) -> None:
-        self._updater(self._key, gradient, value)
+    def update(
+        self, value: Array, pushes: Sequence[Array], state: dict[str, Array], step: int, target: Array
+    ) -> None:
+        merged = pushes[0]
+        if len(pushes) > 1:
+            merged = np.empty_like(merged)
+            comm.merge(pushes, merged)
+        if target is not value:
+            np.copyto(target, value)
+        self._updater(self._key, merged, target)
 
 
 class LocalHome(Home):

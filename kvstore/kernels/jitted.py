@@ -1,0 +1,531 @@
+"""The kernels as loops for Numba. Imported by :mod:`kvstore.kernels.loader` only, when it is time to.
+
+Plain functions of flat arrays, compiled one by one for the types of :data:`SIGNATURES`. All of them release the
+GIL, for the whole of an array: to take it again for every block would mean to wait for whoever computes in Python.
+
+* No fast-math and no ``parallel=True``: same bits as :mod:`kvstore.kernels.reference`, and threads are the engine's.
+* Pushes come as the first of them and a table of the addresses of all, so that one kernel serves any number;
+  the table is empty when there is one.
+* Work goes in blocks that fit the first-level cache, so that memory is read and written once.
+* Numba has no float16 and bfloat16 on CPUs: uint16 stands for the bits of one, int16 for those of the other.
+* Everything is in this one file, because Numba's cache looks at the time of the file that holds the kernel.
+
+Loops with a choice inside are written out once per choice: only simple loops become vector instructions.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Callable
+from typing import Any
+
+import llvmlite.binding
+import numpy as np
+from llvmlite import ir
+from numba import carray, njit, types
+from numba.extending import intrinsic, overload, register_jitable
+
+BLOCK = 4096  # elements
+LANES = 1024  # as in the reference
+
+inlined = register_jitable(error_model="numpy")
+
+
+# --- bits ---------------------------------------------------------------------------------------
+
+
+@intrinsic
+def _half_to_float(context: Any, bits: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
+
+    return types.float32(types.uint16), generate
+
+
+@intrinsic
+def _float_to_half(context: Any, number: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(builder.fptrunc(arguments[0], ir.HalfType()), ir.IntType(16))
+
+    return types.uint16(types.float32), generate
+
+
+@intrinsic
+def _brain_to_float(context: Any, bits: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        word = ir.IntType(32)
+        return builder.bitcast(builder.shl(builder.zext(arguments[0], word), word(16)), ir.FloatType())
+
+    return types.float32(types.int16), generate
+
+
+@intrinsic
+def _float_to_brain(context: Any, number: Any) -> Any:
+    """Add half of the last place that stays, and a little more if that one is odd; what is no number stays none."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        word = ir.IntType(32)
+        bits = builder.bitcast(arguments[0], word)
+        odd = builder.and_(builder.lshr(bits, word(16)), word(1))
+        rounded = builder.add(bits, builder.add(odd, word(0x7FFF)))
+        quiet = builder.or_(bits, word(0x400000))
+        is_number = builder.fcmp_ordered("ord", arguments[0], arguments[0])
+        return builder.trunc(builder.lshr(builder.select(is_number, rounded, quiet), word(16)), ir.IntType(16))
+
+    return types.int16(types.float32), generate
+
+
+@intrinsic
+def _pointer(context: Any, address: Any, like: Any) -> Any:
+    """``address`` as a pointer to elements of the array ``like``."""
+    pointer = types.CPointer(like.dtype)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(pointer))
+
+    return pointer(types.int64, like), generate
+
+
+def _wide(x: Any) -> Any:
+    """An element in the type in which it is added up."""
+
+
+@overload(_wide, strict=False)
+def _wide_of(x: Any) -> Any:
+    if x == types.uint16:
+        return lambda x: _half_to_float(x)
+    if x == types.int16:
+        return lambda x: _brain_to_float(x)
+    return lambda x: x
+
+
+def _narrow(x: Any, like: Any) -> Any:
+    """Back from there: rounded to the type of ``like``."""
+
+
+@overload(_narrow, strict=False)
+def _narrow_to(x: Any, like: Any) -> Any:
+    if like == types.uint16:
+        return lambda x, like: _float_to_half(x)
+    if like == types.int16:
+        return lambda x, like: _float_to_brain(x)
+    return lambda x, like: x
+
+
+# --- sums ---------------------------------------------------------------------------------------
+
+
+@inlined
+def _add_up(first: Any, table: Any, start: Any, total: Any) -> None:
+    """``total`` = the sum of the pushes' elements from ``start`` on, not rounded yet."""
+    size = total.size
+    count = table.size
+    if count == 0:
+        for i in range(size):
+            total[i] = _wide(first[start + i])
+        return
+    stop = start + size
+    a = carray(_pointer(table[0], first), stop)
+    b = carray(_pointer(table[1], first), stop)
+    for i in range(size):
+        total[i] = _wide(a[start + i]) + _wide(b[start + i])
+    for k in range(2, count - 1, 2):
+        c = carray(_pointer(table[k], first), stop)
+        d = carray(_pointer(table[k + 1], first), stop)
+        for i in range(size):
+            total[i] = total[i] + _wide(c[start + i]) + _wide(d[start + i])
+    if count % 2:
+        e = carray(_pointer(table[count - 1], first), stop)
+        for i in range(size):
+            total[i] += _wide(e[start + i])
+
+
+@inlined
+def _merged(first: Any, table: Any, start: Any, total: Any) -> None:
+    """``total`` = the sum, rounded to the type of the pushes."""
+    _add_up(first, table, start, total)
+    if table.size:
+        for i in range(total.size):
+            total[i] = _wide(_narrow(total[i], first[0]))
+
+
+def merge(out: Any, first: Any, table: Any, scratch: Any) -> None:
+    for start in range(0, out.size, BLOCK):
+        stop = min(out.size, start + BLOCK)
+        total = scratch[: stop - start]
+        _add_up(first, table, start, total)
+        for i in range(stop - start):
+            out[start + i] = _narrow(total[i], first[0])
+
+
+@inlined
+def _add_squares(lanes: Any, block: Any) -> None:
+    for start in range(0, block.size, LANES):
+        for i in range(min(LANES, block.size - start)):
+            x = np.float64(block[start + i])
+            lanes[i] += x * x
+
+
+@inlined
+def _root(lanes: Any) -> Any:
+    total = 0.0
+    for i in range(LANES):
+        total += lanes[i]
+    return math.sqrt(total)
+
+
+def norm(first: Any, table: Any, scratch: Any) -> Any:
+    lanes = np.zeros(LANES)
+    for start in range(0, first.size, BLOCK):
+        block = scratch[: min(BLOCK, first.size - start)]
+        _merged(first, table, start, block)
+        _add_squares(lanes, block)
+    return _root(lanes)
+
+
+# --- optimizers ---------------------------------------------------------------------------------
+
+
+@inlined
+def _begin(
+    target: Any, value: Any, first: Any, table: Any, scale: Any, clip: Any, decay: Any, scratch: Any, start: Any
+) -> Any:
+    """A block of the target, which holds the value, and the gradient there."""
+    real = target.dtype.type
+    size = min(BLOCK, target.size - start)
+    w, old, g = target[start : start + size], value[start : start + size], scratch[:size]
+    if old.ctypes.data != w.ctypes.data:
+        for i in range(size):
+            w[i] = old[i]
+    _merged(first, table, start, g)
+    if scale != 1.0:
+        factor = real(scale)
+        for i in range(size):
+            g[i] *= factor
+    if clip != math.inf:
+        high = real(clip)
+        low = -high
+        for i in range(size):
+            g[i] = high if g[i] > high else low if g[i] < low else g[i]
+    if decay != 0.0:
+        share = real(decay)
+        for i in range(size):
+            g[i] += share * w[i]
+    return w, g
+
+
+def accumulate(target: Any, value: Any, first: Any, table: Any, scale: Any, clip: Any, scratch: Any) -> None:
+    for start in range(0, target.size, BLOCK):
+        w, g = _begin(target, value, first, table, scale, clip, 0.0, scratch, start)
+        for i in range(w.size):
+            w[i] += g[i]
+
+
+def sgd(
+    target: Any, value: Any, first: Any, table: Any, scale: Any, clip: Any, scratch: Any,
+    state: Any, lr: Any, decay: Any, momentum: Any, gain: Any, nesterov: Any, begin: Any,
+) -> None:  # fmt: skip
+    real = target.dtype.type
+    rate, keep, share = real(lr), real(momentum), real(gain)
+    for start in range(0, target.size, BLOCK):
+        w, g = _begin(target, value, first, table, scale, clip, decay, scratch, start)
+        if state.size == 0:
+            for i in range(w.size):
+                w[i] -= rate * g[i]
+            continue
+        m = state[start : start + w.size]
+        if begin != 0.0:
+            for i in range(w.size):
+                m[i] = g[i]
+        if nesterov != 0.0:
+            if begin == 0.0:
+                for i in range(w.size):
+                    m[i] = m[i] * keep + share * g[i]
+            for i in range(w.size):
+                w[i] -= rate * (g[i] + keep * m[i])
+        elif begin != 0.0:
+            for i in range(w.size):
+                w[i] -= rate * m[i]
+        else:
+            for i in range(w.size):
+                m[i] = m[i] * keep + share * g[i]
+                w[i] -= rate * m[i]
+
+
+def adam(
+    target: Any, value: Any, first: Any, table: Any, scale: Any, clip: Any, scratch: Any,
+    mean: Any, square: Any, square_max: Any,
+    rate: Any, root: Any, beta1: Any, beta2: Any, eps: Any, decay: Any, shrink: Any,
+) -> None:  # fmt: skip
+    real = target.dtype.type
+    lr, divisor, small, kept = real(rate), real(root), real(eps), real(shrink)
+    b1, b2, c1, c2 = real(beta1), real(beta2), real(1 - beta1), real(1 - beta2)
+    for start in range(0, target.size, BLOCK):
+        w, g = _begin(target, value, first, table, scale, clip, decay, scratch, start)
+        m, v = mean[start : start + w.size], square[start : start + w.size]
+        if square_max.size == 0:
+            for i in range(w.size):
+                m[i] = m[i] * b1 + c1 * g[i]
+                v[i] = v[i] * b2 + g[i] * g[i] * c2
+                w[i] = w[i] * kept - m[i] / (math.sqrt(v[i]) / divisor + small) * lr
+        else:
+            top = square_max[start : start + w.size]
+            for i in range(w.size):
+                m[i] = m[i] * b1 + c1 * g[i]
+                v[i] = v[i] * b2 + g[i] * g[i] * c2
+                g[i] = m[i]
+            for i in range(w.size):
+                top[i] = v[i] if v[i] > top[i] or v[i] != v[i] else top[i]
+                w[i] = w[i] * kept - g[i] / (math.sqrt(top[i]) / divisor + small) * lr
+
+
+def adagrad(
+    target: Any, value: Any, first: Any, table: Any, scale: Any, clip: Any, scratch: Any,
+    total: Any, rate: Any, eps: Any, decay: Any,
+) -> None:  # fmt: skip
+    real = target.dtype.type
+    lr, small = real(rate), real(eps)
+    for start in range(0, target.size, BLOCK):
+        w, g = _begin(target, value, first, table, scale, clip, decay, scratch, start)
+        s = total[start : start + w.size]
+        for i in range(w.size):
+            s[i] += g[i] * g[i]
+            w[i] -= lr * g[i] / (math.sqrt(s[i]) + small)
+
+
+def rmsprop(
+    target: Any, value: Any, first: Any, table: Any, scale: Any, clip: Any, scratch: Any,
+    square: Any, momentum: Any, mean: Any, lr: Any, alpha: Any, eps: Any, decay: Any, keep: Any,
+) -> None:  # fmt: skip
+    real = target.dtype.type
+    rate, small, mu, a, b = real(lr), real(eps), real(keep), real(alpha), real(1 - alpha)
+    for start in range(0, target.size, BLOCK):
+        w, g = _begin(target, value, first, table, scale, clip, decay, scratch, start)
+        s = square[start : start + w.size]
+        if mean.size == 0:
+            for i in range(w.size):
+                s[i] = s[i] * a + b * g[i] * g[i]
+                g[i] /= math.sqrt(s[i]) + small
+        else:
+            c = mean[start : start + w.size]
+            for i in range(w.size):
+                s[i] = s[i] * a + b * g[i] * g[i]
+                c[i] += b * (g[i] - c[i])
+                g[i] /= math.sqrt(s[i] - c[i] * c[i]) + small
+        if momentum.size == 0:
+            for i in range(w.size):
+                w[i] -= rate * g[i]
+        else:
+            m = momentum[start : start + w.size]
+            for i in range(w.size):
+                m[i] = m[i] * mu + g[i]
+                w[i] -= rate * m[i]
+
+
+def adadelta(
+    target: Any, value: Any, first: Any, table: Any, scale: Any, clip: Any, scratch: Any,
+    square: Any, delta: Any, lr: Any, rho: Any, eps: Any, decay: Any,
+) -> None:  # fmt: skip
+    real = target.dtype.type
+    rate, small, a, b = real(lr), real(eps), real(rho), real(1 - rho)
+    for start in range(0, target.size, BLOCK):
+        w, g = _begin(target, value, first, table, scale, clip, decay, scratch, start)
+        s, d = square[start : start + w.size], delta[start : start + w.size]
+        for i in range(w.size):
+            s[i] = s[i] * a + b * g[i] * g[i]
+            way = g[i] * (math.sqrt(d[i] + small) / math.sqrt(s[i] + small))
+            d[i] = d[i] * a + b * way * way
+            w[i] -= rate * way
+
+
+def ftrl(
+    target: Any, value: Any, first: Any, table: Any, scale: Any, clip: Any, scratch: Any,
+    zs: Any, ns: Any, lr: Any, beta: Any, l1: Any, l2: Any,
+) -> None:  # fmt: skip
+    real = target.dtype.type
+    rate, smooth, bar, ridge, nothing, one = real(lr), real(beta), real(l1), real(l2), real(0), real(1)
+    for start in range(0, target.size, BLOCK):
+        w, g = _begin(target, value, first, table, scale, clip, 0.0, scratch, start)
+        z, n = zs[start : start + w.size], ns[start : start + w.size]
+        for i in range(w.size):
+            before = math.sqrt(n[i])
+            n[i] += g[i] * g[i]
+            after = math.sqrt(n[i])
+            z[i] += g[i] - (after - before) / rate * w[i]
+            over = abs(z[i]) - bar
+            sign = one if z[i] > nothing else -one if z[i] < nothing else z[i]
+            w[i] = -(sign * (nothing if over < nothing else over)) / ((smooth + after) / rate + ridge)
+
+
+def lars(
+    target: Any, value: Any, first: Any, table: Any, scale: Any, clip: Any, scratch: Any,
+    state: Any, lr: Any, trust: Any, eps: Any, decay: Any, momentum: Any,
+) -> None:  # fmt: skip
+    real = target.dtype.type
+    weights, slopes = np.zeros(LANES), np.zeros(LANES)
+    for start in range(0, target.size, BLOCK):
+        w, g = _begin(target, value, first, table, scale, clip, 0.0, scratch, start)
+        _add_squares(weights, w)
+        _add_squares(slopes, g)
+    length, slope = _root(weights), _root(slopes)
+    if length > 0 and slope > 0:
+        lr = lr * (trust * length / (slope + decay * length + eps))
+    rate, keep = real(lr), real(momentum)
+    for start in range(0, target.size, BLOCK):
+        w, g = _begin(target, value, first, table, scale, clip, decay, scratch, start)
+        m = state[start : start + w.size]
+        for i in range(w.size):
+            m[i] = m[i] * keep + rate * g[i]
+            w[i] -= m[i]
+
+
+def lamb(
+    target: Any, value: Any, first: Any, table: Any, scale: Any, clip: Any, scratch: Any,
+    mean: Any, square: Any,
+    lr: Any, unbias: Any, root: Any, beta1: Any, beta2: Any, eps: Any, decay: Any,
+) -> None:  # fmt: skip
+    real = target.dtype.type
+    bias, divisor, small, share = real(unbias), real(root), real(eps), real(decay)
+    b1, b2, c1, c2 = real(beta1), real(beta2), real(1 - beta1), real(1 - beta2)
+    weights, steps = np.zeros(LANES), np.zeros(LANES)
+    for start in range(0, target.size, BLOCK):
+        w, g = _begin(target, value, first, table, scale, clip, 0.0, scratch, start)
+        m, v = mean[start : start + w.size], square[start : start + w.size]
+        for i in range(w.size):
+            m[i] = m[i] * b1 + c1 * g[i]
+            v[i] = v[i] * b2 + c2 * g[i] * g[i]
+            g[i] = m[i] / bias / (math.sqrt(v[i]) / divisor + small) + share * w[i]
+        _add_squares(weights, w)
+        _add_squares(steps, g)
+    length, way = _root(weights), _root(steps)
+    if length > 0 and way > 0:
+        lr = lr * (length / way)
+    rate = real(lr)
+    for start in range(0, target.size, BLOCK):
+        stop = min(target.size, start + BLOCK)
+        w, m, v = target[start:stop], mean[start:stop], square[start:stop]
+        for i in range(w.size):
+            w[i] -= rate * (m[i] / bias / (math.sqrt(v[i]) / divisor + small) + share * w[i])
+
+
+# --- other --------------------------------------------------------------------------------------
+
+
+def widen(source: Any, target: Any) -> None:
+    for i in range(source.size):
+        target[i] = _wide(source[i])
+
+
+def narrow(source: Any, target: Any) -> None:
+    for i in range(source.size):
+        target[i] = _narrow(source[i], target[0])
+
+
+def locate(table: Any, at: Any, a: Any, b: Any, c: Any, d: Any) -> None:
+    """Four arrays' addresses into a table; NumPy needs a microsecond for one."""
+    table[at] = a.ctypes.data
+    table[at + 1] = b.ctypes.data
+    table[at + 2] = c.ctypes.data
+    table[at + 3] = d.ctypes.data
+
+
+def first_wrong(row_ids: Any, rows: Any) -> Any:
+    """Where the first id is that is no row; -1: nowhere."""
+    wrong = False
+    for i in range(row_ids.size):
+        wrong |= (row_ids[i] < 0) | (row_ids[i] >= rows)
+    if wrong:
+        for i in range(row_ids.size):
+            if row_ids[i] < 0 or row_ids[i] >= rows:
+                return i
+    return -1
+
+
+def gather(source: Any, row_ids: Any, out: Any) -> None:
+    for i in range(row_ids.size):
+        from_, to = source[row_ids[i]], out[i]
+        for j in range(to.size):
+            to[j] = from_[j]
+
+
+def scatter_add(target: Any, row_ids: Any, rows: Any) -> None:
+    for i in range(row_ids.size):
+        to, more = target[row_ids[i]], rows[i]
+        for j in range(to.size):
+            to[j] += more[j]
+
+
+# --- types --------------------------------------------------------------------------------------
+
+
+def _in(element: Any, dimensions: int = 1) -> Any:
+    """An array that is read; also one that is writable, or aligned."""
+    return types.Array(element, dimensions, "C", readonly=True, aligned=False)
+
+
+def _out(element: Any, dimensions: int = 1) -> Any:
+    return types.Array(element, dimensions, "C", aligned=False)
+
+
+ELEMENTS: dict[str, Any] = {
+    "uint8": types.uint8, "uint32": types.uint32, "uint64": types.uint64, "float32": types.float32,
+    "float64": types.float64, "float16": types.uint16, "bfloat16": types.int16,
+}  # fmt: skip
+TABLE = types.Array(types.int64, 1, "C")
+OPTIMIZERS: dict[str, tuple[Callable[..., Any], int, int]] = {  # the kernel; how many states and numbers it takes
+    "accumulate": (accumulate, 0, 0), "sgd": (sgd, 1, 6), "adam": (adam, 3, 7), "adagrad": (adagrad, 1, 3),
+    "rmsprop": (rmsprop, 3, 5), "adadelta": (adadelta, 2, 4), "ftrl": (ftrl, 2, 4), "lars": (lars, 1, 5),
+    "lamb": (lamb, 2, 7),
+}  # fmt: skip
+
+
+def signature(name: str, kind: str, pushed: str) -> tuple[Callable[..., Any], Any]:
+    """The function called ``name``, and its types for elements of ``kind`` and pushes of ``pushed``."""
+    element, push = ELEMENTS[kind], ELEMENTS[pushed]
+    number = types.float64
+    if name in OPTIMIZERS:
+        function, states, numbers = OPTIMIZERS[name]
+        common = (_out(element), _in(element), _in(push), TABLE, number, number, _out(element))
+        return function, types.void(*common, *[_out(element)] * states, *[number] * numbers)
+    wide = types.float32 if kind in ("float16", "bfloat16") else element
+    match name:
+        case "merge":
+            return merge, types.void(_out(element), _in(element), TABLE, _out(wide))
+        case "norm":
+            return norm, number(_in(element), TABLE, _out(wide))
+        case "widen":
+            return widen, types.void(_in(element), _out(types.float32))
+        case "narrow":
+            return narrow, types.void(_in(types.float32), _out(element))
+        case "locate":
+            return locate, types.void(TABLE, types.int64, *[_in(element)] * 4)
+        case "first_wrong":
+            return first_wrong, types.int64(_in(types.int64), types.int64)
+        case "gather":
+            return gather, types.void(_in(element, 2), _in(types.int64), _out(element, 2))
+        case "scatter_add":
+            return scatter_add, types.void(_out(element, 2), _in(types.int64), _in(element, 2))
+    raise KeyError(name)
+
+
+def build(name: str, kind: str, pushed: str) -> Callable[..., Any]:
+    """The kernel as machine code: from the cache on disk, or compiled (a second) and put there.
+
+    Raises:
+        Exception: it cannot be had on this machine.
+    """
+    if {"float16"} & {kind, pushed} and not _has_halves():
+        raise NotImplementedError("no instructions for float16")
+    function, types_ = signature(name, kind, pushed)
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
+    try:
+        compiled: Callable[..., Any] = njit(types_, cache=True, **options)(function)
+    except RuntimeError:  # there is no place for the cache
+        compiled = njit(types_, **options)(function)
+    return compiled
+
+
+def _has_halves() -> bool:
+    """Does the processor convert float16? Else LLVM would call a library that need not be there."""
+    return platform.machine() == "aarch64" or bool(llvmlite.binding.get_host_cpu_features().get("f16c"))
