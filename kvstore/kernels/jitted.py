@@ -10,7 +10,8 @@ GIL, for the whole of an array: to take it again for every block would mean to w
 * Numba has no float16 and bfloat16 on CPUs: uint16 stands for the bits of one, int16 for those of the other.
 * Everything is in this one file, because Numba's cache looks at the time of the file that holds the kernel.
 
-Loops with a choice inside are written out once per choice: only simple loops become vector instructions.
+Loops with a choice inside are written out once per choice, and count from 0: only simple loops become vector
+instructions.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ import numpy as np
 from llvmlite import ir
 from numba import carray, njit, types
 from numba.extending import intrinsic, overload, register_jitable
+from numba.np.numpy_support import from_dtype
 
-BLOCK = 4096  # elements
+BLOCK = 1024  # elements: measured, with larger ones the processor is less far ahead of the loops
 LANES = 1024  # as in the reference
 
 inlined = register_jitable(error_model="numpy")
@@ -113,32 +115,52 @@ def _narrow_to(x: Any, like: Any) -> Any:
     return lambda x, like: x
 
 
+def _scratch(like: Any) -> Any:
+    """A block of what elements of the array ``like`` are added up in."""
+
+
+@overload(_scratch, strict=False)
+def _scratch_of(like: Any) -> Any:
+    if like.dtype in (types.uint16, types.int16):
+        return lambda like: np.empty(BLOCK, np.float32)
+    return lambda like: np.empty(BLOCK, like.dtype)
+
+
 # --- sums ---------------------------------------------------------------------------------------
 
 
 @inlined
 def _add_up(first: Any, table: Any, start: Any, total: Any) -> None:
     """``total`` = the sum of the pushes' elements from ``start`` on, not rounded yet."""
-    size = total.size
-    count = table.size
+    size, count = total.size, table.size
     if count == 0:
+        a = first[start : start + size]
         for i in range(size):
-            total[i] = _wide(first[start + i])
+            total[i] = _wide(a[i])
         return
-    stop = start + size
-    a = carray(_pointer(table[0], first), stop)
-    b = carray(_pointer(table[1], first), stop)
-    for i in range(size):
-        total[i] = _wide(a[start + i]) + _wide(b[start + i])
-    for k in range(2, count - 1, 2):
-        c = carray(_pointer(table[k], first), stop)
-        d = carray(_pointer(table[k + 1], first), stop)
+    b, c = _block(table[0], first, start, size), _block(table[1], first, start, size)
+    if count < 4:
         for i in range(size):
-            total[i] = total[i] + _wide(c[start + i]) + _wide(d[start + i])
-    if count % 2:
-        e = carray(_pointer(table[count - 1], first), stop)
+            total[i] = _wide(b[i]) + _wide(c[i])
+    else:  # fewer passes over the total, and more of the memory's banks at work at one time
+        d, e = _block(table[2], first, start, size), _block(table[3], first, start, size)
         for i in range(size):
-            total[i] += _wide(e[start + i])
+            total[i] = _wide(b[i]) + _wide(c[i]) + _wide(d[i]) + _wide(e[i])
+    for k in range(4 if count >= 4 else 2, count, 2):
+        f = _block(table[k], first, start, size)
+        if k + 1 == count:
+            for i in range(size):
+                total[i] += _wide(f[i])
+        else:
+            g = _block(table[k + 1], first, start, size)
+            for i in range(size):
+                total[i] = total[i] + _wide(f[i]) + _wide(g[i])
+
+
+@inlined
+def _block(address: Any, first: Any, start: Any, size: Any) -> Any:
+    """The elements from ``start`` on of the array at ``address``, which is one like ``first``."""
+    return carray(_pointer(address + start * first.itemsize, first), size)
 
 
 @inlined
@@ -150,20 +172,23 @@ def _merged(first: Any, table: Any, start: Any, total: Any) -> None:
             total[i] = _wide(_narrow(total[i], first[0]))
 
 
-def merge(out: Any, first: Any, table: Any, scratch: Any) -> None:
+def merge(out: Any, first: Any, table: Any) -> None:
+    scratch = _scratch(out)
     for start in range(0, out.size, BLOCK):
         stop = min(out.size, start + BLOCK)
         total = scratch[: stop - start]
         _add_up(first, table, start, total)
-        for i in range(stop - start):
-            out[start + i] = _narrow(total[i], first[0])
+        part = out[start:stop]
+        for i in range(part.size):
+            part[i] = _narrow(total[i], first[0])
 
 
 @inlined
 def _add_squares(lanes: Any, block: Any) -> None:
     for start in range(0, block.size, LANES):
-        for i in range(min(LANES, block.size - start)):
-            x = np.float64(block[start + i])
+        row = block[start : start + LANES]
+        for i in range(row.size):
+            x = np.float64(row[i])
             lanes[i] += x * x
 
 
@@ -175,8 +200,8 @@ def _root(lanes: Any) -> Any:
     return math.sqrt(total)
 
 
-def norm(first: Any, table: Any, scratch: Any) -> Any:
-    lanes = np.zeros(LANES)
+def norm(first: Any, table: Any) -> Any:
+    lanes, scratch = np.zeros(LANES), _scratch(first)
     for start in range(0, first.size, BLOCK):
         block = scratch[: min(BLOCK, first.size - start)]
         _merged(first, table, start, block)
@@ -215,7 +240,8 @@ def _begin(
     return w, g
 
 
-def accumulate(target: Any, value: Any, first: Any, table: Any, scale: Any, clip: Any, scratch: Any) -> None:
+def accumulate(target: Any, value: Any, first: Any, table: Any, scale: Any, clip: Any) -> None:
+    scratch = _scratch(target)
     for start in range(0, target.size, BLOCK):
         w, g = _begin(target, value, first, table, scale, clip, 0.0, scratch, start)
         for i in range(w.size):
@@ -223,10 +249,10 @@ def accumulate(target: Any, value: Any, first: Any, table: Any, scale: Any, clip
 
 
 def sgd(
-    target: Any, value: Any, first: Any, table: Any, scale: Any, clip: Any, scratch: Any,
+    target: Any, value: Any, first: Any, table: Any, scale: Any, clip: Any,
     state: Any, lr: Any, decay: Any, momentum: Any, gain: Any, nesterov: Any, begin: Any,
 ) -> None:  # fmt: skip
-    real = target.dtype.type
+    real, scratch = target.dtype.type, _scratch(target)
     rate, keep, share = real(lr), real(momentum), real(gain)
     for start in range(0, target.size, BLOCK):
         w, g = _begin(target, value, first, table, scale, clip, decay, scratch, start)
@@ -254,11 +280,11 @@ def sgd(
 
 
 def adam(
-    target: Any, value: Any, first: Any, table: Any, scale: Any, clip: Any, scratch: Any,
+    target: Any, value: Any, first: Any, table: Any, scale: Any, clip: Any,
     mean: Any, square: Any, square_max: Any,
     rate: Any, root: Any, beta1: Any, beta2: Any, eps: Any, decay: Any, shrink: Any,
 ) -> None:  # fmt: skip
-    real = target.dtype.type
+    real, scratch = target.dtype.type, _scratch(target)
     lr, divisor, small, kept = real(rate), real(root), real(eps), real(shrink)
     b1, b2, c1, c2 = real(beta1), real(beta2), real(1 - beta1), real(1 - beta2)
     for start in range(0, target.size, BLOCK):
@@ -281,10 +307,10 @@ def adam(
 
 
 def adagrad(
-    target: Any, value: Any, first: Any, table: Any, scale: Any, clip: Any, scratch: Any,
+    target: Any, value: Any, first: Any, table: Any, scale: Any, clip: Any,
     total: Any, rate: Any, eps: Any, decay: Any,
 ) -> None:  # fmt: skip
-    real = target.dtype.type
+    real, scratch = target.dtype.type, _scratch(target)
     lr, small = real(rate), real(eps)
     for start in range(0, target.size, BLOCK):
         w, g = _begin(target, value, first, table, scale, clip, decay, scratch, start)
@@ -295,10 +321,10 @@ def adagrad(
 
 
 def rmsprop(
-    target: Any, value: Any, first: Any, table: Any, scale: Any, clip: Any, scratch: Any,
+    target: Any, value: Any, first: Any, table: Any, scale: Any, clip: Any,
     square: Any, momentum: Any, mean: Any, lr: Any, alpha: Any, eps: Any, decay: Any, keep: Any,
 ) -> None:  # fmt: skip
-    real = target.dtype.type
+    real, scratch = target.dtype.type, _scratch(target)
     rate, small, mu, a, b = real(lr), real(eps), real(keep), real(alpha), real(1 - alpha)
     for start in range(0, target.size, BLOCK):
         w, g = _begin(target, value, first, table, scale, clip, decay, scratch, start)
@@ -324,10 +350,10 @@ def rmsprop(
 
 
 def adadelta(
-    target: Any, value: Any, first: Any, table: Any, scale: Any, clip: Any, scratch: Any,
+    target: Any, value: Any, first: Any, table: Any, scale: Any, clip: Any,
     square: Any, delta: Any, lr: Any, rho: Any, eps: Any, decay: Any,
 ) -> None:  # fmt: skip
-    real = target.dtype.type
+    real, scratch = target.dtype.type, _scratch(target)
     rate, small, a, b = real(lr), real(eps), real(rho), real(1 - rho)
     for start in range(0, target.size, BLOCK):
         w, g = _begin(target, value, first, table, scale, clip, decay, scratch, start)
@@ -340,10 +366,10 @@ def adadelta(
 
 
 def ftrl(
-    target: Any, value: Any, first: Any, table: Any, scale: Any, clip: Any, scratch: Any,
+    target: Any, value: Any, first: Any, table: Any, scale: Any, clip: Any,
     zs: Any, ns: Any, lr: Any, beta: Any, l1: Any, l2: Any,
 ) -> None:  # fmt: skip
-    real = target.dtype.type
+    real, scratch = target.dtype.type, _scratch(target)
     rate, smooth, bar, ridge, nothing, one = real(lr), real(beta), real(l1), real(l2), real(0), real(1)
     for start in range(0, target.size, BLOCK):
         w, g = _begin(target, value, first, table, scale, clip, 0.0, scratch, start)
@@ -359,10 +385,10 @@ def ftrl(
 
 
 def lars(
-    target: Any, value: Any, first: Any, table: Any, scale: Any, clip: Any, scratch: Any,
+    target: Any, value: Any, first: Any, table: Any, scale: Any, clip: Any,
     state: Any, lr: Any, trust: Any, eps: Any, decay: Any, momentum: Any,
 ) -> None:  # fmt: skip
-    real = target.dtype.type
+    real, scratch = target.dtype.type, _scratch(target)
     weights, slopes = np.zeros(LANES), np.zeros(LANES)
     for start in range(0, target.size, BLOCK):
         w, g = _begin(target, value, first, table, scale, clip, 0.0, scratch, start)
@@ -381,11 +407,11 @@ def lars(
 
 
 def lamb(
-    target: Any, value: Any, first: Any, table: Any, scale: Any, clip: Any, scratch: Any,
+    target: Any, value: Any, first: Any, table: Any, scale: Any, clip: Any,
     mean: Any, square: Any,
     lr: Any, unbias: Any, root: Any, beta1: Any, beta2: Any, eps: Any, decay: Any,
 ) -> None:  # fmt: skip
-    real = target.dtype.type
+    real, scratch = target.dtype.type, _scratch(target)
     bias, divisor, small, share = real(unbias), real(root), real(eps), real(decay)
     b1, b2, c1, c2 = real(beta1), real(beta2), real(1 - beta1), real(1 - beta2)
     weights, steps = np.zeros(LANES), np.zeros(LANES)
@@ -468,10 +494,6 @@ def _out(element: Any, dimensions: int = 1) -> Any:
     return types.Array(element, dimensions, "C", aligned=False)
 
 
-ELEMENTS: dict[str, Any] = {
-    "uint8": types.uint8, "uint32": types.uint32, "uint64": types.uint64, "float32": types.float32,
-    "float64": types.float64, "float16": types.uint16, "bfloat16": types.int16,
-}  # fmt: skip
 TABLE = types.Array(types.int64, 1, "C")
 OPTIMIZERS: dict[str, tuple[Callable[..., Any], int, int]] = {  # the kernel; how many states and numbers it takes
     "accumulate": (accumulate, 0, 0), "sgd": (sgd, 1, 6), "adam": (adam, 3, 7), "adagrad": (adagrad, 1, 3),
@@ -480,20 +502,19 @@ OPTIMIZERS: dict[str, tuple[Callable[..., Any], int, int]] = {  # the kernel; ho
 }  # fmt: skip
 
 
-def signature(name: str, kind: str, pushed: str) -> tuple[Callable[..., Any], Any]:
-    """The function called ``name``, and its types for elements of ``kind`` and pushes of ``pushed``."""
-    element, push = ELEMENTS[kind], ELEMENTS[pushed]
+def signature(name: str, dtype: np.dtype[Any], pushed: np.dtype[Any]) -> tuple[Callable[..., Any], Any]:
+    """The function called ``name``, and its types for elements and for pushes of these dtypes."""
+    element, push = from_dtype(dtype), from_dtype(pushed)
     number = types.float64
     if name in OPTIMIZERS:
         function, states, numbers = OPTIMIZERS[name]
-        common = (_out(element), _in(element), _in(push), TABLE, number, number, _out(element))
+        common = (_out(element), _in(element), _in(push), TABLE, number, number)
         return function, types.void(*common, *[_out(element)] * states, *[number] * numbers)
-    wide = types.float32 if kind in ("float16", "bfloat16") else element
     match name:
         case "merge":
-            return merge, types.void(_out(element), _in(element), TABLE, _out(wide))
+            return merge, types.void(_out(element), _in(element), TABLE)
         case "norm":
-            return norm, number(_in(element), TABLE, _out(wide))
+            return norm, number(_in(element), TABLE)
         case "widen":
             return widen, types.void(_in(element), _out(types.float32))
         case "narrow":
@@ -509,15 +530,15 @@ def signature(name: str, kind: str, pushed: str) -> tuple[Callable[..., Any], An
     raise KeyError(name)
 
 
-def build(name: str, kind: str, pushed: str) -> Callable[..., Any]:
+def build(name: str, dtype: np.dtype[Any], pushed: np.dtype[Any]) -> Callable[..., Any]:
     """The kernel as machine code: from the cache on disk, or compiled (a second) and put there.
 
     Raises:
         Exception: it cannot be had on this machine.
     """
-    if {"float16"} & {kind, pushed} and not _has_halves():
+    if pushed == np.uint16 and not _has_halves():
         raise NotImplementedError("no instructions for float16")
-    function, types_ = signature(name, kind, pushed)
+    function, types_ = signature(name, dtype, pushed)
     options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
     try:
         compiled: Callable[..., Any] = njit(types_, cache=True, **options)(function)

@@ -13,8 +13,11 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 Kernel = Callable[..., Any]
-Wanted = tuple[str, str, str]  # its name, the type of the elements and that of the pushes
+Dtype = np.dtype[Any]
+Wanted = tuple[str, Dtype, Dtype]  # its name, the type of the elements and that of the pushes
 
 log = logging.getLogger(__name__)
 
@@ -34,13 +37,14 @@ class Loader:
         there = sum(kernel is not None for kernel in self._kernels.values())
         return f"<Loader: {there} kernels, {len(self._queue)} to come>"
 
-    def get(self, name: str, kind: str, pushed: str) -> Kernel | None:
+    def get(self, name: str, dtype: Dtype, pushed: Dtype) -> Kernel | None:
         """The kernel if it is there. If not it will be, where that can be."""
-        wanted = name, kind, pushed
+        wanted = name, dtype, pushed
         try:
             return self._kernels[wanted]
         except KeyError:
             self._ask_for(wanted)
+            self._ask_for(("locate", pushed, pushed))  # for pushes of more than one array
             return None
 
     def wait(self, timeout: float | None = None) -> bool:

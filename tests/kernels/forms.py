@@ -16,23 +16,23 @@ class Form:
         self.name = name
         self.used: set[str] = set()
 
-    def get(self, name: str, kind: str, pushed: str):
+    def get(self, name: str, dtype, pushed):
         """In place of the loader's: at once, or never."""
         if self.name == "numpy":
             return None
 
         def kernel(*arguments):
             self.used.add(name)
-            return built(name, kind, pushed)(*arguments)
+            return built(name, dtype, pushed)(*arguments)
 
         return kernel
 
 
 @functools.cache
-def built(name: str, kind: str, pushed: str):
+def built(name: str, dtype, pushed):
     from kvstore.kernels import jitted
 
-    return jitted.build(name, kind, pushed)
+    return jitted.build(name, dtype, pushed)
 
 
 @pytest.fixture(params=["numpy", "numba"])

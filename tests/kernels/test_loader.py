@@ -11,6 +11,8 @@ import numpy as np
 
 from kvstore.kernels.loader import Loader
 
+BITS = np.dtype(np.int16)  # of bfloat16
+
 SUMS = """
 import logging, sys
 logging.basicConfig(level=logging.INFO)
@@ -40,21 +42,21 @@ def run(program: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 def test_a_kernel_comes_after_it_was_asked_for():
     loader = Loader()
-    assert loader.get("widen", "bfloat16", "bfloat16") is None
+    assert loader.get("widen", BITS, BITS) is None
     assert loader.wait(60)
-    kernel = loader.get("widen", "bfloat16", "bfloat16")
+    kernel = loader.get("widen", BITS, BITS)
     assert kernel is not None
     out = np.zeros(2, np.float32)
     kernel(np.array([0x3F80, 0x4000], np.int16), out)
     assert out.tolist() == [1, 2]
-    assert repr(loader) == "<Loader: 1 kernels, 0 to come>"
+    assert repr(loader) == "<Loader: 2 kernels, 0 to come>"
 
 
 def test_a_kernel_that_cannot_be_had(caplog):
     loader = Loader()
-    assert loader.get("no such", "float32", "float32") is None
+    assert loader.get("no such", BITS, BITS) is None
     assert loader.wait(60)
-    assert loader.get("no such", "float32", "float32") is None
+    assert loader.get("no such", BITS, BITS) is None
     assert "no such" in caplog.text
 
 
