@@ -16,6 +16,8 @@ from kvstore.kernels import reference
 from kvstore.kernels.loader import LOADER
 from kvstore.kernels.reference import Array, Change, States
 
+TINY = 512  # elements: to find the addresses of fewer takes longer than NumPy takes to add them
+
 _FLOAT32, _FLOAT64, _BYTE = np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.uint8)
 _UNSIGNED = {size: np.dtype(f"u{size}") for size in (1, 4, 8)}
 
@@ -48,7 +50,8 @@ def wait(timeout: float | None = None) -> bool:
 def merge(arrays: Sequence[Array], out: Array) -> None:
     """See :func:`kvstore.kernels.reference.merge`."""
     seen = _SEEN.get(out.dtype)
-    if seen is not None and len(arrays) > 1 and out.flags.c_contiguous:
+    tiny = out.size < TINY and out.dtype not in reference.HALVES
+    if seen is not None and len(arrays) > 1 and not tiny and out.flags.c_contiguous:
         kernel = LOADER.get("merge", seen, seen)
         if kernel is not None and (pushes := _pushes(arrays, seen)) is not None:
             kernel(_flat(out, seen), *pushes)
@@ -74,16 +77,15 @@ def _pushes(arrays: Sequence[Array], seen: np.dtype[Any]) -> tuple[Array, Array]
     locate = LOADER.get("locate", seen, seen)
     if locate is None:
         return None
-    flat = []
-    for array in arrays:
-        if not array.flags.c_contiguous:
-            return None
-        flat.append(_flat(array, seen))
-    table = np.empty(len(flat) + 3, np.int64)
-    for at in range(0, len(flat), 4):
-        four = flat[at : at + 4]
-        locate(table, at, *four, *[flat[0]] * (4 - len(four)))
-    return flat[0], table[: len(flat)]
+    flats = [_flat(array, seen) for array in arrays if array.flags.c_contiguous]
+    count = len(flats)
+    if count != len(arrays):
+        return None
+    table = np.empty(count, np.int64)
+    flats += flats[:1] * (-count % 4)
+    for at in range(0, count, 4):
+        locate(table, at, *flats[at : at + 4])
+    return flats[0], table
 
 
 def _flat(array: Array, seen: np.dtype[Any]) -> Array:

@@ -449,11 +449,11 @@ def narrow(source: Any, target: Any) -> None:
 
 
 def locate(table: Any, at: Any, a: Any, b: Any, c: Any, d: Any) -> None:
-    """Four arrays' addresses into a table; NumPy needs a microsecond for one."""
-    table[at] = a.ctypes.data
-    table[at + 1] = b.ctypes.data
-    table[at + 2] = c.ctypes.data
-    table[at + 3] = d.ctypes.data
+    """The addresses of four arrays, or of as many as there is room for, into a table; NumPy needs 1 us for one."""
+    left = table[at:]
+    for i, array in enumerate((a, b, c, d)):
+        if i < left.size:
+            left[i] = array.ctypes.data
 
 
 def first_wrong(row_ids: Any, rows: Any) -> Any:
