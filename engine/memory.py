@@ -48,11 +48,15 @@ class Memory:
             array = np.asarray(array)
         if array.size == 0:
             return [], []
-        low, high = byte_bounds(array)
-        range_ = (int(low), int(high))
+        if array.flags.forc:  # as a rule
+            low = array.__array_interface__["data"][0]
+            range_ = (low, low + array.nbytes)
+        else:
+            low, high = byte_bounds(array)
+            range_ = (int(low), int(high))
         own = self._vars.get(range_)
         if own is None:
-            own = self._vars[range_] = Var(f"array {array.dtype}{array.shape}")
+            own = self._vars[range_] = Var(f"array of {array.nbytes} bytes")  # a dtype's name takes long to make
             insort(self._ranges, range_)
             self._longest = max(self._longest, range_[1] - range_[0])
             self._watch(range_, array)

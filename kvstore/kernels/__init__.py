@@ -10,6 +10,7 @@ from kvstore.kernels.compiled import (
     adadelta,
     adagrad,
     adam,
+    broadcast,
     cast,
     ftrl,
     gather,
@@ -27,7 +28,7 @@ from kvstore.kernels.reference import HALVES, Change
 
 NAMES = (
     *("merge", "norm", "accumulate", "sgd", "adam", "adagrad", "rmsprop", "adadelta", "ftrl", "lars", "lamb"),
-    *("cast", "gather", "scatter_add"),
+    *("cast", "broadcast", "gather", "scatter_add"),
 )
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "adadelta",
     "adagrad",
     "adam",
+    "broadcast",
     "cast",
     "ftrl",
     "gather",

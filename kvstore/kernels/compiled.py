@@ -156,6 +156,16 @@ def cast(source: Array, target: Array) -> None:
     reference.cast(source, target)
 
 
+def broadcast(source: Array, outs: Sequence[Array]) -> None:
+    """See :func:`kvstore.kernels.reference.broadcast`."""
+    if len(outs) > 1 and source.size >= TINY and source.flags.c_contiguous:
+        kernel = LOADER.get("broadcast", _BYTE, _BYTE)
+        if kernel is not None and (found := _pushes(outs, _BYTE)) is not None:
+            kernel(_flat(source, _BYTE), found[1])
+            return
+    reference.broadcast(source, outs)
+
+
 def gather(source: Array, row_ids: Array, out: Array) -> None:
     """See :func:`kvstore.kernels.reference.gather`."""
     kernel, fit = LOADER.get("gather", _BYTE, _BYTE), _rows_fit(source, out, row_ids)

@@ -448,6 +448,13 @@ def narrow(source: Any, target: Any) -> None:
         target[i] = _narrow(source[i], target[0])
 
 
+def broadcast(source: Any, table: Any) -> None:
+    for k in range(table.size):
+        target = _block(table[k], source, 0, source.size)
+        for i in range(source.size):
+            target[i] = source[i]
+
+
 def locate(table: Any, at: Any, a: Any, b: Any, c: Any, d: Any) -> None:
     """The addresses of four arrays, or of as many as there is room for, into a table; NumPy needs 1 us for one."""
     left = table[at:]
@@ -519,6 +526,8 @@ def signature(name: str, dtype: np.dtype[Any], pushed: np.dtype[Any]) -> tuple[C
             return widen, types.void(_in(element), _out(types.float32))
         case "narrow":
             return narrow, types.void(_in(types.float32), _out(element))
+        case "broadcast":
+            return broadcast, types.void(_in(element), TABLE)
         case "locate":
             return locate, types.void(TABLE, types.int64, *[_in(element)] * 4)
         case "first_wrong":

@@ -339,6 +339,12 @@ def cast(source: Array, target: Array) -> None:
         np.copyto(target, source, casting="unsafe")
 
 
+def broadcast(source: Array, outs: Sequence[Array]) -> None:
+    """Each of ``outs`` = ``source``, in C order; all of as many elements, of one dtype, overlapping nothing."""
+    for out in outs:
+        np.copyto(out, source.reshape(out.shape))
+
+
 def gather(source: Array, row_ids: Array, out: Array) -> None:
     """``out[i] = source[row_ids[i]]``.
 
