@@ -62,6 +62,7 @@ class Engine(ABC):
         self._deadlines = Deadlines(self._expire)
         self._here = _Here()
         self._idle = self._lock.condition()
+        self._awaiting_idle = 0  # threads that wait for it
         self._trace: Trace | None = None
         self._process = _process
         self._pid = os.getpid()
@@ -288,7 +289,7 @@ class Engine(ABC):
             op.handle._settle(result, error)
         if self._trace is not None and op.thread:
             self._trace.add(op, perf_counter())
-        if not self._scheduler.pending:
+        if self._awaiting_idle and not self._scheduler.pending:
             self._idle.notify_all()
         return ready
 
@@ -296,7 +297,7 @@ class Engine(ABC):
         """Tell those who watch an op that has ended, and let go of what it held; without the lock."""
         handle = op.handle
         op.fn = op.holds = op.handle = None
-        if op.given_up is None and not handle.done():
+        if op.given_up is None:
             handle._announce(result, error)
 
     # --- waiting ------------------------------------------------------------------------------
@@ -339,23 +340,28 @@ class Engine(ABC):
         self._before_wait()
         self._help(timeout)
         with self._lock:
-            while self._scheduler.pending:
-                left = end - time.monotonic()
-                if left <= 0:
-                    raise DeadlineError(
-                        f"wait_all: after {timeout:g} s still pending: {self._list(self._scheduler.pending.values())}"
-                    )
-                self._idle.wait(None if timeout is None else left)
+            self._awaiting_idle += 1
+            try:
+                while self._scheduler.pending:
+                    left = end - time.monotonic()
+                    if left <= 0:
+                        some = self._list(self._scheduler.pending.values())
+                        raise DeadlineError(f"wait_all: after {timeout:g} s still pending: {some}")
+                    self._idle.wait(None if timeout is None else left)
+            finally:
+                self._awaiting_idle -= 1
 
     def _help(self, timeout: float | None) -> None:
         """Before this thread waits for all: run ready ops here, while that pays."""
 
-    def pending(self, *items: Any) -> bool:
-        """Is there an unfinished op that writes any of these arrays or vars?"""
+    def pending(self, *items: Any, reads: bool = False) -> bool:
+        """Is there an unfinished op that writes any of these arrays or vars; with ``reads``, or reads them?"""
         with self._lock:
             for item in items:
                 for var in self._vars_of(item):
-                    if var.writer is not None or any(writes for _, writes in var.queue):
+                    if var.writer is not None or any(reads or writes for _, writes in var.queue):
+                        return True
+                    if reads and var.readers:
                         return True
         return False
 

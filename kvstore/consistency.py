@@ -123,6 +123,10 @@ class Bounded(_AtOnce):
 
     staleness: int
 
+    def __post_init__(self) -> None:
+        if type(self.staleness) is not int or not 0 <= self.staleness < 10**9:
+            raise OptionError(f"bounded: expected a whole number 0 <= s < 10**9, got {self.staleness!r}")
+
     def answers(self, level: Level, participant: int, own: int) -> bool:
         return level.rounds.get(participant, own) >= own and level.slowest() >= own - self.staleness
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures._base import FINISHED, PENDING
-from typing import Any
+from typing import Any, NoReturn
 
 from kvstore.errors import DeadlineError
 
@@ -58,6 +58,9 @@ class Handle(Future[Any]):
     def __repr__(self) -> str:
         state = "pending" if not self.done() else "failed" if self.exception_now() else "done"
         return f"<Handle {self.what}: {state}>"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(f"{self!r} cannot be copied or pickled: it is of a store of this process; use its result()")
 
     @property
     def _condition(self) -> threading.Condition:  # type: ignore[override]

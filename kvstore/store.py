@@ -11,15 +11,16 @@ import math
 import os
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
 import engine
-from kvstore import consistency, states
+from kvstore import consistency, plain, states
 from kvstore.arrays import Array, is_array, is_writable, view, writable_view
 from kvstore.consistency import Model
 from kvstore.devices import Devices, Entry, Request
@@ -59,8 +60,8 @@ class KVStore:
     """A store of values by key, kept in step across devices and, in a cluster, workers.
 
     Made by :func:`kvstore.create`. All methods are thread-safe. Every method takes one key with
-    its value, or a list of keys with a list of values; a list call is checked whole before
-    anything is sent. A value is one array, or a list with one array per device.
+    its value, or a list of keys with a list of values (:meth:`staging` and :meth:`view`: one); a list call
+    is checked whole before anything is sent. A value is one array, or a list with one array per device.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class KVStore:
         self._level = Devices(home, runtime)
         self._entries: dict[Key, Entry] = {}
         self._lists = Lists(home, runtime)
+        self._initialising: set[Key] = set()
         self._kind = ""  # of the keys: "str" or "int", from the first init on
         self._optimizer: Optimizer | None = None
         self._pushes: set[Handle] = set()  # not committed yet
@@ -100,6 +102,9 @@ class KVStore:
             f"<KVStore {self.type}: {state}rank {self.rank} of {self.num_workers}, devices {self._devices or '?'} "
             f"(host memory), {levels}, {len(self._entries)} keys>"
         )
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(f"{self!r} cannot be copied or pickled: every process creates its own store")
 
     # --- what it is ---------------------------------------------------------------------------
 
@@ -154,12 +159,7 @@ class KVStore:
         self._check_open()
         device_model = self._model(device_consistency, self._device_model)
         cluster_model = self._model(cluster_consistency, self._cluster_model)
-        if participants is not None:
-            participants = tuple(sorted({int(p) for p in participants}))
-            if not participants or participants[0] < 0 or participants[-1] >= self.num_workers:
-                raise OptionError(
-                    f"participants: expected ranks within 0..{self.num_workers - 1}, got {list(participants)}"
-                )
+        ranks = None if participants is None else self._ranks(participants)
         keys = self._keys(key)
         values = [value] if not isinstance(key, list | tuple) else self._as_many(keys, value, "values")
         arrays = [view(v, f"init of key {k!r}") for k, v in zip(keys, values, strict=True)]
@@ -168,41 +168,60 @@ class KVStore:
             raise DuplicateKeyError(
                 f"init of key {twice!r}: expected each key once, it comes {keys.count(twice)} times"
             )
-        for k, array in zip(keys, arrays, strict=True):
-            if k in self._entries:
-                raise DuplicateKeyError(f"init of key {k!r}: expected a new key, this store has initialised it")
-            if self._optimizer is not None:
+        if self._optimizer is not None:
+            for array in arrays:
                 self._optimizer.check_dtype(array.dtype)
-        waiting = []
-        for k, array in zip(keys, arrays, strict=True):
+        for array in arrays:
+            self._engine.wait(array, timeout=self._limit(None))
+        with self._being_initialised(keys):
             whole = self._optimizer is not None and self._optimizer.whole_tensor
-            cut = Cut.of(array.size, array.dtype.itemsize, whole=whole, piece_bytes=PIECE_BYTES)
-            spec = Spec(
-                array.shape, array.dtype.name, cut.piece_items, str(device_model), str(cluster_model), participants
-            )
-            self._engine.wait(array, timeout=self.timeout)
-            waiting.append(self._home.init(k, spec, np.ascontiguousarray(array).reshape(-1)))
-        deadline_error: KVStoreError | None = None
-        for k, array, created in zip(keys, arrays, waiting, strict=True):
-            try:
-                created.result(self.timeout)
-            except TimeoutError as error:
-                if created.done():
-                    raise
-                raise DeadlineError(
-                    f"init of key {k!r}: not done after {self.timeout:g} s; {self._home.explain(k)}"
-                ) from error
-            except KVStoreError as error:
-                deadline_error = deadline_error or error
-                continue
-            entry = Entry(k, array.shape, array.dtype, device_model)
-            if self._devices is not None:
-                entry.count(self._devices)
+            waiting = []
+            for k, array in zip(keys, arrays, strict=True):
+                cut = Cut.of(array.size, array.dtype.itemsize, whole=whole, piece_bytes=PIECE_BYTES)
+                spec = Spec(
+                    array.shape, array.dtype.name, cut.piece_items, str(device_model), str(cluster_model), ranks
+                )
+                waiting.append(self._home.init(k, spec, np.ascontiguousarray(array).reshape(-1)))
+            first_error: KVStoreError | None = None
+            for k, array, created in zip(keys, arrays, waiting, strict=True):
+                try:
+                    self._created(k, created)
+                except KVStoreError as error:
+                    first_error = first_error or error
+                    continue
+                entry = Entry(k, array.shape, array.dtype, device_model)
+                if self._devices is not None:
+                    entry.count(self._devices)
+                with self._lock:
+                    self._entries[k] = entry
+                    self._kind = type_of(k)
+            if first_error is not None:
+                raise first_error
+
+    @contextmanager
+    def _being_initialised(self, keys: list[Key]) -> Iterator[None]:
+        """Nobody else initialises these keys meanwhile, nor has done so."""
+        with self._lock:
+            for key in keys:
+                if key in self._entries or key in self._initialising:
+                    raise DuplicateKeyError(f"init of key {key!r}: expected a new key, this store has initialised it")
+            self._initialising.update(keys)
+        try:
+            yield
+        finally:
             with self._lock:
-                self._entries[k] = entry
-                self._kind = type_of(k)
-        if deadline_error is not None:
-            raise deadline_error
+                self._initialising.difference_update(keys)
+
+    def _created(self, key: Key, created: Future[Any]) -> None:
+        """Wait until the home has the key."""
+        try:
+            created.result(self._limit(None))
+        except TimeoutError as error:
+            if created.done():
+                raise
+            raise DeadlineError(
+                f"init of key {key!r}: not done after {self.timeout:g} s; {self._home.explain(key)}"
+            ) from error
 
     def broadcast(self, key: Keys, value: Any, out: Any = None, priority: int = 0) -> Handle:
         """``init`` with rank 0's value, then ``pull`` it; once per key.
@@ -210,10 +229,10 @@ class KVStore:
         Returns:
             A handle like that of :meth:`pull`; ``out`` defaults to a new array.
         """
-        first = value if not isinstance(value, list) or isinstance(key, list | tuple) else value[0]
-        if isinstance(key, list | tuple):
-            first = [v[0] if isinstance(v, list) else v for v in self._as_many(self._keys(key), value, "values")]
-        self.init(key, first)
+        priority, many = _priority(priority), isinstance(key, list | tuple)
+        values = self._as_many(self._keys(key), value, "values") if many else [value]
+        firsts = [v[0] if isinstance(v, list) and v else v for v in values]
+        self.init(key, firsts if many else firsts[0])
         return self.pull(key, out, priority)
 
     # --- push and pull ------------------------------------------------------------------------
@@ -233,6 +252,7 @@ class KVStore:
         Raises:
             UnknownKeyError, ShapeError, DtypeError, DeviceCountError: before anything is sent.
         """
+        priority = _priority(priority)
         if device is None and (whole := self._together("push", key, value, None, priority)) is not None:
             return whole
         pushes = self._check_push(key, value, device)
@@ -262,10 +282,11 @@ class KVStore:
         Raises:
             UnknownKeyError, ShapeError, DtypeError, DeviceCountError, ReadOnlyError: at once.
         """
+        priority = _priority(priority)
         if device is None and (whole := self._together("pull", key, None, out, priority)) is not None:
             return whole
         entries = self._known(self._keys(key))
-        self._check_device(device)
+        device = self._check_device(device)
         outs = [out] if not isinstance(key, list | tuple) else self._as_many(entries, out, "outs")
         targets = [self._check_out(entry, o, device) for entry, o in zip(entries, outs, strict=True)]
         return self._one_or_all(key, self._pull_each(entries, targets, priority, device), "pull")
@@ -290,6 +311,7 @@ class KVStore:
                 with a new array, what :meth:`staging` gave with :meth:`view`. A value that is also out
                 belongs to the store until the handle is done.
         """
+        priority = _priority(priority)
         if device is None and (whole := self._together("pushpull", key, value, out, priority)) is not None:
             return whole
         keys = self._keys(key)
@@ -460,10 +482,10 @@ class KVStore:
             An array of the key's shape and dtype; its content is arbitrary.
 
         Raises:
-            UnknownKeyError: as named.
+            UnknownKeyError, KeyKindError: as named.
             DeadlineError: both were on their way for ``timeout`` seconds (None: the store's).
         """
-        (entry,) = self._known(self._keys(key))
+        entry = self._one(key, "staging")
         with entry.alone():
             pass  # it belongs to no bundle as long as the caller has memory of its own
         array = self._home.staging(entry.key, self._limit(timeout))
@@ -482,9 +504,9 @@ class KVStore:
             A read-only array of the key's shape and dtype.
 
         Raises:
-            UnknownKeyError, DeadlineError: as named.
+            UnknownKeyError, KeyKindError, DeadlineError: as named.
         """
-        (entry,) = self._known(self._keys(key))
+        entry = self._one(key, "view")
         with entry.lock:
             held = entry.view if entry.view_is_latest else None
         if held is not None:
@@ -502,6 +524,15 @@ class KVStore:
                 f"{self.type} store: it belongs to process {self._pid}, not to this forked one; create another"
             )
 
+    def _ranks(self, participants: Sequence[int]) -> tuple[int, ...]:
+        given = list(participants) if isinstance(participants, Iterable) else [None]
+        ranks = {plain.whole(one) for one in given}
+        if not ranks or not ranks <= set(range(self.num_workers)):
+            raise OptionError(
+                f"participants: expected a list of ranks within 0..{self.num_workers - 1}, got {participants!r}"
+            )
+        return tuple(sorted(rank for rank in ranks if rank is not None))
+
     def _model(self, chosen: str | Model | None, default: Model) -> Model:
         return default if chosen is None else consistency.parse(chosen)
 
@@ -510,8 +541,8 @@ class KVStore:
         keys = list(key) if isinstance(key, list | tuple) else [key]
         checked: list[Key] = []
         for one in keys:
-            if isinstance(one, np.integer):
-                one = int(one)
+            if isinstance(one, np.integer | np.str_):
+                one = one.item()
             try:
                 checked.append(messages.key(one))
             except ValueError as error:
@@ -540,6 +571,12 @@ class KVStore:
             entries.append(entry)
         return entries
 
+    def _one(self, key: Key, what: str) -> Entry:
+        if isinstance(key, list | tuple):
+            raise KeyKindError(f"{what}: expected one key, got a list of {len(key)}")
+        (entry,) = self._known(self._keys(key))
+        return entry
+
     def _raise_unseen(self, entry: Entry) -> None:
         """An error nobody looked at is raised by the next call on that key."""
         with entry.lock:
@@ -550,20 +587,22 @@ class KVStore:
             if error is not None:
                 raise error
 
-    def _check_device(self, device: int | None) -> None:
+    def _check_device(self, device: int | None) -> int | None:
         if device is None:
-            return
+            return None
         if not self._devices_declared:
             raise DeviceCountError(f"device={device!r}: expected a store created with devices=; it was not")
         assert self._devices is not None
-        if not isinstance(device, int) or not 0 <= device < self._devices:
+        number = plain.whole(device)
+        if number is None or not 0 <= number < self._devices:
             raise DeviceCountError(f"device={device!r}: expected 0..{self._devices - 1}")
+        return number
 
     def _check_push(self, key: Keys, value: Any, device: int | None) -> list[_Push]:
         """The whole call, checked: per entry and device the arrays to be summed."""
         keys = self._keys(key)
         entries = self._known(keys)
-        self._check_device(device)
+        device = self._check_device(device)
         values = self._as_many(keys, value, "values") if isinstance(key, list | tuple) else [value]
         pushes: dict[Key, tuple[Entry, dict[int, list[Array]]]] = {}
         count = self._devices
@@ -727,16 +766,17 @@ class KVStore:
             OptimizerError: no optimizer is set, an unknown name or a value out of range.
         """
         self._check_open()
-        if self._optimizer is not None:
-            changed = self._optimizer.with_hyperparameters(**changes)
-            self._home.set_hyperparameters(changes, self._limit(None))
-            self._optimizer = changed
-        else:
-            self._home.set_hyperparameters(changes, self._limit(None))
+        if self._optimizer is None:
+            raise OptimizerError("set_hyperparameters: expected an optimizer, this store has set none")
+        changed = self._optimizer.with_hyperparameters(**changes)
+        described = changed.to_wire()
+        self._home.set_hyperparameters({name: described[name] for name in changes}, self._limit(None))
+        self._optimizer = changed
 
     def save_optimizer_states(self, path: str | os.PathLike[str]) -> None:
         """Write the optimizer's state of every key to a safetensors file, atomically."""
-        self.wait_for_commits(self._limit(None))
+        self._check_open()
+        self.wait_for_commits()
         state = {key: self._home.read_state(key, self._limit(None)) for key in list(self._entries)}
         states.save(path, state)
 
@@ -746,7 +786,8 @@ class KVStore:
         Raises:
             OptimizerError: not such a file, or of other keys than this store's.
         """
-        self.wait_for_commits(self._limit(None))
+        self._check_open()
+        self.wait_for_commits()
         loaded = states.load(path)
         unknown = sorted(map(repr, set(loaded) - set(self._entries)))
         if unknown:
@@ -760,7 +801,8 @@ class KVStore:
     # --- waiting and leaving --------------------------------------------------------------------
 
     def _limit(self, timeout: float | None) -> float:
-        return self.timeout if timeout is None else timeout
+        """The seconds that a wait may take, for ever included."""
+        return min(self.timeout if timeout is None else timeout, threading.TIMEOUT_MAX)
 
     def wait_for_commits(self, timeout: float | None = None) -> None:
         """Wait until every push of this store so far is committed; raise the first error nobody has seen.
@@ -810,7 +852,7 @@ class KVStore:
             self._closed = True
         _stores.discard(self)
         try:
-            self._home.close(reason, 5.0 if reason else self.timeout)
+            self._home.close(reason, 5.0 if reason else self._limit(None))
         except KVStoreError:
             if not reason:
                 raise
@@ -832,6 +874,13 @@ class KVStore:
 def _is_exactly(array: Any, entry: Entry) -> bool:
     """Is it an ordinary array as the key has them?"""
     return type(array) is np.ndarray and array.shape == entry.shape and array.dtype == entry.dtype
+
+
+def _priority(priority: int) -> int:
+    number = plain.whole(priority)
+    if number is None:
+        raise OptionError(f"priority: expected a whole number, got {priority!r}")
+    return number
 
 
 def type_of(key: Key) -> str:

@@ -18,7 +18,7 @@ from kvstore.cluster.bundles import Bundles
 from kvstore.cluster.exchange import Arrivals, Exchange, Remote, near_pieces
 from kvstore.cluster.session import SCHEDULER, Session
 from kvstore.cluster.staging import Staging
-from kvstore.errors import DeadlineError, DuplicateKeyError, OptimizerError, ServerLostError
+from kvstore.errors import DeadlineError, OptimizerError, ServerLostError
 from kvstore.handle import Ended, when_ended
 from kvstore.home import Bundle, Gradient, Home, Reading, Source
 from kvstore.optim import Optimizer
@@ -56,6 +56,7 @@ class ClusterHome(Home):
         self._servers = range(len(session.servers))
         self._remotes: dict[Key, Remote] = {}
         self._bundles = Bundles(self, session, runtime)
+        self._joining: dict[Key, Remote] = {}  # init has not been answered
         self._barriers = 0
 
     def __repr__(self) -> str:
@@ -65,26 +66,33 @@ class ClusterHome(Home):
     # --- keys ---------------------------------------------------------------------------------
 
     def init(self, key: Key, spec: Spec, value: Array) -> Future[Any]:
-        if key in self._remotes:
-            raise DuplicateKeyError(f"init of key {key!r}: expected a new key, it exists")
+        exists: Future[Any] = Future()
+        known = self._remotes.get(key)
+        if known is not None and known.spec == spec:  # by an earlier call, whose deadline passed too soon
+            exists.set_result(None)
+            return exists
         owners = tuple(owner(key, piece, len(self._servers)) for piece in range(len(spec.cut)))
         remote = self.remote(key, spec, owners)
         value = value if self.rank else value.copy()  # the caller may overwrite it at once
-        exists: Future[Any] = Future()
         left = len(remote.cut)
         rounds: list[int] = []
 
         def one_ended(outcome: Outcome) -> None:
             nonlocal left
             left -= 1
+            with remote.lock:
+                remote.open.pop(outcome.request.request_id, None)
             if isinstance(outcome, Answered):
                 assert isinstance(outcome.reply, Initialized)
                 rounds.append(outcome.reply.round)
             elif not exists.done():
                 exists.set_exception(outcome.error)
-            if not left and not exists.done():
+            if left:
+                return
+            self._joining.pop(key, None)
+            if not exists.done():
                 remote.round = min(rounds)
-                self._remotes[key] = remote
+                self._remotes.setdefault(key, remote)
                 exists.set_result(None)
 
         requests = []
@@ -92,6 +100,8 @@ class ClusterHome(Home):
             init = Init(self._session.next_id(), key, piece, spec)
             payload = None if self.rank else _bytes(value, remote.cut, piece)
             requests.append(Request(server, init, payload, 0 if payload is None else payload.nbytes))
+            remote.open[init.request_id] = server
+        self._joining[key] = remote
         self._session.submit([(request, one_ended) for request in requests])
         return exists
 
@@ -120,10 +130,10 @@ class ClusterHome(Home):
         remote = self._remotes.pop(key)
         self.barrier(timeout_s)
         if self.rank == 0:
-            for server in self._servers:
-                self._wait([self._session.ask(server, lambda i: Drop(i, key))], timeout_s, "drop")
+            self._ask_all(lambda i: Drop(i, key), timeout_s, f"dropping key {key!r}")
         self.barrier(timeout_s)
-        self._wait([self.init(key, replace(remote.spec, piece_items=max(1, value.size)), value)], timeout_s, "init")
+        moved = self.init(key, replace(remote.spec, piece_items=max(1, value.size)), value)
+        self._wait([(owner(key, 0, len(self._servers)), moved)], timeout_s, f"moving key {key!r} to one server")
 
     # --- push and pull ------------------------------------------------------------------------
 
@@ -290,13 +300,13 @@ class ClusterHome(Home):
     def read_state(self, key: Key, timeout_s: float) -> tuple[int, dict[str, Array]]:
         remote = self._remotes[key]
         asked = [
-            self._session.ask(server, partial(ReadState, key=key, piece=piece), whole=True)
+            (server, self._session.ask(server, partial(ReadState, key=key, piece=piece), whole=True))
             for piece, server in enumerate(remote.owners)
         ]
         self._wait(asked, timeout_s, f"reading the optimizer's state of key {key!r}")
         states: dict[str, list[Array]] = {}
         step = 0
-        for answer in asked:
+        for _, answer in asked:
             outcome = answer.result()
             assert isinstance(outcome.reply, State) and isinstance(outcome.payload, list)
             step = max(step, outcome.reply.step)
@@ -309,12 +319,12 @@ class ClusterHome(Home):
         if any(array.size != remote.cut.items for array in state.values()):
             raise OptimizerError(f"key {key!r}: expected optimizer state of {remote.cut.items} elements per array")
         asked = []
-        for piece in range(len(remote.cut)):
+        for piece, server in enumerate(remote.owners):
             start, stop = remote.cut.span(piece)
             frames = tuple(array[start:stop].view(np.uint8) for array in state.values())
             names, dtypes = tuple(state), tuple(array.dtype.name for array in state.values())
             make = partial(WriteState, key=key, piece=piece, step=step, names=names, dtypes=dtypes)
-            asked.append(self._session.ask(owner(key, piece, len(self._servers)), make, frames))
+            asked.append((server, self._session.ask(server, make, frames)))
         self._wait(asked, timeout_s, f"writing the optimizer's state of key {key!r}")
 
     # --- the cluster --------------------------------------------------------------------------
@@ -335,9 +345,9 @@ class ClusterHome(Home):
         self._session.drive(awaited, timeout_s)
 
     def explain(self, key: Key) -> str:
-        remote = self._remotes.get(key)
+        remote = self._remotes.get(key) or self._joining.get(key)
         if remote is None:
-            return f"key {key!r}: its init has not been answered"
+            return f"key {key!r}: nothing is open on the servers"
         return self.explain_remote(remote.counted)
 
     def explain_remote(self, remote: Remote) -> str:
@@ -346,10 +356,6 @@ class ClusterHome(Home):
             waiting = list(remote.open.items())[:1]
         return self._session.explain(waiting[0][1], waiting[0][0]) if waiting else "nothing is open on the servers"
 
-    def explain_init(self, key: Key) -> str:
-        """Why an init has not returned: asks the server of the key's first piece."""
-        return self._session.explain(owner(key, 0, len(self._servers)), 0)
-
     def dead_workers(self) -> list[int]:
         return sorted({gone.rank for gone in self._session.departed if gone.role == "worker" and gone.reason})
 
@@ -357,21 +363,23 @@ class ClusterHome(Home):
         try:
             for member in (*self._servers, SCHEDULER):
                 with contextlib.suppress(ServerLostError):  # who is gone need not be told
-                    self._wait([self._session.ask(member, lambda i: Leave(i, reason))], timeout_s, "leave")
+                    self._wait([(member, self._session.ask(member, lambda i: Leave(i, reason)))], timeout_s, "leave")
         finally:
             self._session.close()
 
     def _ask_all(self, make: Callable[[int], Message], timeout_s: float, what: str) -> None:
-        self._wait([self._session.ask(server, make) for server in self._servers], timeout_s, what)
+        self._wait([(server, self._session.ask(server, make)) for server in self._servers], timeout_s, what)
 
-    def _wait(self, asked: list[Future[Any]], timeout_s: float, what: str) -> None:
-        for server, answer in enumerate(asked):
+    def _wait(self, asked: list[tuple[int, Future[Any]]], timeout_s: float, what: str) -> None:
+        """Until these servers have answered."""
+        for server, answer in asked:
             try:
                 answer.result(timeout_s)
             except TimeoutError as error:
                 if answer.done():
                     raise
-                raise DeadlineError(f"{what}: request {server} has no answer after {timeout_s:g} s") from error
+                why = self._session.explain(server, 0)
+                raise DeadlineError(f"{what}: no answer after {timeout_s:g} s; {why}") from error
 
 
 def _clamped(priority: int) -> int:

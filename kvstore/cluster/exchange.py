@@ -95,6 +95,8 @@ class Remote:
 
     def give_back(self, piece: int, request_id: int) -> None:
         """The place that the request was answered with, if it was, is not read any more."""
+        if not self.near[piece]:
+            return
         with self.lock:
             holding = self._holding.get(piece)
             if holding is not None:

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 import engine
-from kvstore import optim
+from kvstore import kernels, optim
 from kvstore.arrays import Array, dtype_named
-from kvstore.cluster.address import advertised
+from kvstore.cluster.address import advertised, reachable, split
 from kvstore.cluster.near import Neighbourhood
 from kvstore.cluster.outbox import OnSent, Outbox, Outgoing
 from kvstore.cluster.session import Session
@@ -82,6 +82,7 @@ class Server:
         address: the scheduler's.
         bind: where to listen; port ``*`` lets the system choose.
         advertise: the address that workers reach it by, if another than the bound one.
+        rank: its number among the servers; None: any.
         neighbourhood: memory for values that workers of this host read in place; None: none is shared.
     """
 
@@ -91,13 +92,16 @@ class Server:
         *,
         bind: str = "tcp://127.0.0.1:*",
         advertise: str | None = None,
+        rank: int | None = None,
         neighbourhood: Neighbourhood | None = None,
     ) -> None:
+        self._scheduler = reachable(address)
+        self._wanted = NOBODY if rank is None else rank
         self._engine = engine.default()
         self._reactor = Reactor("kvstore-server")
         self._endpoint = Endpoint(self._reactor, self._receive)
-        self._scheduler = address
         try:
+            split(bind)  # for ZeroMQ port 70000 is port 4464
             self.address = advertised(self._endpoint.bind(bind), advertise)
         except OptionError:
             self._reactor.abandon()
@@ -127,12 +131,13 @@ class Server:
             UnreachableError: no scheduler at the address.
             PeerError: the scheduler refused.
         """
+        kernels.prepare()
         self._engine.retain()
         self._retained = True
         session = Session(self._scheduler, "server", self._departed)
         self._session = session
         try:
-            session.register(NOBODY, self.address, connect_timeout, JOIN_TIMEOUT_S)
+            session.register(self._wanted, self.address, connect_timeout, JOIN_TIMEOUT_S)
         except BaseException:
             self.stop()
             raise
