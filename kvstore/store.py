@@ -841,7 +841,8 @@ class KVStore:
         try:
             self.wait_for_commits()
         except BaseException as error:
-            self._leave(f"{type(error).__name__}: {error}" if isinstance(error, DeadlineError) else "")
+            committed = isinstance(error, KVStoreError) and not isinstance(error, DeadlineError)
+            self._leave("" if committed else f"{type(error).__name__}: {error}")
             raise
         self._leave("")
 
