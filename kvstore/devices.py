@@ -11,8 +11,7 @@ the home sees them in the level's order.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -76,16 +75,9 @@ class Entry:
     bundle: Bundle | None = None  # that moves it together with other keys
     lock: threading.RLock = field(default_factory=threading.RLock)
 
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Hold the lock, and the key is in no bundle."""
-        while True:
-            with self.lock:
-                bundle = self.bundle
-                if bundle is None:
-                    yield
-                    return
-            bundle.dissolve()  # without the lock: it takes those of all its keys
+    def alone(self) -> _Alone:
+        """``with entry.alone():`` holds the lock, and the key is in no bundle."""
+        return _Alone(self)
 
     def count(self, devices: int) -> None:
         """From now on the rounds of so many devices are counted, from 0."""
@@ -106,6 +98,26 @@ class Entry:
         if previous is not None:
             previous.give_back()
         return held.array
+
+
+class _Alone:
+    """What :meth:`Entry.alone` returns."""
+
+    __slots__ = ("_entry",)
+
+    def __init__(self, entry: Entry) -> None:
+        self._entry = entry
+
+    def __enter__(self) -> None:
+        entry = self._entry
+        entry.lock.acquire()
+        while (bundle := entry.bundle) is not None:
+            entry.lock.release()
+            bundle.dissolve()  # without the lock: it takes those of all its keys
+            entry.lock.acquire()
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        self._entry.lock.release()
 
 
 class _Delayed(Source):
@@ -250,10 +262,12 @@ class Devices:
         """What the home is to be pushed for this update, and whose pushes it consists of."""
         parts = [entry.held.pop(contribution) for contribution in update.contributions]
         arrays = [array for part in parts for array in part.arrays]
-        return Gradient(arrays, max(part.priority for part in parts)), parts
+        return Gradient(arrays, max([part.priority for part in parts])), parts
 
     def _stage_leftovers(self, entry: Entry, contributions: list[_Contribution]) -> None:
         """Copy what has to wait for other devices, because the caller may overwrite it."""
+        if not entry.held:
+            return
         waiting = set(map(id, entry.held.values()))
         for contribution in contributions:
             if id(contribution) in waiting:
