@@ -354,12 +354,14 @@ class Engine(ABC):
     def _help(self, timeout: float | None) -> None:
         """Before this thread waits for all: run ready ops here, while that pays."""
 
-    def pending(self, *items: Any) -> bool:
-        """Is there an unfinished op that writes any of these arrays or vars?"""
+    def pending(self, *items: Any, reads: bool = False) -> bool:
+        """Is there an unfinished op that writes any of these arrays or vars; with ``reads``, or reads them?"""
         with self._lock:
             for item in items:
                 for var in self._vars_of(item):
-                    if var.writer is not None or any(writes for _, writes in var.queue):
+                    if var.writer is not None or any(reads or writes for _, writes in var.queue):
+                        return True
+                    if reads and var.readers:
                         return True
         return False
 

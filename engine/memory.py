@@ -68,7 +68,7 @@ def _is_array(item: Any) -> np.ndarray[Any, Any]:
 
 
 def _range_of(array: np.ndarray[Any, Any]) -> Range:
-    if array.flags.c_contiguous:
+    if array.flags.forc:  # as a rule
         start: int = array.__array_interface__["data"][0]
         return start, start + array.nbytes
     low, high = byte_bounds(array)
@@ -118,7 +118,7 @@ class Memory:
         range_ = _range_of(array)
         own = self._vars.get(range_)
         if own is None:
-            own = self._vars[range_] = Var(f"array {array.dtype}{array.shape}")
+            own = self._vars[range_] = Var(f"array of {array.nbytes} bytes")  # a dtype's name takes long to make
             insort(self._ranges, range_)
             self._longest = max(self._longest, range_[1] - range_[0])
             self._watch(range_, array)

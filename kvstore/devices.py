@@ -215,7 +215,7 @@ class Devices:
             answer = entry.answer(ticket, request.device)
             if answer is not None and len(updates) == 1 and not answered_others:
                 gradient, parts = self._merged(entry, updates[0])
-                outs = request.outs
+                outs = gradient.outs = request.outs
                 gradient.lent = (
                     outs is not None and len(outs) == len(gradient.arrays) == 1 and outs[0] is gradient.arrays[0]
                 )

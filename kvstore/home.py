@@ -34,6 +34,7 @@ class Gradient:
     arrays: list[Array]
     priority: int
     lent: bool = False  # the caller leaves the only array alone until the operation has ended
+    outs: Sequence[Array] | None = None  # pushpull: to where the source will be asked to deliver
 
     @property
     def reads(self) -> list[Any]:

@@ -31,8 +31,16 @@ class _UpdaterRule:
     def create_state(self, value: Array) -> dict[str, Array]:
         return {}
 
-    def update(self, value: Array, gradient: Array, state: dict[str, Array], step: int) -> None:
-        self._updater(self._key, gradient, value)
+    def update(
+        self, value: Array, pushes: Sequence[Array], state: dict[str, Array], step: int, target: Array
+    ) -> None:
+        merged = pushes[0]
+        if len(pushes) > 1:
+            merged = np.empty_like(merged)
+            comm.merge(pushes, merged)
+        if target is not value:
+            np.copyto(target, value)
+        self._updater(self._key, merged, target)
 
 
 class LocalHome(Home):
@@ -63,37 +71,55 @@ class LocalHome(Home):
         return done
 
     def push(self, key: Key, gradient: Gradient, ended: Ended) -> Reading:
-        stored, shape = self._stored[key], self._specs[key].shape
-        rule, generation = self._rule(key), self._generation
-        arrays, reads = gradient.arrays, list[Any](gradient.arrays)
-        if not stored.var.idle:  # it will be applied later, but must be read now
-            staged, var = np.empty(shape, stored.value.dtype), engine.Var(f"staged {key!r}")
+        stored = self._stored[key]
+        if stored.var.idle:
+            reading, applied = self._apply(key, gradient, gradient.arrays, gradient.arrays, ())
+        else:  # it will be applied later, but must be read now
+            staged, var = np.empty(stored.value.shape, stored.value.dtype), engine.Var(f"staged {key!r}")
             self._engine.push(
-                lambda: comm.merge(gradient.arrays, staged), reads=reads, writes=[var], name="stage", inline=True
-            )
-            arrays, reads = [staged], [var]
-        value_reads = [] if rule is None else [stored.var]
-        inline = stored.value.nbytes * len(gradient.arrays) <= INLINE_BYTES
+                lambda: comm.merge(gradient.arrays, staged),
+                reads=gradient.arrays, writes=[var], name="stage", inline=True,
+            )  # fmt: skip
+            reading, applied = self._apply(key, gradient, [staged], [var], ())
+        when_ended(applied, ended)
+        return reading
+
+    def pull(self, key: Key, priority: int) -> Source:
+        return _LocalSource(key, self._stored[key], self._engine)
+
+    def pushpull(self, key: Key, gradient: Gradient, ended: Ended) -> tuple[Reading, Source]:
+        outs = gradient.outs
+        if not outs or not self._stored[key].var.idle or self._engine.pending(*outs, reads=True):
+            return self.push(key, gradient, ended), self.pull(key, gradient.priority)
+        # One op, so that what was just merged goes on from the processor's cache.
+        reading, applied = self._apply(key, gradient, gradient.arrays, gradient.arrays, outs)
+        when_ended(applied, ended)
+        return reading, _Delivered(applied)
+
+    def _apply(
+        self, key: Key, gradient: Gradient, arrays: list[Array], reads: Sequence[Any], outs: Sequence[Array]
+    ) -> tuple[Reading, engine.Handle]:
+        """Let the arrays' sum change the value, and copy that to ``outs``: the op, twice if it still reads arrays."""
+        stored, rule, generation = self._stored[key], self._rule(key), self._generation
+        nbytes = stored.value.nbytes
+        inline = nbytes * (len(arrays) + len(outs)) <= INLINE_BYTES
 
         def apply() -> None:
             if rule is None:
                 stored.assign(arrays)
             else:
                 _update(key, stored, arrays, rule, generation)
+            if outs:
+                comm.broadcast(stored.value.reshape(-1), outs)
 
         applied = self._engine.push(
             apply,
-            reads=reads + value_reads, writes=[stored.var], priority=gradient.priority,
-            name="assign" if rule is None else "update", inline=inline, info={"key": key, "bytes": stored.value.nbytes},
+            reads=reads if rule is None else [*reads, stored.var], writes=[stored.var, *outs],
+            priority=gradient.priority, name="assign" if rule is None else "update", inline=inline,
+            info={"key": key, "bytes": nbytes},
         )  # fmt: skip
-        when_ended(applied, ended)
-        return None if inline or arrays is not gradient.arrays or self._engine.pending(*arrays) else applied
-
-    def pull(self, key: Key, priority: int) -> Source:
-        return _LocalSource(key, self._stored[key], self._engine)
-
-    def pushpull(self, key: Key, gradient: Gradient, ended: Ended) -> tuple[Reading, Source]:
-        return self.push(key, gradient, ended), self.pull(key, gradient.priority)
+        read = inline or reads is not gradient.arrays or self._engine.pending(*arrays)
+        return None if read else applied, applied
 
     def bundle(self, keys: Sequence[Key], timeout_s: float) -> list[Bundle]:
         return []
@@ -188,6 +214,19 @@ class _LocalSource(Source):
 
         held = self._engine.push(lend, reads=[stored.var], name="hold", inline=True)
         when_ended(held, lambda error: ended(held.result() if error is None else error))
+
+
+class _Delivered(Source):
+    """A value that an op copies to where it is wanted as soon as it is there."""
+
+    def __init__(self, op: engine.Handle) -> None:
+        self._op = op
+
+    def deliver(self, outs: Sequence[Array], priority: int, ended: Ended) -> None:
+        when_ended(self._op, ended)
+
+    def hold(self, ended: Callable[[Held | BaseException], None]) -> None:
+        raise AssertionError("it is delivered to the gradient's outs")
 
 
 def _update(key: Key, stored: Stored, pushes: Sequence[Array], rule: Rule, generation: int) -> None:

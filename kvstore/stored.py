@@ -20,10 +20,12 @@ SPARES_MAX = 2
 
 
 class Rule(Protocol):
-    """How a merged push changes a stored value; an optimizer, or a wrapped updater."""
+    """How the sum of some pushes changes a stored value; an optimizer, or a wrapped updater."""
 
     def create_state(self, value: Array) -> dict[str, Array]: ...
-    def update(self, value: Array, gradient: Array, state: dict[str, Array], step: int) -> None: ...
+    def update(
+        self, value: Array, pushes: Sequence[Array], state: dict[str, Array], step: int, target: Array
+    ) -> None: ...
 
 
 class Stored:
@@ -68,20 +70,13 @@ class Stored:
 
     def update(self, pushes: Sequence[Array], rule: Rule, generation: int = 1) -> None:
         """Apply the merged pushes by ``rule``; another ``generation`` than before begins with a new state."""
-        if len(pushes) == 1:
-            merged = pushes[0]
-        else:
-            merged = np.empty_like(pushes[0])
-            kernels.merge(pushes, merged)
         target = self._unread()
-        if target is not self.value:
-            np.copyto(target, self.value)
-            self._become(target)
         if generation != self._generation:
             self.state = rule.create_state(self.value)
             self.step = 0
             self._generation = generation
-        rule.update(self.value, merged, self.state, self.step + 1)
+        rule.update(self.value, pushes, self.state, self.step + 1, target)
+        self._become(target)
         self.step += 1
 
     def restore(self, state: dict[str, Array], step: int, generation: int) -> None:

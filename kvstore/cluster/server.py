@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 import engine
-from kvstore import optim
+from kvstore import kernels, optim
 from kvstore.arrays import Array, dtype_named
 from kvstore.cluster.address import advertised, reachable, split
 from kvstore.cluster.near import Neighbourhood
@@ -131,6 +131,7 @@ class Server:
             UnreachableError: no scheduler at the address.
             PeerError: the scheduler refused.
         """
+        kernels.prepare()
         self._engine.retain()
         self._retained = True
         session = Session(self._scheduler, "server", self._departed)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from kvstore import kernels
 from kvstore.arrays import Array
 
@@ -16,11 +14,12 @@ def merge(arrays: Sequence[Array], out: Array) -> None:
 
 
 def broadcast(source: Array, outs: Sequence[Array], start: int = 0) -> None:
-    """Copy the flat ``source`` into each of ``outs``, from element ``start`` on in C order."""
-    for out in outs:
-        if source.size == out.size:
-            np.copyto(out, source.reshape(out.shape))
-        elif out.flags.c_contiguous:
-            np.copyto(out.reshape(-1)[start : start + source.size], source)
-        else:
-            out.flat[start : start + source.size] = source
+    """Copy the flat ``source`` into each of ``outs``, all of one shape, from element ``start`` on in C order."""
+    stop = start + source.size
+    if outs and source.size == outs[0].size:
+        kernels.broadcast(source, outs)
+    elif all(out.flags.c_contiguous for out in outs):
+        kernels.broadcast(source, [out.reshape(-1)[start:stop] for out in outs])
+    else:
+        for out in outs:
+            out.flat[start:stop] = source

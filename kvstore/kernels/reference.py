@@ -1,18 +1,46 @@
-"""The kernels in plain NumPy."""
+"""The kernels in plain NumPy: the oracle for every other form of the same names, and what runs where there is none.
+
+The order of the operations on one element is part of the contract, so that another form gives the same bits.
+What is not said here: when an update happens, and with which numbers; see :mod:`kvstore.optim`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[Any]
+States = tuple[Array | None, ...]
 
 BLOCK = 32 << 10  # elements: a few blocks fit the second-level cache
+LANES = 1024  # of a sum of squares; divides BLOCK
 HALVES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
+
+
+class Change(NamedTuple):
+    """What every optimizer's kernel begins with: a value, and the pushes whose sum changes it.
+
+    ``target`` becomes ``value`` changed by ``clip(scale * sum(pushes))``, element by element.
+
+    Args:
+        value: float32 or float64 (others where plain NumPy can do it).
+        target: of its shape and dtype; it may be ``value``, else it overlaps nothing here.
+        pushes: at least one, of its shape, of its dtype or of float16 or bfloat16 beside float32.
+    """
+
+    value: Array
+    target: Array
+    pushes: Sequence[Array]
+    scale: float = 1.0
+    clip: float = math.inf
+
+
+# --- sums ---------------------------------------------------------------------------------------
 
 
 def merge(arrays: Sequence[Array], out: Array) -> None:
@@ -53,3 +81,303 @@ def _merge_halves(arrays: Sequence[Array], out: Array) -> None:
         for array in arrays[1:]:
             total += array[start:stop].astype(np.float32)
         out[start:stop] = total
+
+
+def norm(arrays: Sequence[Array]) -> float:
+    """The Euclidean norm of the sum of ``arrays`` (as :func:`merge` rounds it), in float64.
+
+    The squares of the elements i, i + 1024, i + 2048 ... are added up in this order, then the 1024 sums.
+    """
+    lanes = np.zeros(LANES)
+    for gradient in _sums(arrays, arrays[0].dtype):
+        _add_squares(lanes, gradient)
+    return _root(lanes)
+
+
+def _add_squares(lanes: Array, block: Array) -> None:
+    squares = block.astype(np.float64)
+    squares *= squares
+    whole = squares.size - squares.size % LANES
+    for row in squares[:whole].reshape(-1, LANES):
+        lanes += row
+    lanes[: squares.size - whole] += squares[whole:]
+
+
+def _root(lanes: Array) -> float:
+    return math.sqrt(np.add.accumulate(lanes)[-1])
+
+
+# --- optimizers ---------------------------------------------------------------------------------
+
+
+def accumulate(change: Change, states: States) -> None:
+    """value += gradient. Takes every dtype."""
+    for w, g, _ in _blocks(change, states):
+        np.add(w, g, out=w)
+
+
+def sgd(
+    change: Change,
+    states: States,
+    lr: float,
+    decay: float,
+    momentum: float,
+    gain: float,
+    nesterov: float,
+    begin: float,
+) -> None:
+    """Gradient descent.
+
+    Args:
+        states: (momentum,) or (None,) if ``momentum`` is 0.
+        decay: of the weights, added to the gradient.
+        gain: of the gradient, on its way into the momentum.
+        nesterov, begin: 0 or 1; ``begin``: the momentum is to begin as the gradient.
+    """
+    for w, g, (m,) in _blocks(change, states, decay):
+        if m is not None:
+            if begin:
+                m[...] = g
+            else:
+                m *= momentum
+                m += gain * g
+            g = g + momentum * m if nesterov else m
+        w -= lr * g
+
+
+def adam(
+    change: Change,
+    states: States,
+    rate: float,
+    root: float,
+    first: float,
+    second: float,
+    eps: float,
+    decay: float,
+    shrink: float,
+) -> None:
+    """Adam, AMSGrad and AdamW.
+
+    Args:
+        states: (mean, square, square_max), the last one None without AMSGrad.
+        rate: the learning rate, corrected for the bias of the mean.
+        root: what the root of ``square`` is divided by, which corrects its bias.
+        first, second: the betas.
+        decay: of the weights, added to the gradient.
+        shrink: what the weights are multiplied by first.
+    """
+    for w, g, (mean, square, square_max) in _blocks(change, states, decay):
+        assert mean is not None and square is not None
+        w *= shrink
+        mean *= first
+        mean += (1 - first) * g
+        square *= second
+        g *= g
+        g *= 1 - second
+        square += g
+        if square_max is not None:
+            square = np.maximum(square_max, square, out=square_max)
+        np.sqrt(square, out=g)
+        g /= root
+        g += eps
+        np.divide(mean, g, out=g)
+        g *= rate
+        w -= g
+
+
+def adagrad(change: Change, states: States, rate: float, eps: float, decay: float) -> None:
+    """Adagrad. ``states``: (sum of squares,)."""
+    for w, g, (total,) in _blocks(change, states, decay):
+        assert total is not None
+        total += g * g
+        w -= rate * g / (np.sqrt(total) + eps)
+
+
+def rmsprop(change: Change, states: States, lr: float, alpha: float, eps: float, decay: float, momentum: float) -> None:
+    """RMSProp. ``states``: (square, momentum, mean), without momentum and if not centered with None there."""
+    for w, g, (square, m, mean) in _blocks(change, states, decay):
+        assert square is not None
+        square *= alpha
+        square += (1 - alpha) * g * g
+        if mean is not None:
+            mean += (1 - alpha) * (g - mean)
+            square = square - mean * mean
+        g /= np.sqrt(square) + eps
+        if m is not None:
+            m *= momentum
+            m += g
+            g = m
+        w -= lr * g
+
+
+def adadelta(change: Change, states: States, lr: float, rho: float, eps: float, decay: float) -> None:
+    """Adadelta. ``states``: (square, delta)."""
+    for w, g, (square, delta) in _blocks(change, states, decay):
+        assert square is not None and delta is not None
+        square *= rho
+        square += (1 - rho) * g * g
+        g *= np.sqrt(delta + eps) / np.sqrt(square + eps)
+        delta *= rho
+        delta += (1 - rho) * g * g
+        w -= lr * g
+
+
+def ftrl(change: Change, states: States, lr: float, beta: float, l1: float, l2: float) -> None:
+    """FTRL-Proximal. ``states``: (z, n)."""
+    for w, g, (z, n) in _blocks(change, states):
+        assert z is not None and n is not None
+        before = np.sqrt(n)
+        n += g * g
+        after = np.sqrt(n)
+        z += g - (after - before) / lr * w
+        shrunk = np.sign(z) * np.maximum(np.abs(z) - l1, 0)
+        w[...] = -shrunk / ((beta + after) / lr + l2)
+
+
+def lars(change: Change, states: States, lr: float, trust: float, eps: float, decay: float, momentum: float) -> None:
+    """LARS, whose rate depends on the norms of value and gradient. ``states``: (momentum,)."""
+    weights, slopes = np.zeros(LANES), np.zeros(LANES)
+    for w, g, _ in _blocks(change, states):
+        _add_squares(weights, w)
+        _add_squares(slopes, g)
+    length, slope = _root(weights), _root(slopes)
+    if length > 0 and slope > 0:
+        lr *= trust * length / (slope + decay * length + eps)
+    for w, g, (m,) in _blocks(change, states, decay):
+        assert m is not None
+        m *= momentum
+        m += lr * g
+        w -= m
+
+
+def lamb(
+    change: Change,
+    states: States,
+    lr: float,
+    unbias: float,
+    root: float,
+    first: float,
+    second: float,
+    eps: float,
+    decay: float,
+) -> None:
+    """LAMB, whose rate depends on the norms of value and step. ``states``: (mean, square).
+
+    Args:
+        unbias, root: what the mean and the root of the square are divided by.
+        first, second: the betas.
+    """
+
+    def step(w: Array, mean: Array, square: Array) -> Array:
+        u: Array = mean / unbias / (np.sqrt(square) / root + eps)
+        u += decay * w
+        return u
+
+    weights, steps = np.zeros(LANES), np.zeros(LANES)
+    for w, g, (mean, square) in _blocks(change, states):
+        assert mean is not None and square is not None
+        mean *= first
+        mean += (1 - first) * g
+        square *= second
+        square += (1 - second) * g * g
+        _add_squares(weights, w)
+        _add_squares(steps, step(w, mean, square))
+    length, way = _root(weights), _root(steps)
+    if length > 0 and way > 0:
+        lr *= length / way
+    for w, _, (mean, square) in _blocks(change, states):
+        assert mean is not None and square is not None
+        w -= lr * step(w, mean, square)
+
+
+def _blocks(change: Change, states: States, decay: float = 0.0) -> Iterator[tuple[Array, Array, States]]:
+    """Block by block: the target (which holds the value), the gradient (which is scratch), the states."""
+    with np.errstate(all="ignore"):
+        target = _flat(change.target)
+        values = target if change.value is change.target else _flat(change.value)
+        flats = [state if state is None else _flat(state) for state in states]
+        start = 0
+        for g in _sums(change.pushes, target.dtype):
+            part = slice(start, start + g.size)
+            start += g.size
+            w = target[part]
+            if values is not target:
+                w[...] = values[part]
+            if change.scale != 1.0:
+                g *= change.scale
+            if change.clip != math.inf:
+                np.clip(g, -change.clip, change.clip, out=g)
+            if decay:
+                g += decay * w
+            yield w, g, tuple([flat if flat is None else flat[part] for flat in flats])
+        for array, flat in zip((change.target, *states), (target, *flats), strict=True):
+            if array is not None and flat is not None and not np.may_share_memory(array, flat):
+                array[...] = flat.reshape(array.shape)
+
+
+def _sums(pushes: Sequence[Array], dtype: np.dtype[Any]) -> Iterator[Array]:
+    """The sum of the pushes as :func:`merge` rounds it, then in ``dtype``, in blocks that the caller may change."""
+    flats = [_flat(push) for push in pushes]
+    for start in range(0, flats[0].size, BLOCK):
+        blocks = [flat[start : start + BLOCK] for flat in flats]
+        merged = np.empty_like(blocks[0])
+        merge(blocks, merged)
+        yield merged.astype(dtype, copy=False)
+
+
+def _flat(array: Array) -> Array:
+    """Its elements in C order; a copy if they do not lie so."""
+    return array.reshape(-1)
+
+
+# --- other --------------------------------------------------------------------------------------
+
+
+def cast(source: Array, target: Array) -> None:
+    """``target`` = ``source`` in its dtype, rounded to nearest even; of one shape."""
+    with np.errstate(all="ignore"):
+        np.copyto(target, source, casting="unsafe")
+
+
+def broadcast(source: Array, outs: Sequence[Array]) -> None:
+    """Each of ``outs`` = ``source``, in C order; all of as many elements, of one dtype, overlapping nothing."""
+    for out in outs:
+        np.copyto(out, source.reshape(out.shape))
+
+
+def gather(source: Array, row_ids: Array, out: Array) -> None:
+    """``out[i] = source[row_ids[i]]``.
+
+    Args:
+        source: rows of any shape.
+        row_ids: int64.
+        out: as many rows as ids; overlaps nothing.
+
+    Raises:
+        IndexError: an id that is no row; nothing is written.
+    """
+    check_rows(source, row_ids)
+    np.take(source, row_ids, axis=0, out=out, mode="clip")
+
+
+def scatter_add(target: Array, row_ids: Array, rows: Array) -> None:
+    """``target[row_ids[i]] += rows[i]``, one after the other: an id that comes twice is added twice.
+
+    Args:
+        target: rows of any shape; float16 and bfloat16 are rounded at every addition.
+        row_ids: int64, in any order.
+        rows: one per id, of ``target``'s dtype.
+
+    Raises:
+        IndexError: an id that is no row; nothing is written.
+    """
+    check_rows(target, row_ids)
+    with np.errstate(all="ignore"):
+        np.add.at(target, row_ids, rows)
+
+
+def check_rows(array: Array, row_ids: Array) -> None:
+    """Raises IndexError when an id is no row of ``array``."""
+    if row_ids.size and (row_ids.min() < 0 or row_ids.max() >= len(array)):
+        wrong = row_ids[(row_ids < 0) | (row_ids >= len(array))][0]
+        raise IndexError(f"row ids: expected 0..{len(array) - 1}, got {wrong}")

@@ -8,6 +8,8 @@ from typing import ClassVar
 
 import numpy as np
 
+from kvstore import kernels
+from kvstore.kernels import Change
 from kvstore.optim.base import Array, Optimizer, State
 from kvstore.optim.schedules import Schedule
 
@@ -26,28 +28,15 @@ class Adam(Optimizer):
     def _state_names(self) -> tuple[str, ...]:
         return ("mean", "square", "square_max") if self.amsgrad else ("mean", "square")
 
-    def _decay(self, w: Array, g: Array, lr: float) -> None:
-        if self.weight_decay:
-            g += self.weight_decay * w
+    def _decays(self, lr: float) -> tuple[float, float]:
+        """What of the weights is added to the gradient, and what the weights are multiplied by."""
+        return self.weight_decay, 1.0
 
-    def _step(self, w: Array, g: Array, state: State, lr: float, step: int) -> None:
-        self._decay(w, g, lr)
+    def _step(self, change: Change, state: State, lr: float, step: int) -> None:
         first, second = self.betas
-        mean, square = state["mean"], state["square"]
-        mean *= first
-        mean += (1 - first) * g
-        square *= second
-        g *= g
-        g *= 1 - second
-        square += g
-        if self.amsgrad:
-            square = np.maximum(state["square_max"], square, out=state["square_max"])
-        np.sqrt(square, out=g)
-        g /= math.sqrt(1 - second**step)
-        g += self.eps
-        np.divide(mean, g, out=g)
-        g *= lr / (1 - first**step)
-        w -= g
+        rate, root = lr / (1 - first**step), math.sqrt(1 - second**step)
+        states = (state["mean"], state["square"], state.get("square_max"))
+        kernels.adam(change, states, rate, root, first, second, self.eps, *self._decays(lr))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +46,8 @@ class AdamW(Adam):
     name: ClassVar[str] = "adamw"
     weight_decay: float = 1e-2
 
-    def _decay(self, w: Array, g: Array, lr: float) -> None:
-        w *= 1 - lr * self.weight_decay
+    def _decays(self, lr: float) -> tuple[float, float]:
+        return 0.0, 1 - lr * self.weight_decay
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,11 +67,9 @@ class Adagrad(Optimizer):
     def _first_state(self, weights: Array, state: State) -> None:
         state["sum"] += self.initial_accumulator_value
 
-    def _step(self, w: Array, g: Array, state: State, lr: float, step: int) -> None:
-        if self.weight_decay:
-            g += self.weight_decay * w
-        state["sum"] += g * g
-        w -= lr / (1 + (step - 1) * self.lr_decay) * g / (np.sqrt(state["sum"]) + self.eps)
+    def _step(self, change: Change, state: State, lr: float, step: int) -> None:
+        rate = lr / (1 + (step - 1) * self.lr_decay)
+        kernels.adagrad(change, (state["sum"],), rate, self.eps, self.weight_decay)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,22 +87,9 @@ class RMSProp(Optimizer):
     def _state_names(self) -> tuple[str, ...]:
         return ("square", *(["momentum"] if self.momentum else []), *(["mean"] if self.centered else []))
 
-    def _step(self, w: Array, g: Array, state: State, lr: float, step: int) -> None:
-        if self.weight_decay:
-            g += self.weight_decay * w
-        square = state["square"]
-        square *= self.alpha
-        square += (1 - self.alpha) * g * g
-        if self.centered:
-            mean = state["mean"]
-            mean += (1 - self.alpha) * (g - mean)
-            square = square - mean * mean
-        g /= np.sqrt(square) + self.eps
-        if self.momentum:
-            state["momentum"] *= self.momentum
-            state["momentum"] += g
-            g = state["momentum"]
-        w -= lr * g
+    def _step(self, change: Change, state: State, lr: float, step: int) -> None:
+        states = (state["square"], state.get("momentum"), state.get("mean"))
+        kernels.rmsprop(change, states, lr, self.alpha, self.eps, self.weight_decay, self.momentum)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,16 +105,8 @@ class Adadelta(Optimizer):
     def _state_names(self) -> tuple[str, ...]:
         return ("square", "delta")
 
-    def _step(self, w: Array, g: Array, state: State, lr: float, step: int) -> None:
-        if self.weight_decay:
-            g += self.weight_decay * w
-        square, delta = state["square"], state["delta"]
-        square *= self.rho
-        square += (1 - self.rho) * g * g
-        g *= np.sqrt(delta + self.eps) / np.sqrt(square + self.eps)
-        delta *= self.rho
-        delta += (1 - self.rho) * g * g
-        w -= lr * g
+    def _step(self, change: Change, state: State, lr: float, step: int) -> None:
+        kernels.adadelta(change, (state["square"], state["delta"]), lr, self.rho, self.eps, self.weight_decay)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,11 +129,5 @@ class FTRL(Optimizer):
         lr = self.lr.at(1) if isinstance(self.lr, Schedule) else self.lr
         state["z"] -= weights * (self.beta / lr + self.l2) + np.sign(weights) * self.l1
 
-    def _step(self, w: Array, g: Array, state: State, lr: float, step: int) -> None:
-        z, n = state["z"], state["n"]
-        before = np.sqrt(n)
-        n += g * g
-        after = np.sqrt(n)
-        z += g - (after - before) / lr * w
-        shrunk = np.sign(z) * np.maximum(np.abs(z) - self.l1, 0)
-        w[...] = -shrunk / ((self.beta + after) / lr + self.l2)
+    def _step(self, change: Change, state: State, lr: float, step: int) -> None:
+        kernels.ftrl(change, (state["z"], state["n"]), lr, self.beta, self.l1, self.l2)

@@ -1,18 +1,22 @@
-"""What all optimizers share: checks, clipping, float32 masters of half-precision values, blocks."""
+"""What all optimizers share: checks, clipping, float32 masters of half-precision values.
+
+The arithmetic is in :mod:`kvstore.kernels`.
+"""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
-from kvstore import plain
+from kvstore import kernels, plain
 from kvstore.errors import DtypeError, OptimizerError
-from kvstore.kernels.reference import BLOCK, HALVES
+from kvstore.kernels import HALVES, Change
 from kvstore.optim import schedules
 from kvstore.optim.schedules import Schedule
 
@@ -87,36 +91,30 @@ class Optimizer(ABC):
         self._first_state(weights, state)
         return state
 
-    def update(self, value: Array, gradient: Array, state: State, step: int) -> None:
-        """Change ``value`` and ``state`` in place.
+    def update(
+        self, value: Array, pushes: Sequence[Array], state: State, step: int, target: Array | None = None
+    ) -> None:
+        """Change ``value`` and ``state`` in place, by the sum of the pushes: in one pass, without a temporary.
 
         Args:
-            value, gradient: of one shape and dtype; the gradient is not changed.
+            value: an array of any shape.
+            pushes: at least one, of its shape and dtype; they are not changed.
             state: what :meth:`create_state` made, after the earlier updates.
             step: the number of this update of the value, from 1.
+            target: where the new value goes, if not into ``value``, which then stays as it is.
         """
-        weights = state.get("master", value)
-        lr = self.lr.at(step) if isinstance(self.lr, Schedule) else self.lr
-        flat, slopes = weights.reshape(-1), gradient.reshape(-1)
-        states = {name: array.reshape(-1) for name, array in state.items() if name != "master"}
-        scale = self._norm_scale(slopes)
-        block = max(1, flat.size) if self.whole_tensor else BLOCK
-        with np.errstate(all="ignore"):  # what diverges shows in the values
-            for start in range(0, flat.size, block):
-                part = slice(start, start + block)
-                g = slopes[part].astype(flat.dtype)
-                if scale != 1.0:
-                    g *= flat.dtype.type(scale)
-                if self.clip_gradient is not None:
-                    np.clip(g, -self.clip_gradient, self.clip_gradient, out=g)
-                self._step(flat[part], g, {name: array[part] for name, array in states.items()}, float(lr), step)
-            if weights is not value:
-                value[...] = weights.astype(value.dtype)
-
-    def _norm_scale(self, gradient: Array) -> float:
-        if self.clip_norm is None:
-            return 1.0
-        return min(1.0, self.clip_norm / (norm(gradient) + 1e-6))
+        target = value if target is None else target
+        master = state.get("master")
+        lr = float(self.lr.at(step) if isinstance(self.lr, Schedule) else self.lr)
+        scale = 1.0
+        clip = math.inf if self.clip_gradient is None else self.clip_gradient
+        if self.clip_norm is not None:
+            scale = min(1.0, self.clip_norm / (kernels.norm(pushes) + 1e-6))
+        if master is None:
+            self._step(Change(value, target, pushes, scale, clip), state, lr, step)
+        else:
+            self._step(Change(master, master, pushes, scale, clip), state, lr, step)
+            kernels.cast(master, target)
 
     def _state_names(self) -> tuple[str, ...]:
         """Names of the arrays like the value that begin as zeros."""
@@ -126,8 +124,8 @@ class Optimizer(ABC):
         """Change what does not begin as zeros."""
 
     @abstractmethod
-    def _step(self, w: Array, g: Array, state: State, lr: float, step: int) -> None:
-        """One block: change ``w`` and ``state``; ``g`` is scratch."""
+    def _step(self, change: Change, state: State, lr: float, step: int) -> None:
+        """Call the kernel that makes the change, with the numbers of this step."""
 
     def with_hyperparameters(self, **changes: Any) -> Optimizer:
         """The same optimizer with other numbers. Raises OptimizerError for names it has not."""
@@ -150,7 +148,3 @@ class Optimizer(ABC):
             described[field.name] = list(value) if isinstance(value, tuple) else value
         return described
 
-
-def norm(array: Array) -> float:
-    """The Euclidean norm, summed in float64."""
-    return float(np.sqrt(np.sum(np.square(array.astype(np.float64)))))

@@ -7,7 +7,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from kvstore import kernels
 from kvstore.errors import OptimizerError
+from kvstore.kernels import Change
 from kvstore.optim.base import Array, Optimizer, State
 from kvstore.optim.schedules import Schedule
 
@@ -31,36 +33,26 @@ class SGD(Optimizer):
     def _state_names(self) -> tuple[str, ...]:
         return ("momentum",) if self.momentum else ()
 
-    def _step(self, w: Array, g: Array, state: State, lr: float, step: int) -> None:
-        if self.weight_decay:
-            g += self.weight_decay * w
-        if self.momentum:
-            m = state["momentum"]
-            if step == 1:
-                m[...] = g
-            else:
-                m *= self.momentum
-                m += g if self.dampening == 0 else (1 - self.dampening) * g
-            g = g + self.momentum * m if self.nesterov else m
-        w -= lr * g
+    def _step(self, change: Change, state: State, lr: float, step: int) -> None:
+        gain, begin = 1 - self.dampening, float(step == 1)
+        kernels.sgd(
+            change, (state.get("momentum"),), lr, self.weight_decay, self.momentum, gain, float(self.nesterov), begin
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Accumulate(Optimizer):
-    """``value += merged``, in the value's own dtype; takes every dtype."""
+    """``value += merged``, in the value's own dtype; takes every dtype, to clip only floating point."""
 
     name: ClassVar[str] = "accumulate"
     lr: float | Schedule = 1.0
 
     def check_dtype(self, dtype: np.dtype[Any]) -> None:
-        return
+        if self.clip_gradient is not None or self.clip_norm is not None:
+            super().check_dtype(dtype)
 
     def create_state(self, value: Array) -> State:
         return {}
 
-    def update(self, value: Array, gradient: Array, state: State, step: int) -> None:
-        with np.errstate(all="ignore"):
-            value += gradient
-
-    def _step(self, w: Array, g: Array, state: State, lr: float, step: int) -> None:
-        w += g
+    def _step(self, change: Change, state: State, lr: float, step: int) -> None:
+        kernels.accumulate(change, ())

@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
-
-from kvstore.optim.base import Array, Optimizer, State, norm
+from kvstore import kernels
+from kvstore.kernels import Change
+from kvstore.optim.base import Optimizer, State
 from kvstore.optim.schedules import Schedule
 
 
@@ -30,17 +30,10 @@ class LARS(Optimizer):
     def _state_names(self) -> tuple[str, ...]:
         return ("momentum",)
 
-    def _step(self, w: Array, g: Array, state: State, lr: float, step: int) -> None:
-        weights, slopes = norm(w), norm(g)
-        trust = 1.0
-        if weights > 0 and slopes > 0:
-            trust = self.trust_coefficient * weights / (slopes + self.weight_decay * weights + self.eps)
-        if self.weight_decay:
-            g += self.weight_decay * w
-        m = state["momentum"]
-        m *= self.momentum
-        m += lr * trust * g
-        w -= m
+    def _step(self, change: Change, state: State, lr: float, step: int) -> None:
+        kernels.lars(
+            change, (state["momentum"],), lr, self.trust_coefficient, self.eps, self.weight_decay, self.momentum
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,14 +53,8 @@ class LAMB(Optimizer):
     def _state_names(self) -> tuple[str, ...]:
         return ("mean", "square")
 
-    def _step(self, w: Array, g: Array, state: State, lr: float, step: int) -> None:
+    def _step(self, change: Change, state: State, lr: float, step: int) -> None:
         first, second = self.betas
-        mean, square = state["mean"], state["square"]
-        mean *= first
-        mean += (1 - first) * g
-        square *= second
-        square += (1 - second) * g * g
-        u = (mean / (1 - first**step)) / (np.sqrt(square) / math.sqrt(1 - second**step) + self.eps)
-        u += self.weight_decay * w
-        weights, length = norm(w), norm(u)
-        w -= lr * (weights / length if weights > 0 and length > 0 else 1.0) * u
+        unbias, root = 1 - first**step, math.sqrt(1 - second**step)
+        states = (state["mean"], state["square"])
+        kernels.lamb(change, states, lr, unbias, root, first, second, self.eps, self.weight_decay)

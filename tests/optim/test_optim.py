@@ -13,7 +13,10 @@ import pytest
 from kvstore import optim
 from kvstore.errors import DtypeError, OptimizerError
 from kvstore.optim import schedules
+from tests.kernels.forms import form
 from tests.optim.cases import CASES
+
+__all__ = ["form"]
 
 REFERENCE = json.loads(Path(__file__).with_name("reference.json").read_text())
 ALL = [kind() for kind in optim.OPTIMIZERS.values()]
@@ -25,14 +28,14 @@ def run(rule, weights, gradients):
     for step, gradient in enumerate(gradients, 1):
         gradient = np.asarray(gradient, value.dtype)
         before = gradient.copy()
-        rule.update(value, gradient, state, step)
+        rule.update(value, [gradient], state, step)
         np.testing.assert_array_equal(gradient, before)
         steps.append(value.copy())
     return steps
 
 
 @pytest.mark.parametrize("result", REFERENCE["results"], ids=lambda r: f"{r['name']} {r['options']}")
-def test_agrees_with_pytorch(result):
+def test_agrees_with_pytorch(form, result):
     assert (result["name"], result["options"]) in CASES
     rule = getattr(optim, result["name"])(**result["options"])
     steps = run(rule, REFERENCE["weights"], REFERENCE["gradients"])
@@ -83,7 +86,7 @@ def lamb_oracle(weights, gradients, lr, b1, b2, eps, decay):
     return w
 
 
-def test_ftrl_lars_and_lamb_agree_with_the_papers():
+def test_ftrl_lars_and_lamb_agree_with_the_papers(form):
     weights, gradients = REFERENCE["weights"], REFERENCE["gradients"]
     ftrl = optim.FTRL(lr=0.2, beta=0.7, l1=0.6, l2=0.1)
     expected = ftrl_oracle(weights, gradients, 0.2, 0.7, 0.6, 0.1)
@@ -99,7 +102,7 @@ def test_ftrl_lars_and_lamb_agree_with_the_papers():
 def test_ftrl_keeps_zeros():
     value = np.zeros(3)
     rule = optim.FTRL(l1=10.0)
-    rule.update(value, np.ones(3), rule.create_state(value), 1)
+    rule.update(value, [np.ones(3)], rule.create_state(value), 1)
     assert value.tolist() == [0, 0, 0]
 
 
@@ -161,14 +164,14 @@ def test_pieces_give_the_same_bits_as_the_whole(rule):
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16], ids=str)
-def test_half_precision_keeps_float32_masters(dtype):
+def test_half_precision_keeps_float32_masters(form, dtype):
     """Updates far below the value's own precision are not lost."""
     rule = optim.SGD(lr=1e-4)
     value = np.ones(4, dtype)
     state = rule.create_state(value)
     assert state["master"].dtype == np.float32
     for step in range(1, 101):
-        rule.update(value, np.ones(4, dtype), state, step)
+        rule.update(value, [np.ones(4, dtype)], state, step)
     np.testing.assert_allclose(value.astype(np.float32), 0.99, atol=0.004)
     np.testing.assert_allclose(state["master"], 0.99, rtol=1e-5)
 
@@ -177,19 +180,21 @@ def test_dtypes():
     with pytest.raises(DtypeError, match=r"adam.*int32"):
         optim.Adam().check_dtype(np.dtype(np.int32))
     optim.Accumulate().check_dtype(np.dtype(np.int32))
+    with pytest.raises(DtypeError, match=r"accumulate.*int32"):
+        optim.Accumulate(clip_norm=1.0).check_dtype(np.dtype(np.int32))
     value = np.array([250], np.uint8)
-    optim.Accumulate().update(value, np.array([10], np.uint8), {}, 1)
+    optim.Accumulate().update(value, [np.array([10], np.uint8)], {}, 1)
     assert value.tolist() == [4]
 
 
-def test_clipping():
+def test_clipping(form):
     value = np.zeros(2)
-    optim.SGD(lr=1.0, clip_gradient=0.5).update(value, np.array([3.0, -0.1]), {}, 1)
+    optim.SGD(lr=1.0, clip_gradient=0.5).update(value, [np.array([3.0, -0.1])], {}, 1)
     assert value.tolist() == [-0.5, 0.1]
     rule = optim.SGD(lr=1.0, clip_norm=1.0)
     assert rule.whole_tensor
     value = np.zeros(2)
-    rule.update(value, np.array([3.0, 4.0]), {}, 1)
+    rule.update(value, [np.array([3.0, 4.0])], {}, 1)
     np.testing.assert_allclose(value, [-0.6, -0.8], rtol=1e-6)
 
 
@@ -206,5 +211,5 @@ def test_schedules():
     np.testing.assert_allclose([multi.at(n) for n in (1, 2, 4)], [1, 0.1, 0.01])
     assert schedules.Exponential(1.0, gamma=0.5).at(3) == 0.25
     value = np.zeros(1)
-    optim.SGD(lr=step).update(value, np.ones(1), {}, 5)
+    optim.SGD(lr=step).update(value, [np.ones(1)], {}, 5)
     assert value[0] == -0.25

@@ -189,7 +189,7 @@ def test_an_optimizer_of_whole_tensors_set_after_init(kv):
     gradient = np.random.default_rng(2).standard_normal(700_000)
     rule = optim.LARS(lr=0.1, momentum=0.9)
     expected, state = value.copy(), rule.create_state(value)
-    rule.update(expected, gradient, state, 1)
+    rule.update(expected, [gradient], state, 1)
     kv.init("w", value)
     kv.set_optimizer(rule)
     np.testing.assert_array_equal(kv.pushpull("w", gradient.copy()).result(), expected)

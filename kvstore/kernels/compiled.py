@@ -1,0 +1,205 @@
+"""The kernels as they are called: by Numba's machine code where it is there and fits, else by plain NumPy.
+
+It fits arrays that lie in one run of memory (of any alignment, of any number of dimensions), of the usual
+types. What the kernels do is written in :mod:`kvstore.kernels.reference`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from kvstore.kernels import reference
+from kvstore.kernels.loader import LOADER
+from kvstore.kernels.reference import Array, Change, States
+
+TINY = 512  # elements: to find the addresses of fewer takes longer than NumPy takes to add them
+
+_FLOAT32, _FLOAT64, _BYTE = np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.uint8)
+_UNSIGNED = {size: np.dtype(f"u{size}") for size in (1, 4, 8)}
+
+_SEEN: dict[np.dtype[Any], np.dtype[Any]] = {  # as what kernels see the memory that they add up
+    _FLOAT32: _FLOAT32,
+    _FLOAT64: _FLOAT64,
+    np.dtype(np.float16): np.dtype(np.uint16),
+    np.dtype(ml_dtypes.bfloat16): np.dtype(np.int16),
+    np.dtype(np.complex64): _FLOAT32,
+    np.dtype(np.complex128): _FLOAT64,
+    **{np.dtype(f"{sign}{size}"): _UNSIGNED[size] for sign in "iu" for size in (1, 4, 8)},  # what wraps needs no sign
+}
+_NOTHING = {dtype: np.empty(0, dtype) for dtype in (_FLOAT32, _FLOAT64)}
+_ONE_PUSH = np.empty(0, np.int64)
+
+
+def prepare() -> None:
+    """Load what a server or a store of several devices begins with, in the background."""
+    LOADER.get("merge", _FLOAT32, _FLOAT32)
+
+
+def wait(timeout: float | None = None) -> bool:
+    """Until every kernel that was called or prepared is there, if it can be had. False: not in ``timeout`` seconds."""
+    return LOADER.wait(timeout)
+
+
+# --- sums ---------------------------------------------------------------------------------------
+
+
+def merge(arrays: Sequence[Array], out: Array) -> None:
+    """See :func:`kvstore.kernels.reference.merge`."""
+    seen = _SEEN.get(out.dtype)
+    tiny = out.size < TINY and out.dtype not in reference.HALVES
+    if seen is not None and len(arrays) > 1 and not tiny and out.flags.c_contiguous:
+        kernel = LOADER.get("merge", seen, seen)
+        if kernel is not None and (pushes := _pushes(arrays, seen)) is not None:
+            kernel(_flat(out, seen), *pushes)
+            return
+    reference.merge(arrays, out)
+
+
+def norm(arrays: Sequence[Array]) -> float:
+    """See :func:`kvstore.kernels.reference.norm`."""
+    seen = _SEEN.get(arrays[0].dtype)
+    if seen is not None and arrays[0].dtype.kind in "fV":
+        kernel = LOADER.get("norm", seen, seen)
+        if kernel is not None and (pushes := _pushes(arrays, seen)) is not None:
+            return float(kernel(*pushes))
+    return reference.norm(arrays)
+
+
+def _pushes(arrays: Sequence[Array], seen: np.dtype[Any]) -> tuple[Array, Array] | None:
+    """The first and the addresses of all (none if there is one); None: they do not fit."""
+    first = arrays[0]
+    if len(arrays) == 1:
+        return (_flat(first, seen), _ONE_PUSH) if first.flags.c_contiguous else None
+    locate = LOADER.get("locate", seen, seen)
+    if locate is None:
+        return None
+    flats = [_flat(array, seen) for array in arrays if array.flags.c_contiguous]
+    count = len(flats)
+    if count != len(arrays):
+        return None
+    table = np.empty(count, np.int64)
+    flats += flats[:1] * (-count % 4)
+    for at in range(0, count, 4):
+        locate(table, at, *flats[at : at + 4])
+    return flats[0], table
+
+
+def _flat(array: Array, seen: np.dtype[Any]) -> Array:
+    """The array in one dimension, its memory seen as ``seen``."""
+    flat = array if array.ndim == 1 else array.reshape(-1)
+    return flat if flat.dtype is seen else flat.view(seen)
+
+
+# --- optimizers ---------------------------------------------------------------------------------
+
+
+def _optimizer(plain: Callable[..., None]) -> Callable[..., None]:
+    name = plain.__name__
+
+    def kernel(change: Change, states: States, *numbers: float) -> None:
+        value, target, pushes, scale, clip = change
+        dtype, pushed = target.dtype, pushes[0].dtype
+        nothing, seen = _NOTHING.get(dtype), _SEEN.get(pushed)
+        if nothing is not None and seen is not None and (pushed == dtype or pushed in reference.HALVES):
+            loaded = LOADER.get(name, dtype, seen)
+            if loaded is not None and _contiguous(value, target, states):
+                taken = _pushes(pushes, seen)
+                if taken is not None:
+                    flat = _flat(target, dtype)
+                    before = flat if value is target else _flat(value, dtype)
+                    flats = [nothing if state is None else _flat(state, dtype) for state in states]
+                    loaded(flat, before, *taken, scale, clip, *flats, *numbers)
+                    return
+        plain(change, states, *numbers)
+
+    kernel.__name__ = kernel.__qualname__ = name
+    kernel.__doc__ = f"See :func:`kvstore.kernels.reference.{name}`."
+    return kernel
+
+
+def _contiguous(value: Array, target: Array, states: States) -> bool:
+    for state in states:
+        if state is not None and not state.flags.c_contiguous:
+            return False
+    return target.flags.c_contiguous and (value is target or value.flags.c_contiguous)
+
+
+accumulate = _optimizer(reference.accumulate)
+sgd = _optimizer(reference.sgd)
+adam = _optimizer(reference.adam)
+adagrad = _optimizer(reference.adagrad)
+rmsprop = _optimizer(reference.rmsprop)
+adadelta = _optimizer(reference.adadelta)
+ftrl = _optimizer(reference.ftrl)
+lars = _optimizer(reference.lars)
+lamb = _optimizer(reference.lamb)
+
+
+# --- other --------------------------------------------------------------------------------------
+
+
+def cast(source: Array, target: Array) -> None:
+    """See :func:`kvstore.kernels.reference.cast`."""
+    if source.flags.c_contiguous and target.flags.c_contiguous:
+        name, half, wide = "widen", source.dtype, target.dtype
+        if half == _FLOAT32:
+            name, half, wide = "narrow", wide, half
+        if wide == _FLOAT32 and half in reference.HALVES:
+            kernel = LOADER.get(name, _SEEN[half], _SEEN[half])
+            if kernel is not None:
+                kernel(_flat(source, _SEEN[source.dtype]), _flat(target, _SEEN[target.dtype]))
+                return
+    reference.cast(source, target)
+
+
+def broadcast(source: Array, outs: Sequence[Array]) -> None:
+    """See :func:`kvstore.kernels.reference.broadcast`."""
+    if len(outs) > 1 and source.size >= TINY and source.flags.c_contiguous:
+        kernel = LOADER.get("broadcast", _BYTE, _BYTE)
+        if kernel is not None and (found := _pushes(outs, _BYTE)) is not None:
+            kernel(_flat(source, _BYTE), found[1])
+            return
+    reference.broadcast(source, outs)
+
+
+def gather(source: Array, row_ids: Array, out: Array) -> None:
+    """See :func:`kvstore.kernels.reference.gather`."""
+    kernel, fit = LOADER.get("gather", _BYTE, _BYTE), _rows_fit(source, out, row_ids)
+    if kernel is not None and fit:
+        kernel(_rows(source, _BYTE), row_ids, _rows(out, _BYTE))
+    else:
+        reference.gather(source, row_ids, out)
+
+
+def scatter_add(target: Array, row_ids: Array, rows: Array) -> None:
+    """See :func:`kvstore.kernels.reference.scatter_add`."""
+    dtype = target.dtype
+    if dtype in _NOTHING:
+        kernel, fit = LOADER.get("scatter_add", dtype, dtype), _rows_fit(target, rows, row_ids)
+        if kernel is not None and fit:
+            kernel(_rows(target, dtype), row_ids, _rows(rows, dtype))
+            return
+    reference.scatter_add(target, row_ids, rows)
+
+
+def _rows_fit(table: Array, rows: Array, row_ids: Array) -> bool:
+    """Can a kernel do it? Then all the ids are rows. Raises IndexError if one is not."""
+    check = LOADER.get("first_wrong", row_ids.dtype, row_ids.dtype) if row_ids.dtype == np.int64 else None
+    if check is None or not (table.flags.c_contiguous and rows.flags.c_contiguous and row_ids.flags.c_contiguous):
+        return False
+    if not (table.size and row_ids.size) or rows.dtype != table.dtype:
+        return False
+    if rows.shape != (row_ids.size, *table.shape[1:]):
+        return False
+    if check(row_ids, len(table)) >= 0:
+        reference.check_rows(table, row_ids)
+    return True
+
+
+def _rows(array: Array, seen: np.dtype[Any]) -> Array:
+    """As a matrix, whose memory is seen as ``seen``."""
+    return array.reshape(len(array), -1).view(seen)

@@ -1,0 +1,561 @@
+"""The kernels as loops for Numba. Imported by :mod:`kvstore.kernels.loader` only, when it is time to.
+
+Plain functions of flat arrays, compiled one by one for the types of :data:`SIGNATURES`. All of them release the
+GIL, for the whole of an array: to take it again for every block would mean to wait for whoever computes in Python.
+
+* No fast-math and no ``parallel=True``: same bits as :mod:`kvstore.kernels.reference`, and threads are the engine's.
+* Pushes come as the first of them and a table of the addresses of all, so that one kernel serves any number;
+  the table is empty when there is one.
+* Work goes in blocks that fit the first-level cache, so that memory is read and written once.
+* Numba has no float16 and bfloat16 on CPUs: uint16 stands for the bits of one, int16 for those of the other.
+* Everything is in this one file, because Numba's cache looks at the time of the file that holds the kernel.
+
+Loops with a choice inside are written out once per choice, and count from 0: only simple loops become vector
+instructions.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Callable
+from typing import Any
+
+import llvmlite.binding
+import numpy as np
+from llvmlite import ir
+from numba import carray, njit, types
+from numba.extending import intrinsic, overload, register_jitable
+from numba.np.numpy_support import from_dtype
+
+BLOCK = 1024  # elements: measured, with larger ones the processor is less far ahead of the loops
+LANES = 1024  # as in the reference
+
+inlined = register_jitable(error_model="numpy")
+
+
+# --- bits ---------------------------------------------------------------------------------------
+
+
+@intrinsic
+def _half_to_float(context: Any, bits: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
+
+    return types.float32(types.uint16), generate
+
+
+@intrinsic
+def _float_to_half(context: Any, number: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(builder.fptrunc(arguments[0], ir.HalfType()), ir.IntType(16))
+
+    return types.uint16(types.float32), generate
+
+
+@intrinsic
+def _brain_to_float(context: Any, bits: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        word = ir.IntType(32)
+        return builder.bitcast(builder.shl(builder.zext(arguments[0], word), word(16)), ir.FloatType())
+
+    return types.float32(types.int16), generate
+
+
+@intrinsic
+def _float_to_brain(context: Any, number: Any) -> Any:
+    """Add half of the last place that stays, and a little more if that one is odd; what is no number stays none."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        word = ir.IntType(32)
+        bits = builder.bitcast(arguments[0], word)
+        odd = builder.and_(builder.lshr(bits, word(16)), word(1))
+        rounded = builder.add(bits, builder.add(odd, word(0x7FFF)))
+        quiet = builder.or_(bits, word(0x400000))
+        is_number = builder.fcmp_ordered("ord", arguments[0], arguments[0])
+        return builder.trunc(builder.lshr(builder.select(is_number, rounded, quiet), word(16)), ir.IntType(16))
+
+    return types.int16(types.float32), generate
+
+
+@intrinsic
+def _pointer(context: Any, address: Any, like: Any) -> Any:
+    """``address`` as a pointer to elements of the array ``like``."""
+    pointer = types.CPointer(like.dtype)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(pointer))
+
+    return pointer(types.int64, like), generate
+
+
+def _wide(x: Any) -> Any:
+    """An element in the type in which it is added up."""
+
+
+@overload(_wide, strict=False)
+def _wide_of(x: Any) -> Any:
+    if x == types.uint16:
+        return lambda x: _half_to_float(x)
+    if x == types.int16:
+        return lambda x: _brain_to_float(x)
+    return lambda x: x
+
+
+def _narrow(x: Any, like: Any) -> Any:
+    """Back from there: rounded to the type of ``like``."""
+
+
+@overload(_narrow, strict=False)
+def _narrow_to(x: Any, like: Any) -> Any:
+    if like == types.uint16:
+        return lambda x, like: _float_to_half(x)
+    if like == types.int16:
+        return lambda x, like: _float_to_brain(x)
+    return lambda x, like: x
+
+
+def _scratch(like: Any) -> Any:
+    """A block of what elements of the array ``like`` are added up in."""
+
+
+@overload(_scratch, strict=False)
+def _scratch_of(like: Any) -> Any:
+    if like.dtype in (types.uint16, types.int16):
+        return lambda like: np.empty(BLOCK, np.float32)
+    return lambda like: np.empty(BLOCK, like.dtype)
+
+
+# --- sums ---------------------------------------------------------------------------------------
+
+
+@inlined
+def _add_up(first: Any, table: Any, start: Any, total: Any) -> None:
+    """``total`` = the sum of the pushes' elements from ``start`` on, not rounded yet."""
+    size, count = total.size, table.size
+    if count == 0:
+        a = first[start : start + size]
+        for i in range(size):
+            total[i] = _wide(a[i])
+        return
+    b, c = _block(table[0], first, start, size), _block(table[1], first, start, size)
+    if count < 4:
+        for i in range(size):
+            total[i] = _wide(b[i]) + _wide(c[i])
+    else:  # fewer passes over the total, and more of the memory's banks at work at one time
+        d, e = _block(table[2], first, start, size), _block(table[3], first, start, size)
+        for i in range(size):
+            total[i] = _wide(b[i]) + _wide(c[i]) + _wide(d[i]) + _wide(e[i])
+    for k in range(4 if count >= 4 else 2, count, 2):
+        f = _block(table[k], first, start, size)
+        if k + 1 == count:
+            for i in range(size):
+                total[i] += _wide(f[i])
+        else:
+            g = _block(table[k + 1], first, start, size)
+            for i in range(size):
+                total[i] = total[i] + _wide(f[i]) + _wide(g[i])
+
+
+@inlined
+def _block(address: Any, first: Any, start: Any, size: Any) -> Any:
+    """The elements from ``start`` on of the array at ``address``, which is one like ``first``."""
+    return carray(_pointer(address + start * first.itemsize, first), size)
+
+
+@inlined
+def _merged(first: Any, table: Any, start: Any, total: Any) -> None:
+    """``total`` = the sum, rounded to the type of the pushes."""
+    _add_up(first, table, start, total)
+    if table.size:
+        for i in range(total.size):
+            total[i] = _wide(_narrow(total[i], first[0]))
+
+
+def merge(out: Any, first: Any, table: Any) -> None:
+    scratch = _scratch(out)
+    for start in range(0, out.size, BLOCK):
+        stop = min(out.size, start + BLOCK)
+        total = scratch[: stop - start]
+        _add_up(first, table, start, total)
+        part = out[start:stop]
+        for i in range(part.size):
+            part[i] = _narrow(total[i], first[0])
+
+
+@inlined
+def _add_squares(lanes: Any, block: Any) -> None:
+    for start in range(0, block.size, LANES):
+        row = block[start : start + LANES]
+        for i in range(row.size):
+            x = np.float64(row[i])
+            lanes[i] += x * x
+
+
+@inlined
+def _root(lanes: Any) -> Any:
+    total = 0.0
+    for i in range(LANES):
+        total += lanes[i]
+    return math.sqrt(total)
+
+
+def norm(first: Any, table: Any) -> Any:
+    lanes, scratch = np.zeros(LANES), _scratch(first)
+    for start in range(0, first.size, BLOCK):
+        block = scratch[: min(BLOCK, first.size - start)]
+        _merged(first, table, start, block)
+        _add_squares(lanes, block)
+    return _root(lanes)
+
+
+# --- optimizers ---------------------------------------------------------------------------------
+
+
+@inlined
+def _begin(
+    target: Any, value: Any, first: Any, table: Any, scale: Any, clip: Any, decay: Any, scratch: Any, start: Any
+) -> Any:
+    """A block of the target, which holds the value, and the gradient there."""
+    real = target.dtype.type
+    size = min(BLOCK, target.size - start)
+    w, old, g = target[start : start + size], value[start : start + size], scratch[:size]
+    if old.ctypes.data != w.ctypes.data:
+        for i in range(size):
+            w[i] = old[i]
+    _merged(first, table, start, g)
+    if scale != 1.0:
+        factor = real(scale)
+        for i in range(size):
+            g[i] *= factor
+    if clip != math.inf:
+        high = real(clip)
+        low = -high
+        for i in range(size):
+            g[i] = high if g[i] > high else low if g[i] < low else g[i]
+    if decay != 0.0:
+        share = real(decay)
+        for i in range(size):
+            g[i] += share * w[i]
+    return w, g
+
+
+def accumulate(target: Any, value: Any, first: Any, table: Any, scale: Any, clip: Any) -> None:
+    scratch = _scratch(target)
+    for start in range(0, target.size, BLOCK):
+        w, g = _begin(target, value, first, table, scale, clip, 0.0, scratch, start)
+        for i in range(w.size):
+            w[i] += g[i]
+
+
+def sgd(
+    target: Any, value: Any, first: Any, table: Any, scale: Any, clip: Any,
+    state: Any, lr: Any, decay: Any, momentum: Any, gain: Any, nesterov: Any, begin: Any,
+) -> None:  # fmt: skip
+    real, scratch = target.dtype.type, _scratch(target)
+    rate, keep, share = real(lr), real(momentum), real(gain)
+    for start in range(0, target.size, BLOCK):
+        w, g = _begin(target, value, first, table, scale, clip, decay, scratch, start)
+        if state.size == 0:
+            for i in range(w.size):
+                w[i] -= rate * g[i]
+            continue
+        m = state[start : start + w.size]
+        if begin != 0.0:
+            for i in range(w.size):
+                m[i] = g[i]
+        if nesterov != 0.0:
+            if begin == 0.0:
+                for i in range(w.size):
+                    m[i] = m[i] * keep + share * g[i]
+            for i in range(w.size):
+                w[i] -= rate * (g[i] + keep * m[i])
+        elif begin != 0.0:
+            for i in range(w.size):
+                w[i] -= rate * m[i]
+        else:
+            for i in range(w.size):
+                m[i] = m[i] * keep + share * g[i]
+                w[i] -= rate * m[i]
+
+
+def adam(
+    target: Any, value: Any, first: Any, table: Any, scale: Any, clip: Any,
+    mean: Any, square: Any, square_max: Any,
+    rate: Any, root: Any, beta1: Any, beta2: Any, eps: Any, decay: Any, shrink: Any,
+) -> None:  # fmt: skip
+    real, scratch = target.dtype.type, _scratch(target)
+    lr, divisor, small, kept = real(rate), real(root), real(eps), real(shrink)
+    b1, b2, c1, c2 = real(beta1), real(beta2), real(1 - beta1), real(1 - beta2)
+    for start in range(0, target.size, BLOCK):
+        w, g = _begin(target, value, first, table, scale, clip, decay, scratch, start)
+        m, v = mean[start : start + w.size], square[start : start + w.size]
+        if square_max.size == 0:
+            for i in range(w.size):
+                m[i] = m[i] * b1 + c1 * g[i]
+                v[i] = v[i] * b2 + g[i] * g[i] * c2
+                w[i] = w[i] * kept - m[i] / (math.sqrt(v[i]) / divisor + small) * lr
+        else:
+            top = square_max[start : start + w.size]
+            for i in range(w.size):
+                m[i] = m[i] * b1 + c1 * g[i]
+                v[i] = v[i] * b2 + g[i] * g[i] * c2
+                g[i] = m[i]
+            for i in range(w.size):
+                top[i] = v[i] if v[i] > top[i] or v[i] != v[i] else top[i]
+                w[i] = w[i] * kept - g[i] / (math.sqrt(top[i]) / divisor + small) * lr
+
+
+def adagrad(
+    target: Any, value: Any, first: Any, table: Any, scale: Any, clip: Any,
+    total: Any, rate: Any, eps: Any, decay: Any,
+) -> None:  # fmt: skip
+    real, scratch = target.dtype.type, _scratch(target)
+    lr, small = real(rate), real(eps)
+    for start in range(0, target.size, BLOCK):
+        w, g = _begin(target, value, first, table, scale, clip, decay, scratch, start)
+        s = total[start : start + w.size]
+        for i in range(w.size):
+            s[i] += g[i] * g[i]
+            w[i] -= lr * g[i] / (math.sqrt(s[i]) + small)
+
+
+def rmsprop(
+    target: Any, value: Any, first: Any, table: Any, scale: Any, clip: Any,
+    square: Any, momentum: Any, mean: Any, lr: Any, alpha: Any, eps: Any, decay: Any, keep: Any,
+) -> None:  # fmt: skip
+    real, scratch = target.dtype.type, _scratch(target)
+    rate, small, mu, a, b = real(lr), real(eps), real(keep), real(alpha), real(1 - alpha)
+    for start in range(0, target.size, BLOCK):
+        w, g = _begin(target, value, first, table, scale, clip, decay, scratch, start)
+        s = square[start : start + w.size]
+        if mean.size == 0:
+            for i in range(w.size):
+                s[i] = s[i] * a + b * g[i] * g[i]
+                g[i] /= math.sqrt(s[i]) + small
+        else:
+            c = mean[start : start + w.size]
+            for i in range(w.size):
+                s[i] = s[i] * a + b * g[i] * g[i]
+                c[i] += b * (g[i] - c[i])
+                g[i] /= math.sqrt(s[i] - c[i] * c[i]) + small
+        if momentum.size == 0:
+            for i in range(w.size):
+                w[i] -= rate * g[i]
+        else:
+            m = momentum[start : start + w.size]
+            for i in range(w.size):
+                m[i] = m[i] * mu + g[i]
+                w[i] -= rate * m[i]
+
+
+def adadelta(
+    target: Any, value: Any, first: Any, table: Any, scale: Any, clip: Any,
+    square: Any, delta: Any, lr: Any, rho: Any, eps: Any, decay: Any,
+) -> None:  # fmt: skip
+    real, scratch = target.dtype.type, _scratch(target)
+    rate, small, a, b = real(lr), real(eps), real(rho), real(1 - rho)
+    for start in range(0, target.size, BLOCK):
+        w, g = _begin(target, value, first, table, scale, clip, decay, scratch, start)
+        s, d = square[start : start + w.size], delta[start : start + w.size]
+        for i in range(w.size):
+            s[i] = s[i] * a + b * g[i] * g[i]
+            way = g[i] * (math.sqrt(d[i] + small) / math.sqrt(s[i] + small))
+            d[i] = d[i] * a + b * way * way
+            w[i] -= rate * way
+
+
+def ftrl(
+    target: Any, value: Any, first: Any, table: Any, scale: Any, clip: Any,
+    zs: Any, ns: Any, lr: Any, beta: Any, l1: Any, l2: Any,
+) -> None:  # fmt: skip
+    real, scratch = target.dtype.type, _scratch(target)
+    rate, smooth, bar, ridge, nothing, one = real(lr), real(beta), real(l1), real(l2), real(0), real(1)
+    for start in range(0, target.size, BLOCK):
+        w, g = _begin(target, value, first, table, scale, clip, 0.0, scratch, start)
+        z, n = zs[start : start + w.size], ns[start : start + w.size]
+        for i in range(w.size):
+            before = math.sqrt(n[i])
+            n[i] += g[i] * g[i]
+            after = math.sqrt(n[i])
+            z[i] += g[i] - (after - before) / rate * w[i]
+            over = abs(z[i]) - bar
+            sign = one if z[i] > nothing else -one if z[i] < nothing else z[i]
+            w[i] = -(sign * (nothing if over < nothing else over)) / ((smooth + after) / rate + ridge)
+
+
+def lars(
+    target: Any, value: Any, first: Any, table: Any, scale: Any, clip: Any,
+    state: Any, lr: Any, trust: Any, eps: Any, decay: Any, momentum: Any,
+) -> None:  # fmt: skip
+    real, scratch = target.dtype.type, _scratch(target)
+    weights, slopes = np.zeros(LANES), np.zeros(LANES)
+    for start in range(0, target.size, BLOCK):
+        w, g = _begin(target, value, first, table, scale, clip, 0.0, scratch, start)
+        _add_squares(weights, w)
+        _add_squares(slopes, g)
+    length, slope = _root(weights), _root(slopes)
+    if length > 0 and slope > 0:
+        lr = lr * (trust * length / (slope + decay * length + eps))
+    rate, keep = real(lr), real(momentum)
+    for start in range(0, target.size, BLOCK):
+        w, g = _begin(target, value, first, table, scale, clip, decay, scratch, start)
+        m = state[start : start + w.size]
+        for i in range(w.size):
+            m[i] = m[i] * keep + rate * g[i]
+            w[i] -= m[i]
+
+
+def lamb(
+    target: Any, value: Any, first: Any, table: Any, scale: Any, clip: Any,
+    mean: Any, square: Any,
+    lr: Any, unbias: Any, root: Any, beta1: Any, beta2: Any, eps: Any, decay: Any,
+) -> None:  # fmt: skip
+    real, scratch = target.dtype.type, _scratch(target)
+    bias, divisor, small, share = real(unbias), real(root), real(eps), real(decay)
+    b1, b2, c1, c2 = real(beta1), real(beta2), real(1 - beta1), real(1 - beta2)
+    weights, steps = np.zeros(LANES), np.zeros(LANES)
+    for start in range(0, target.size, BLOCK):
+        w, g = _begin(target, value, first, table, scale, clip, 0.0, scratch, start)
+        m, v = mean[start : start + w.size], square[start : start + w.size]
+        for i in range(w.size):
+            m[i] = m[i] * b1 + c1 * g[i]
+            v[i] = v[i] * b2 + c2 * g[i] * g[i]
+            g[i] = m[i] / bias / (math.sqrt(v[i]) / divisor + small) + share * w[i]
+        _add_squares(weights, w)
+        _add_squares(steps, g)
+    length, way = _root(weights), _root(steps)
+    if length > 0 and way > 0:
+        lr = lr * (length / way)
+    rate = real(lr)
+    for start in range(0, target.size, BLOCK):
+        stop = min(target.size, start + BLOCK)
+        w, m, v = target[start:stop], mean[start:stop], square[start:stop]
+        for i in range(w.size):
+            w[i] -= rate * (m[i] / bias / (math.sqrt(v[i]) / divisor + small) + share * w[i])
+
+
+# --- other --------------------------------------------------------------------------------------
+
+
+def widen(source: Any, target: Any) -> None:
+    for i in range(source.size):
+        target[i] = _wide(source[i])
+
+
+def narrow(source: Any, target: Any) -> None:
+    for i in range(source.size):
+        target[i] = _narrow(source[i], target[0])
+
+
+def broadcast(source: Any, table: Any) -> None:
+    for k in range(table.size):
+        target = _block(table[k], source, 0, source.size)
+        for i in range(source.size):
+            target[i] = source[i]
+
+
+def locate(table: Any, at: Any, a: Any, b: Any, c: Any, d: Any) -> None:
+    """The addresses of four arrays, or of as many as there is room for, into a table; NumPy needs 1 us for one."""
+    left = table[at:]
+    for i, array in enumerate((a, b, c, d)):
+        if i < left.size:
+            left[i] = array.ctypes.data
+
+
+def first_wrong(row_ids: Any, rows: Any) -> Any:
+    """Where the first id is that is no row; -1: nowhere."""
+    wrong = False
+    for i in range(row_ids.size):
+        wrong |= (row_ids[i] < 0) | (row_ids[i] >= rows)
+    if wrong:
+        for i in range(row_ids.size):
+            if row_ids[i] < 0 or row_ids[i] >= rows:
+                return i
+    return -1
+
+
+def gather(source: Any, row_ids: Any, out: Any) -> None:
+    for i in range(row_ids.size):
+        from_, to = source[row_ids[i]], out[i]
+        for j in range(to.size):
+            to[j] = from_[j]
+
+
+def scatter_add(target: Any, row_ids: Any, rows: Any) -> None:
+    for i in range(row_ids.size):
+        to, more = target[row_ids[i]], rows[i]
+        for j in range(to.size):
+            to[j] += more[j]
+
+
+# --- types --------------------------------------------------------------------------------------
+
+
+def _in(element: Any, dimensions: int = 1) -> Any:
+    """An array that is read; also one that is writable, or aligned."""
+    return types.Array(element, dimensions, "C", readonly=True, aligned=False)
+
+
+def _out(element: Any, dimensions: int = 1) -> Any:
+    return types.Array(element, dimensions, "C", aligned=False)
+
+
+TABLE = types.Array(types.int64, 1, "C")
+OPTIMIZERS: dict[str, tuple[Callable[..., Any], int, int]] = {  # the kernel; how many states and numbers it takes
+    "accumulate": (accumulate, 0, 0), "sgd": (sgd, 1, 6), "adam": (adam, 3, 7), "adagrad": (adagrad, 1, 3),
+    "rmsprop": (rmsprop, 3, 5), "adadelta": (adadelta, 2, 4), "ftrl": (ftrl, 2, 4), "lars": (lars, 1, 5),
+    "lamb": (lamb, 2, 7),
+}  # fmt: skip
+
+
+def signature(name: str, dtype: np.dtype[Any], pushed: np.dtype[Any]) -> tuple[Callable[..., Any], Any]:
+    """The function called ``name``, and its types for elements and for pushes of these dtypes."""
+    element, push = from_dtype(dtype), from_dtype(pushed)
+    number = types.float64
+    if name in OPTIMIZERS:
+        function, states, numbers = OPTIMIZERS[name]
+        common = (_out(element), _in(element), _in(push), TABLE, number, number)
+        return function, types.void(*common, *[_out(element)] * states, *[number] * numbers)
+    match name:
+        case "merge":
+            return merge, types.void(_out(element), _in(element), TABLE)
+        case "norm":
+            return norm, number(_in(element), TABLE)
+        case "widen":
+            return widen, types.void(_in(element), _out(types.float32))
+        case "narrow":
+            return narrow, types.void(_in(types.float32), _out(element))
+        case "broadcast":
+            return broadcast, types.void(_in(element), TABLE)
+        case "locate":
+            return locate, types.void(TABLE, types.int64, *[_in(element)] * 4)
+        case "first_wrong":
+            return first_wrong, types.int64(_in(types.int64), types.int64)
+        case "gather":
+            return gather, types.void(_in(element, 2), _in(types.int64), _out(element, 2))
+        case "scatter_add":
+            return scatter_add, types.void(_out(element, 2), _in(types.int64), _in(element, 2))
+    raise KeyError(name)
+
+
+def build(name: str, dtype: np.dtype[Any], pushed: np.dtype[Any]) -> Callable[..., Any]:
+    """The kernel as machine code: from the cache on disk, or compiled (a second) and put there.
+
+    Raises:
+        Exception: it cannot be had on this machine.
+    """
+    if pushed == np.uint16 and not _has_halves():
+        raise NotImplementedError("no instructions for float16")
+    function, types_ = signature(name, dtype, pushed)
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
+    try:
+        compiled: Callable[..., Any] = njit(types_, cache=True, **options)(function)
+    except RuntimeError:  # there is no place for the cache
+        compiled = njit(types_, **options)(function)
+    return compiled
+
+
+def _has_halves() -> bool:
+    """Does the processor convert float16? Else LLVM would call a library that need not be there."""
+    return platform.machine() == "aarch64" or bool(llvmlite.binding.get_host_cpu_features().get("f16c"))
