@@ -48,12 +48,14 @@ class Handle(Future[Any]):
         explain: Callable[[], str] | None = None,
         parts: Sequence[Handle] = (),
         drive: Drive | None = None,
+        on_end: Callable[[Handle], object] | None = None,
     ) -> None:  # in place of Future's
         self.what = what
         self._timeout_s = timeout_s
         self._explain = explain
         self._parts = parts
         self._drive = drive
+        self._on_end = on_end
 
     def __repr__(self) -> str:
         state = "pending" if not self.done() else "failed" if self.exception_now() else "done"
@@ -165,6 +167,8 @@ class Handle(Future[Any]):
                 for waiter in self._waiters:
                     waiter.add_result(self) if error is None else waiter.add_exception(self)
                 watched.notify_all()
+        if self._on_end is not None:
+            self._on_end(self)
         for tell in callbacks or ():
             try:
                 tell(self)

@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
 from typing import Any, NoReturn
 
@@ -324,7 +325,7 @@ class KVStore:
             return whole
         keys = self._keys(key)
         many = isinstance(key, list | tuple)
-        if len(set(keys)) != len(keys):
+        if many and len(set(keys)) != len(keys):
             raise DuplicateKeyError("pushpull: expected each key once in a call")
         if out is None:
             values = self._as_many(keys, value, "values") if many else [value]
@@ -445,24 +446,16 @@ class KVStore:
         arrays: list[list[Array]] = []
         count = self._devices or (len(values[0]) if isinstance(values[0], list | tuple) else 1)
         for entry, value in zip(bundle.entries, values, strict=True):
-            if entry.failed:
-                self._raise_unseen(entry)
-            if count == 1 and _is_exactly(value, entry):
-                arrays.append([value])
-            else:
-                arrays.append(self._of_devices(entry, value, count))
+            self._raise_unseen(entry)
+            arrays.append(self._of_devices(entry, value, count))
         return arrays
 
     def _targets_of(self, bundle: Bundle, outs: list[Any] | None) -> list[_Target]:
         """For each key of the bundle where its value goes, checked."""
         targets: list[_Target] = []
         for entry, out in zip(bundle.entries, outs or [None] * len(bundle.entries), strict=True):
-            if entry.failed:
-                self._raise_unseen(entry)
-            if _is_exactly(out, entry) and out.flags.writeable:
-                targets.append(([out], out))
-            else:
-                targets.append(self._check_out(entry, out, None))
+            self._raise_unseen(entry)
+            targets.append(self._check_out(entry, out, None))
         return targets
 
     def _move(
@@ -550,6 +543,8 @@ class KVStore:
 
     def _keys(self, key: Keys) -> list[Key]:
         self._check_open()
+        if type(key) in (str, int) and key in self._entries:
+            return [key]
         keys = list(key) if isinstance(key, list | tuple) else [key]
         checked: list[Key] = []
         for one in keys:
@@ -591,6 +586,8 @@ class KVStore:
 
     def _raise_unseen(self, entry: Entry) -> None:
         """An error nobody looked at is raised by the next call on that key."""
+        if not entry.failed:
+            return
         with entry.lock:
             unseen = [handle for handle in entry.failed if not handle.observed]
             entry.failed.clear()
@@ -642,6 +639,8 @@ class KVStore:
 
     def _of_devices(self, entry: Entry, given: Any, count: int) -> list[Array]:
         """What each of ``count`` devices pushes, checked."""
+        if count == 1 and _is_exactly(given, entry):
+            return [given]
         arrays = list(given) if isinstance(given, list | tuple) else [given]
         if len(arrays) != count or not arrays:
             raise DeviceCountError(
@@ -651,9 +650,10 @@ class KVStore:
 
     def _fix_devices(self, count: int | None) -> None:
         """The first push says how many devices there are."""
-        with self._lock:
-            if self._devices is None:
-                self._devices = count
+        if self._devices is None:
+            with self._lock:
+                if self._devices is None:
+                    self._devices = count
 
     def _fits(self, entry: Entry, array: Array, what: str) -> Array:
         if array.shape != entry.shape:
@@ -666,6 +666,8 @@ class KVStore:
         """The arrays to write (None: in place), and what the handle's result is."""
         if out is IN_PLACE:
             return None, None
+        if _is_exactly(out, entry) and out.flags.writeable:
+            return [out], out
         what = f"out for key {entry.key!r}"
         if out is None:
             fresh = np.empty(entry.shape, entry.dtype)
@@ -685,21 +687,21 @@ class KVStore:
     def _handle(self, entries: Sequence[Entry], what: str, explain: Callable[[], str]) -> Handle:
         first, last = entries[0].key, entries[-1].key
         named = f"key {first!r}" if len(entries) == 1 else f"{len(entries)} keys, {first!r} ... {last!r}"
-        handle = Handle(f"{what} of {named}", self.timeout, explain, drive=self._home.drive)
+        ended = partial(self._ended, entries)
+        handle = Handle(f"{what} of {named}", self.timeout, explain, drive=self._home.drive, on_end=ended)
         if what == "push":
             with self._lock:
                 self._pushes.add(handle)
+        return handle
 
-        def ended(_: Future[Any]) -> None:
+    def _ended(self, entries: Sequence[Entry], handle: Handle) -> None:
+        if handle in self._pushes:
             with self._lock:
                 self._pushes.discard(handle)
-            if not handle.observed and handle.exception_now() is not None:
-                for entry in entries:
-                    with entry.lock:
-                        entry.failed.append(handle)
-
-        handle.add_done_callback(ended)
-        return handle
+        if handle.exception_now() is not None and not handle.observed:
+            for entry in entries:
+                with entry.lock:
+                    entry.failed.append(handle)
 
     def _handle_of(self, entry: Entry, what: str) -> Handle:
         return self._handle((entry,), what, lambda: self._explain(entry))
