@@ -99,7 +99,7 @@ class LocalHome(Home):
     def _apply(
         self, key: Key, gradient: Gradient, arrays: list[Array], reads: Sequence[Any], outs: Sequence[Array]
     ) -> tuple[Reading, engine.Handle]:
-        """Let the arrays' sum change the value, and copy that to ``outs``: the op, twice if it still reads the arrays."""
+        """Let the arrays' sum change the value, which goes to ``outs``: the op, first if it still reads the arrays."""
         stored, rule, generation = self._stored[key], self._rule(key), self._generation
         nbytes = stored.value.nbytes
         inline = nbytes * (len(arrays) + len(outs)) <= INLINE_BYTES
