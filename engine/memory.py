@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from bisect import bisect_left, bisect_right, insort
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,10 @@ except ImportError:  # NumPy 1
     from numpy import byte_bounds  # type: ignore[attr-defined,no-redef]
 
 
+CROWDED = 4096  # so many ranges are known before the idle ones are forgotten; arrays come again
+CROWDED_OVERLAPPING = 64  # if some overlap, since then all near a range are looked at
+
+
 class Memory:
     """The ranges of bytes in use. Not thread-safe."""
 
@@ -29,7 +34,9 @@ class Memory:
         self._vars: dict[tuple[int, int], Var] = {}
         self._ranges: list[tuple[int, int]] = []  # sorted
         self._longest = 0
-        self._crowded = 64
+        self._disjoint = True  # no two of them overlap, as a rule
+        self._crowded = CROWDED
+        self._crowded_overlapping = CROWDED_OVERLAPPING
         self._owners: dict[tuple[int, int], weakref.ref[Any]] = {}
         self._freed: list[tuple[int, int]] = []  # filled by weakref callbacks, emptied under the lock
 
@@ -63,10 +70,14 @@ class Memory:
         whole: list[Var] = [own]
         part: list[Var] = []
         if len(self._ranges) > 1:
-            first = bisect_left(self._ranges, (range_[0] - self._longest, 0))
+            if self._disjoint:  # then of those that begin before this one only the last can reach into it
+                first = max(0, bisect_left(self._ranges, (range_[0], 0)) - 1)
+            else:
+                first = bisect_left(self._ranges, (range_[0] - self._longest, 0))
             last = bisect_right(self._ranges, (range_[1], 0))
             for other in self._ranges[first:last]:
                 if other != range_ and other[1] > range_[0] and other[0] < range_[1]:
+                    self._disjoint = False
                     covered = range_[0] <= other[0] and other[1] <= range_[1]
                     (whole if covered else part).append(self._vars[other])
         return whole, part
@@ -79,9 +90,10 @@ class Memory:
         """
         if self._freed:
             self._forget_freed()
-        if len(self._ranges) > self._crowded:
+        if len(self._ranges) > self._crowded or (not self._disjoint and len(self._ranges) > self._crowded_overlapping):
             self._keep([r for r in self._ranges if not (self._vars[r].idle and self._vars[r].poison is None)])
-            self._crowded = 64 + 2 * len(self._ranges)
+            self._crowded = CROWDED + 2 * len(self._ranges)
+            self._crowded_overlapping = CROWDED_OVERLAPPING + 2 * len(self._ranges)
 
     def _watch(self, range_: tuple[int, int], array: np.ndarray[Any, Any]) -> None:
         owner: Any = array
@@ -111,3 +123,4 @@ class Memory:
             self._owners.pop(gone, None)
         self._ranges = ranges
         self._longest = max((high - low for low, high in ranges), default=0)
+        self._disjoint = all(one[1] <= other[0] for one, other in pairwise(ranges))

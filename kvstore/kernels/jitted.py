@@ -561,7 +561,7 @@ def build(name: str, dtype: np.dtype[Any], pushed: np.dtype[Any]) -> Callable[..
     if pushed == np.uint16 and not _has_halves():
         raise NotImplementedError("no instructions for float16")
     function, types_ = signature(name, dtype, pushed)
-    options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
+    options: dict[str, Any] = {"nogil": name != "locate", "error_model": "numpy"}  # that one is quicker than the GIL
     try:
         compiled: Callable[..., Any] = njit(types_, cache=True, **options)(function)
     except RuntimeError:  # there is no place for the cache
