@@ -23,6 +23,8 @@ except ImportError:  # NumPy 1
     from numpy import byte_bounds  # type: ignore[attr-defined,no-redef]
 
 
+Range = tuple[int, int]
+
 CROWDED = 4096  # so many ranges are known before the idle ones are forgotten; arrays come again
 CROWDED_OVERLAPPING = 64  # if some overlap, since then all near a range are looked at
 
@@ -31,14 +33,15 @@ class Memory:
     """The ranges of bytes in use. Not thread-safe."""
 
     def __init__(self) -> None:
-        self._vars: dict[tuple[int, int], Var] = {}
-        self._ranges: list[tuple[int, int]] = []  # sorted
+        self._vars: dict[Range, Var] = {}
+        self._ranges: list[Range] = []  # sorted
+        self._arrays: dict[int, tuple[weakref.ref[Any], Range]] = {}  # by id: to ask an array for its range takes long
         self._longest = 0
         self._disjoint = True  # no two of them overlap, as a rule
         self._crowded = CROWDED
         self._crowded_overlapping = CROWDED_OVERLAPPING
-        self._owners: dict[tuple[int, int], weakref.ref[Any]] = {}
-        self._freed: list[tuple[int, int]] = []  # filled by weakref callbacks, emptied under the lock
+        self._owners: dict[Range, weakref.ref[Any]] = {}
+        self._freed: list[Range] = []  # filled by weakref callbacks, emptied under the lock
 
     def __repr__(self) -> str:
         return f"<Memory: {len(self._ranges)} ranges>"
@@ -49,38 +52,45 @@ class Memory:
         Raises:
             ArgumentError: not an array.
         """
-        if not isinstance(array, np.ndarray):
-            if not hasattr(array, "__array_interface__"):
-                raise ArgumentError(f"reads and writes: expected Vars or arrays, got {type(array).__name__}")
-            array = np.asarray(array)
-        if array.size == 0:
+        known = self._arrays.get(id(array))
+        range_ = known[1] if known is not None and known[0]() is array else self._range_of(array)
+        if range_ is None:
             return [], []
-        if array.flags.forc:  # as a rule
-            low = array.__array_interface__["data"][0]
-            range_ = (low, low + array.nbytes)
-        else:
-            low, high = byte_bounds(array)
-            range_ = (int(low), int(high))
         own = self._vars.get(range_)
+        if own is not None and self._disjoint:
+            return [own], []
         if own is None:
-            own = self._vars[range_] = Var(f"array of {array.nbytes} bytes")  # a dtype's name takes long to make
+            own = self._vars[range_] = Var(f"array of {range_[1] - range_[0]} bytes")
             insort(self._ranges, range_)
             self._longest = max(self._longest, range_[1] - range_[0])
             self._watch(range_, array)
         whole: list[Var] = [own]
         part: list[Var] = []
-        if len(self._ranges) > 1:
-            if self._disjoint:  # then of those that begin before this one only the last can reach into it
-                first = max(0, bisect_left(self._ranges, (range_[0], 0)) - 1)
-            else:
-                first = bisect_left(self._ranges, (range_[0] - self._longest, 0))
-            last = bisect_right(self._ranges, (range_[1], 0))
-            for other in self._ranges[first:last]:
-                if other != range_ and other[1] > range_[0] and other[0] < range_[1]:
-                    self._disjoint = False
-                    covered = range_[0] <= other[0] and other[1] <= range_[1]
-                    (whole if covered else part).append(self._vars[other])
+        if self._disjoint:  # then of those that begin before this one only the last can reach into it
+            first = max(0, bisect_left(self._ranges, (range_[0], 0)) - 1)
+        else:
+            first = bisect_left(self._ranges, (range_[0] - self._longest, 0))
+        last = bisect_right(self._ranges, (range_[1], 0))
+        for other in self._ranges[first:last]:
+            if other != range_ and other[1] > range_[0] and other[0] < range_[1]:
+                self._disjoint = False
+                covered = range_[0] <= other[0] and other[1] <= range_[1]
+                (whole if covered else part).append(self._vars[other])
         return whole, part
+
+    def _range_of(self, array: Any) -> Range | None:
+        """None: it has no bytes."""
+        if not isinstance(array, np.ndarray):
+            if not hasattr(array, "__array_interface__"):
+                raise ArgumentError(f"reads and writes: expected Vars or arrays, got {type(array).__name__}")
+            array = np.asarray(array)
+        if array.size == 0:
+            return None
+        low, high = byte_bounds(array)
+        if len(self._arrays) > CROWDED:
+            self._arrays.clear()
+        self._arrays[id(array)] = weakref.ref(array), (int(low), int(high))
+        return int(low), int(high)
 
     def tidy(self) -> None:
         """Now and then, forget the ranges that no op uses and no error marks.
@@ -95,7 +105,7 @@ class Memory:
             self._crowded = CROWDED + 2 * len(self._ranges)
             self._crowded_overlapping = CROWDED_OVERLAPPING + 2 * len(self._ranges)
 
-    def _watch(self, range_: tuple[int, int], array: np.ndarray[Any, Any]) -> None:
+    def _watch(self, range_: Range, array: np.ndarray[Any, Any]) -> None:
         owner: Any = array
         while isinstance(owner.base, np.ndarray):
             owner = owner.base
@@ -103,21 +113,18 @@ class Memory:
         self._owners[range_] = weakref.ref(owner, lambda _: freed.append(range_))
 
     def _forget_freed(self) -> None:
-        gone = set()
         in_use = []
         while self._freed:
             range_ = self._freed.pop()
             owner = self._owners.get(range_)
             if owner is not None and owner() is None:
                 if self._vars[range_].idle:
-                    gone.add(range_)
+                    del self._vars[range_], self._owners[range_], self._ranges[bisect_left(self._ranges, range_)]
                 else:
                     in_use.append(range_)
         self._freed.extend(in_use)
-        if gone:
-            self._keep([r for r in self._ranges if r not in gone])
 
-    def _keep(self, ranges: list[tuple[int, int]]) -> None:
+    def _keep(self, ranges: list[Range]) -> None:
         for gone in set(self._ranges).difference(ranges):
             del self._vars[gone]
             self._owners.pop(gone, None)
