@@ -212,18 +212,31 @@ def norm(first: Any, table: Any) -> Any:
 # --- optimizers ---------------------------------------------------------------------------------
 
 
+def _pick(first: Any, scratch: Any, start: Any, size: Any, as_it_came: Any) -> Any:
+    """The gradient: a block of the only push, if it can be used as it came, or what was made in the scratch."""
+
+
+@overload(_pick, strict=False)
+def _pick_from(first: Any, scratch: Any, start: Any, size: Any, as_it_came: Any) -> Any:
+    if first.dtype != scratch.dtype:
+        return lambda first, scratch, start, size, as_it_came: scratch[:size]
+    return lambda first, scratch, start, size, as_it_came: first[start : start + size] if as_it_came else scratch[:size]
+
+
 @inlined
 def _begin(
     target: Any, value: Any, first: Any, table: Any, scale: Any, clip: Any, decay: Any, scratch: Any, start: Any
 ) -> Any:
-    """A block of the target, which holds the value, and the gradient there."""
+    """A block of the target, which holds the value, and the gradient there, to be read only."""
     real = target.dtype.type
     size = min(BLOCK, target.size - start)
     w, old, g = target[start : start + size], value[start : start + size], scratch[:size]
     if old.ctypes.data != w.ctypes.data:
         for i in range(size):
             w[i] = old[i]
-    _merged(first, table, start, g)
+    as_it_came = table.size == 0 and scale == 1.0 and clip == math.inf and decay == 0.0
+    if not (as_it_came and first.itemsize == target.itemsize):
+        _merged(first, table, start, g)
     if scale != 1.0:
         factor = real(scale)
         for i in range(size):
@@ -237,7 +250,7 @@ def _begin(
         share = real(decay)
         for i in range(size):
             g[i] += share * w[i]
-    return w, g
+    return w, _pick(first, scratch, start, size, as_it_came)
 
 
 def accumulate(target: Any, value: Any, first: Any, table: Any, scale: Any, clip: Any) -> None:
@@ -300,10 +313,9 @@ def adam(
             for i in range(w.size):
                 m[i] = m[i] * b1 + c1 * g[i]
                 v[i] = v[i] * b2 + g[i] * g[i] * c2
-                g[i] = m[i]
             for i in range(w.size):
                 top[i] = v[i] if v[i] > top[i] or v[i] != v[i] else top[i]
-                w[i] = w[i] * kept - g[i] / (math.sqrt(top[i]) / divisor + small) * lr
+                w[i] = w[i] * kept - m[i] / (math.sqrt(top[i]) / divisor + small) * lr
 
 
 def adagrad(
@@ -326,26 +338,27 @@ def rmsprop(
 ) -> None:  # fmt: skip
     real, scratch = target.dtype.type, _scratch(target)
     rate, small, mu, a, b = real(lr), real(eps), real(keep), real(alpha), real(1 - alpha)
+    ways = _scratch(target)
     for start in range(0, target.size, BLOCK):
         w, g = _begin(target, value, first, table, scale, clip, decay, scratch, start)
-        s = square[start : start + w.size]
+        s, way = square[start : start + w.size], ways[: w.size]
         if mean.size == 0:
             for i in range(w.size):
                 s[i] = s[i] * a + b * g[i] * g[i]
-                g[i] /= math.sqrt(s[i]) + small
+                way[i] = g[i] / (math.sqrt(s[i]) + small)
         else:
             c = mean[start : start + w.size]
             for i in range(w.size):
                 s[i] = s[i] * a + b * g[i] * g[i]
                 c[i] += b * (g[i] - c[i])
-                g[i] /= math.sqrt(s[i] - c[i] * c[i]) + small
+                way[i] = g[i] / (math.sqrt(s[i] - c[i] * c[i]) + small)
         if momentum.size == 0:
             for i in range(w.size):
-                w[i] -= rate * g[i]
+                w[i] -= rate * way[i]
         else:
             m = momentum[start : start + w.size]
             for i in range(w.size):
-                m[i] = m[i] * mu + g[i]
+                m[i] = m[i] * mu + way[i]
                 w[i] -= rate * m[i]
 
 
@@ -414,16 +427,16 @@ def lamb(
     real, scratch = target.dtype.type, _scratch(target)
     bias, divisor, small, share = real(unbias), real(root), real(eps), real(decay)
     b1, b2, c1, c2 = real(beta1), real(beta2), real(1 - beta1), real(1 - beta2)
-    weights, steps = np.zeros(LANES), np.zeros(LANES)
+    weights, steps, ways = np.zeros(LANES), np.zeros(LANES), _scratch(target)
     for start in range(0, target.size, BLOCK):
         w, g = _begin(target, value, first, table, scale, clip, 0.0, scratch, start)
-        m, v = mean[start : start + w.size], square[start : start + w.size]
+        m, v, u = mean[start : start + w.size], square[start : start + w.size], ways[: w.size]
         for i in range(w.size):
             m[i] = m[i] * b1 + c1 * g[i]
             v[i] = v[i] * b2 + c2 * g[i] * g[i]
-            g[i] = m[i] / bias / (math.sqrt(v[i]) / divisor + small) + share * w[i]
+            u[i] = m[i] / bias / (math.sqrt(v[i]) / divisor + small) + share * w[i]
         _add_squares(weights, w)
-        _add_squares(steps, g)
+        _add_squares(steps, u)
     length, way = _root(weights), _root(steps)
     if length > 0 and way > 0:
         lr = lr * (length / way)
@@ -548,7 +561,7 @@ def build(name: str, dtype: np.dtype[Any], pushed: np.dtype[Any]) -> Callable[..
     if pushed == np.uint16 and not _has_halves():
         raise NotImplementedError("no instructions for float16")
     function, types_ = signature(name, dtype, pushed)
-    options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
+    options: dict[str, Any] = {"nogil": name != "locate", "error_model": "numpy"}  # that one is quicker than the GIL
     try:
         compiled: Callable[..., Any] = njit(types_, cache=True, **options)(function)
     except RuntimeError:  # there is no place for the cache

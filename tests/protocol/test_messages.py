@@ -16,10 +16,8 @@ from kvstore.protocol import messages
 from kvstore.protocol.messages import (
     FORMS,
     PROTOCOL,
-    Bind,
     Done,
     Failed,
-    Fetch,
     Place,
     Push,
     Sender,
@@ -28,7 +26,7 @@ from kvstore.protocol.messages import (
     decode,
     encode,
 )
-from kvstore.protocol.pieces import BUNDLE_ID_BYTES, bundle_id
+from kvstore.protocol.pieces import BUNDLE_ID_BYTES
 
 SENDER = Sender(7, 1, 0, 1)
 
