@@ -154,8 +154,10 @@ class Handle(Future[Any]):
         return self._exception
 
     def finish(self, result: Any, error: BaseException | None = None) -> None:
-        """Called by the store, once."""
+        """Called by the store; the first call counts."""
         with self._lock:
+            if self._state == FINISHED:
+                return
             self._result = result
             self._exception = error
             self._state = FINISHED

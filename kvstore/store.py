@@ -263,7 +263,11 @@ class KVStore:
         handles, reading = [], []
         for entry, per_device in pushes:
             handle = self._handle_of(entry, "push")
-            reading += self._level.push(entry, per_device, priority, countdown(handle, len(per_device)))
+            try:
+                reading += self._level.push(entry, per_device, priority, countdown(handle, len(per_device)))
+            except BaseException as error:
+                _interrupted(error, handle)
+                raise
             handles.append(handle)
         _wait_for(reading)
         return handles
@@ -298,7 +302,11 @@ class KVStore:
         handles = []
         for entry, (arrays, result) in zip(entries, targets, strict=True):
             handle = self._handle_of(entry, "pull")
-            self._level.pull(entry, Request(handle, arrays, result, priority, device))
+            try:
+                self._level.pull(entry, Request(handle, arrays, result, priority, device))
+            except BaseException as error:
+                _interrupted(error, handle)
+                raise
             handles.append(handle)
         return handles
 
@@ -337,7 +345,11 @@ class KVStore:
             pushed.observed = True  # the pull's handle fails with it
             ended = countdown(pushed, len(per_device))
             request = Request(handle, arrays, result, priority, device)
-            reading += self._level.pushpull(entry, per_device, ended, request)
+            try:
+                reading += self._level.pushpull(entry, per_device, ended, request)
+            except BaseException as error:
+                _interrupted(error, pushed, handle)
+                raise
             handles.append(handle)
         _wait_for(reading)
         return handles
@@ -747,12 +759,12 @@ class KVStore:
                 self._entries[key].count(self._devices)
 
     def set_updater(self, updater: Updater) -> None:
-        """``updater(key, merged, stored)`` changes ``stored`` in place for every push; local stores only.
+        """``updater(key, merged, stored)`` changes ``stored`` in place for every push, instead of an optimizer.
 
-        It runs on an engine thread, keeps neither array, and its return value is ignored.
+        Local stores only. It runs on an engine thread, keeps neither array, and its return value is ignored.
 
         Raises:
-            OptimizerError: in a cluster, where no code travels.
+            OptimizerError: not a function; or in a cluster, where no code travels.
         """
         self._check_open()
         if not isinstance(self._home, LocalHome):
@@ -760,6 +772,7 @@ class KVStore:
         if not callable(updater):
             raise OptimizerError(f"set_updater: expected a function, got {type(updater).__name__}")
         self._home.set_updater(updater)
+        self._optimizer = None
 
     def set_hyperparameters(self, **changes: Any) -> None:
         """Change numbers of the optimizer, live: for each key from the caller's next round on.
@@ -843,7 +856,8 @@ class KVStore:
         try:
             self.wait_for_commits()
         except BaseException as error:
-            self._leave(f"{type(error).__name__}: {error}" if isinstance(error, DeadlineError) else "")
+            committed = isinstance(error, KVStoreError) and not isinstance(error, DeadlineError)
+            self._leave("" if committed else f"{type(error).__name__}: {error}")
             raise
         self._leave("")
 
@@ -888,6 +902,13 @@ def _priority(priority: int) -> int:
 def type_of(key: Key) -> str:
     """The kind of a key."""
     return "str" if isinstance(key, str) else "int"
+
+
+def _interrupted(error: BaseException, *handles: Handle) -> None:
+    """What stops a call in the middle, as Ctrl-C does, is its outcome, so that nobody waits for it in vain."""
+    for handle in handles:
+        handle.observed = True
+        handle.finish(None, error)
 
 
 def _wait_for(reading: list[Reading]) -> None:

@@ -13,7 +13,22 @@ from hypothesis import strategies as st
 
 from kvstore.errors import KVStoreError, ProtocolError, ProtocolVersionError, from_wire, to_wire
 from kvstore.protocol import messages
-from kvstore.protocol.messages import FORMS, PROTOCOL, Done, Failed, Place, Push, Sender, Spec, Value, decode, encode
+from kvstore.protocol.messages import (
+    FORMS,
+    PROTOCOL,
+    Bind,
+    Done,
+    Failed,
+    Fetch,
+    Place,
+    Push,
+    Sender,
+    Spec,
+    Value,
+    decode,
+    encode,
+)
+from kvstore.protocol.pieces import BUNDLE_ID_BYTES, bundle_id
 
 SENDER = Sender(7, 1, 0, 1)
 
@@ -38,8 +53,12 @@ spec = st.builds(
 )
 texts = st.lists(text, max_size=4).map(tuple)
 place = st.builds(Place, text, natural)
+bundle = st.binary(min_size=BUNDLE_ID_BYTES, max_size=BUNDLE_ID_BYTES)
 FIELDS = {
     messages.key: key,
+    messages._bundle: bundle,
+    messages._target: st.one_of(key, bundle),
+    messages._key_list: st.lists(key, max_size=4).map(tuple),
     messages._natural: natural,
     messages._rank: rank,
     messages._flag: st.booleans(),
@@ -49,6 +68,7 @@ FIELDS = {
     messages._since: st.dictionaries(key, natural, max_size=3),
     messages._spec: spec,
     messages._name_list: texts,
+    messages._address_list: texts,
     messages._priority: st.integers(-messages.PRIORITY_MAX, messages.PRIORITY_MAX),
     messages._held: st.lists(natural, max_size=4).map(tuple),
     messages._place: place,
@@ -63,7 +83,7 @@ def _depth(value) -> int:
 
 def of_kind(number: int) -> st.SearchStrategy:
     kind, checks = FORMS[number]
-    return st.builds(kind, natural, *(FIELDS.get(check, texts) for check in checks))
+    return st.builds(kind, natural, *(FIELDS[check] for check in checks))
 
 
 any_message = st.sampled_from(sorted(FORMS)).flatmap(of_kind)
@@ -189,6 +209,13 @@ def test_another_version_may_look_otherwise():
         (packed([11, 1, ["1.2." + "0" * 64, 0], 0]), 0, "a segment's address"),
         (packed([11, 1, ["1.2.3", -1], 0]), 0, "a whole number"),
         (packed([11, 1, None, 0]), 0, "a segment's address"),
+        (packed([3, 1, b"x" * 15, 0, 0, 0, False, [], 0]), 0, "a bundle's id of 16 bytes"),
+        (packed([2, 1, b"x" * 17, 0, 1, False, False, 0, False, [], None, 0]), 0, "a bundle's id of 16 bytes"),
+        (packed([1, 1, b"x" * 16, 0, [[1], "f", 1, "", "", None], 0]), 0, "a str of 1-1024"),
+        (packed([7, 1, b"x" * 16, 0, 0]), 0, "a str of 1-1024"),
+        (packed([12, 1, "x" * 16, ["a"], 0]), 0, "a bundle's id of 16 bytes"),
+        (packed([12, 1, b"x" * 16, [b"x" * 16], 0]), 0, "a str of 1-1024"),
+        (packed([12, 1, b"x" * 16, "ab", 0]), 0, "a list of at most"),
         (b"\x91" * 5000, 0, "msgpack"),
         (bytes(messages.HEADER_BYTES_MAX + 1), 0, "at most"),
         (packed(*[[38, 1, 0]] * (messages.MESSAGES_MAX + 1)), 0, "expected .protocol"),
