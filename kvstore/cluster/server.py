@@ -244,9 +244,7 @@ class Server:
             raise ProtocolError(f"{type(message).__name__}: expected no value frame, got {len(payload)}")
         return None
 
-    def _one_frame(
-        self, message: Init | Push, expected: int, dtype: np.dtype[Any], payload: Frames
-    ) -> Array | None:
+    def _one_frame(self, message: Init | Push, expected: int, dtype: np.dtype[Any], payload: Frames) -> Array | None:
         if not payload:
             return None
         if len(payload) != 1 or len(payload[0]) != expected:
