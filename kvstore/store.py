@@ -254,9 +254,11 @@ class KVStore:
             UnknownKeyError, ShapeError, DtypeError, DeviceCountError: before anything is sent.
         """
         priority = _priority(priority)
-        if device is None and (whole := self._together("push", key, value, None, priority)) is not None:
+        many = isinstance(key, list | tuple)
+        if many and device is None and (whole := self._together("push", key, value, None, priority)) is not None:
             return whole
-        pushes = self._check_push(key, value, device)
+        keys = self._keys(key)
+        pushes = self._check_push(keys, self._as_many(keys, value, "values") if many else [value], device)
         return self._one_or_all(key, self._push_each(pushes, priority), "push")
 
     def _push_each(self, pushes: list[_Push], priority: int) -> list[Handle]:
@@ -288,11 +290,12 @@ class KVStore:
             UnknownKeyError, ShapeError, DtypeError, DeviceCountError, ReadOnlyError: at once.
         """
         priority = _priority(priority)
-        if device is None and (whole := self._together("pull", key, None, out, priority)) is not None:
+        many = isinstance(key, list | tuple)
+        if many and device is None and (whole := self._together("pull", key, None, out, priority)) is not None:
             return whole
         entries = self._known(self._keys(key))
         device = self._check_device(device)
-        outs = [out] if not isinstance(key, list | tuple) else self._as_many(entries, out, "outs")
+        outs = self._as_many(entries, out, "outs") if many else [out]
         targets = [self._check_out(entry, o, device) for entry, o in zip(entries, outs, strict=True)]
         return self._one_or_all(key, self._pull_each(entries, targets, priority, device), "pull")
 
@@ -321,18 +324,18 @@ class KVStore:
                 belongs to the store until the handle is done.
         """
         priority = _priority(priority)
-        if device is None and (whole := self._together("pushpull", key, value, out, priority)) is not None:
+        many = isinstance(key, list | tuple)
+        if many and device is None and (whole := self._together("pushpull", key, value, out, priority)) is not None:
             return whole
         keys = self._keys(key)
-        many = isinstance(key, list | tuple)
         if many and len(set(keys)) != len(keys):
             raise DuplicateKeyError("pushpull: expected each key once in a call")
+        values = self._as_many(keys, value, "values") if many else [value]
         if out is None:
-            values = self._as_many(keys, value, "values") if many else [value]
             outs = [self._own_out(k, v) for k, v in zip(keys, values, strict=True)]
         else:
             outs = self._as_many(keys, out, "outs") if many else [out]
-        pushes = self._check_push(key, value, device)
+        pushes = self._check_push(keys, values, device)
         targets = [self._check_out(entry, o, device) for (entry, _), o in zip(pushes, outs, strict=True)]
         return self._one_or_all(key, self._pushpull_each(pushes, targets, priority, device), "pushpull")
 
@@ -367,7 +370,8 @@ class KVStore:
     def _together(self, what: str, key: Keys, value: Any, out: Any, priority: int) -> Handle | None:
         """A list call some of whose keys are moved together; None for another one, with nothing done."""
         self._check_open()
-        if not isinstance(key, list | tuple) or len(key) < 2 or not self._in_cluster:
+        assert isinstance(key, list | tuple)
+        if len(key) < 2 or not self._in_cluster:
             return None
         values = None if what == "pull" else self._as_many(key, value, "values")
         outs = None if out is None else self._as_many(key, out, "outs")
@@ -413,7 +417,7 @@ class KVStore:
             for bundle, some in plan.bundles
         ]
         rest = [keys[p] for p in plan.singles]
-        pushes = self._check_push(rest, [values[p] for p in plan.singles], None) if values else []
+        pushes = self._check_push(self._keys(rest), [values[p] for p in plan.singles], None) if values else []
         entries = self._known(self._keys(rest))
         rest_targets = [
             self._check_out(entry, outs[p] if outs else None, None)
@@ -607,12 +611,10 @@ class KVStore:
             raise DeviceCountError(f"device={device!r}: expected 0..{self._devices - 1}")
         return number
 
-    def _check_push(self, key: Keys, value: Any, device: int | None) -> list[_Push]:
+    def _check_push(self, keys: list[Key], values: list[Any], device: int | None) -> list[_Push]:
         """The whole call, checked: per entry and device the arrays to be summed."""
-        keys = self._keys(key)
         entries = self._known(keys)
         device = self._check_device(device)
-        values = self._as_many(keys, value, "values") if isinstance(key, list | tuple) else [value]
         pushes: dict[Key, tuple[Entry, dict[int, list[Array]]]] = {}
         count = self._devices
         for entry, given in zip(entries, values, strict=True):

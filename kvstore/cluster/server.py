@@ -244,9 +244,7 @@ class Server:
             raise ProtocolError(f"{type(message).__name__}: expected no value frame, got {len(payload)}")
         return None
 
-    def _one_frame(
-        self, message: Init | Push, expected: int, dtype: np.dtype[Any], payload: Frames
-    ) -> Array | None:
+    def _one_frame(self, message: Init | Push, expected: int, dtype: np.dtype[Any], payload: Frames) -> Array | None:
         if not payload:
             return None
         if len(payload) != 1 or len(payload[0]) != expected:
@@ -333,7 +331,7 @@ class Server:
         Small work is done at once if they are free, which they stay meanwhile: no other thread submits ops on them.
         """
         inline = sum([stored.value.nbytes for stored in pieces]) <= INLINE_BYTES
-        if inline and all(self._engine.free(stored.var) for stored in pieces):
+        if inline and self._engine.free(*[stored.var for stored in pieces]):
             try:
                 work()
                 return None
