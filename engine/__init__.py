@@ -32,12 +32,14 @@ from engine.errors import (
     ForkedError,
 )
 from engine.handle import Completion, Handle
+from engine.memory import ArrayGroup
 from engine.serial import SerialEngine
 from engine.threaded import ThreadedEngine
 from engine.var import Var
 
 __all__ = [
     "ArgumentError",
+    "ArrayGroup",
     "ClosedError",
     "Completion",
     "DeadlineError",

@@ -62,6 +62,7 @@ class Engine(ABC):
         self._deadlines = Deadlines(self._expire)
         self._here = _Here()
         self._idle = self._lock.condition()
+        self._awaiting_idle = 0  # threads that wait for it
         self._trace: Trace | None = None
         self._process = _process
         self._pid = os.getpid()
@@ -91,7 +92,7 @@ class Engine(ABC):
 
         Args:
             fn: called without arguments; its return value is the handle's result.
-            reads, writes: vars and arrays. In both: it changes the value; in writes alone: it
+            reads, writes: vars, arrays and groups of arrays. In both: it changes the value; in writes alone: it
                 writes it whole, whatever was there before.
             priority: larger starts sooner among the ready ones.
             lane: a named pool of threads; None is ``cpu``.
@@ -310,7 +311,7 @@ class Engine(ABC):
             op.handle._settle(result, error)
         if self._trace is not None and op.thread:
             self._trace.add(op, perf_counter())
-        if not self._scheduler.pending:
+        if self._awaiting_idle and not self._scheduler.pending:
             self._idle.notify_all()
         return ready
 
@@ -318,7 +319,7 @@ class Engine(ABC):
         """Tell those who watch an op that has ended, and let go of what it held; without the lock."""
         handle = op.handle
         op.fn = op.holds = op.handle = None
-        if op.given_up is None and not handle.done():
+        if op.given_up is None:
             handle._announce(result, error)
 
     # --- waiting ------------------------------------------------------------------------------
@@ -361,13 +362,16 @@ class Engine(ABC):
         self._before_wait()
         self._help(timeout)
         with self._lock:
-            while self._scheduler.pending:
-                left = end - time.monotonic()
-                if left <= 0:
-                    raise DeadlineError(
-                        f"wait_all: after {timeout:g} s still pending: {self._list(self._scheduler.pending.values())}"
-                    )
-                self._idle.wait(None if timeout is None else left)
+            self._awaiting_idle += 1
+            try:
+                while self._scheduler.pending:
+                    left = end - time.monotonic()
+                    if left <= 0:
+                        some = self._list(self._scheduler.pending.values())
+                        raise DeadlineError(f"wait_all: after {timeout:g} s still pending: {some}")
+                    self._idle.wait(None if timeout is None else left)
+            finally:
+                self._awaiting_idle -= 1
 
     def _help(self, timeout: float | None) -> None:
         """Before this thread waits for all: run ready ops here, while that pays."""
@@ -380,6 +384,17 @@ class Engine(ABC):
                     if var.writer is not None or any(writes for _, writes in var.queue):
                         return True
         return False
+
+    def uses_arrays(self) -> bool:
+        """May there be an unfinished op that was pushed with arrays? Cheap, where :meth:`pending` looks each up."""
+        with self._lock:
+            self._memory.tidy()
+            return self._memory.in_use()
+
+    def free(self, var: Var) -> bool:
+        """Does no op hold ``var`` or wait for it, and does it carry no error?"""
+        with self._lock:
+            return var.idle and var.poison is None
 
     def _await(self, handle: Handle, timeout: float | None) -> None:
         """Until the handle is done: run its op here if it is ready, else wait."""

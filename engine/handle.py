@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
 from concurrent.futures._base import FINISHED, PENDING
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
     from engine.base import Engine
     from engine.scheduler import Op
 
+log = logging.getLogger(__name__)
+
 
 class Handle(Future[Any]):
     """A :class:`concurrent.futures.Future` of an op's result.
@@ -19,9 +22,9 @@ class Handle(Future[Any]):
     Waiting for an op that is ready runs it in the waiting thread; waiting inside an op for
     something that this op blocks raises :class:`engine.DeadlockError`. Thread-safe.
 
-    Few handles are watched: most are done before anybody waits for them or adds a callback. So the
-    condition, and the lists that go with it, are made when a method of Future first asks for them, and under the
-    engine's lock, under which the engine settles a handle that has none.
+    Few handles are waited for: most are done before. So the condition, and the list that goes with it, are
+    made when a method of Future first asks for them, and under the engine's lock, under which the engine settles
+    a handle that has none. Callbacks need no condition.
     """
 
     _state: str = PENDING
@@ -29,7 +32,7 @@ class Handle(Future[Any]):
     _exception: BaseException | None = None
     _watched: Condition | None = None
     _waiters: list[Any]
-    _done_callbacks: list[Callable[[Future[Any]], Any]]
+    _callbacks: list[Callable[[Future[Any]], Any]] | None = None
 
     def __init__(self, engine: Engine, op: Op) -> None:  # in place of Future's
         self._engine = engine
@@ -43,13 +46,9 @@ class Handle(Future[Any]):
         """What Future, and ``wait`` of concurrent.futures, acquire before they look at anything else."""
         if self._state == PENDING:
             self._engine._before_wait()
-        return self._watch()
-
-    def _watch(self) -> Condition:
         with self._engine._lock:
             if self._watched is None:
                 self._waiters = []
-                self._done_callbacks = []
                 self._watched = Condition()
             return self._watched
 
@@ -62,10 +61,25 @@ class Handle(Future[Any]):
 
     def _announce(self, result: Any, error: BaseException | None) -> None:
         """The op has ended and :meth:`_settle` has left the rest to this; or it has been given up."""
-        if error is not None:
+        if self._state != PENDING:
+            if self._callbacks is not None:
+                self._invoke_callbacks()
+        elif error is not None:
             self.set_exception(error)
         else:
             self.set_result(result)
+
+    def _invoke_callbacks(self) -> None:  # in place of Future's
+        with self._engine._lock:  # under which they are added as long as the op is pending
+            callbacks, self._callbacks = self._callbacks, None
+        for tell in callbacks or ():
+            self._tell(tell)
+
+    def _tell(self, fn: Callable[[Future[Any]], Any]) -> None:
+        try:
+            fn(self)
+        except Exception:
+            log.exception("%r: a callback failed", self)
 
     def done(self) -> bool:
         """Has the op ended, or been given up?"""
@@ -91,11 +105,13 @@ class Handle(Future[Any]):
 
     def add_done_callback(self, fn: Callable[[Future[Any]], Any]) -> None:
         """Call ``fn(handle)`` when the op has ended, or now if it has."""
-        with self._watch():  # and not _condition: this is no wait
+        with self._engine._lock:
             if self._state == PENDING:
-                self._done_callbacks.append(fn)
+                if self._callbacks is None:
+                    self._callbacks = []
+                self._callbacks.append(fn)
                 return
-        super().add_done_callback(fn)
+        self._tell(fn)
 
     def cancel(self) -> bool:
         """Give the op up if it has not started; what it would have written is poisoned."""

@@ -3,12 +3,16 @@
 An array counts by the range of bytes between its first and last element, so two views interleaved
 in one buffer conflict; that is safe, and cheap to decide. A range stays known while an op uses it,
 and after a failed write until it is written whole or its memory is freed.
+
+Arrays that are always read or written together can be an :class:`ArrayGroup`: it has one var, and is known while an
+op uses it.
 """
 
 from __future__ import annotations
 
 import weakref
 from bisect import bisect_left, bisect_right, insort
+from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
 
@@ -23,10 +27,67 @@ except ImportError:  # NumPy 1
     from numpy import byte_bounds  # type: ignore[attr-defined,no-redef]
 
 
-Range = tuple[int, int]
+Range = tuple[int, int]  # the first byte, and the one after the last
 
-CROWDED = 4096  # so many ranges are known before the idle ones are forgotten; arrays come again
-CROWDED_OVERLAPPING = 64  # if some overlap, since then all near a range are looked at
+MANY = 2048  # ranges that are known before the idle ones are forgotten: arrays come again
+FEW = 64  # so many if some overlap, or there are groups, since then many are looked at for each array
+
+
+class ArrayGroup:
+    """Arrays that ops read or write together: as an item of ``reads`` or ``writes`` it stands for all of them.
+
+    Making it costs as much as one op on all its arrays; each op on it then costs as much as one on a single array.
+
+    Args:
+        arrays: NumPy arrays; they are kept as long as the group.
+
+    Raises:
+        ArgumentError: something else.
+    """
+
+    __slots__ = ("__weakref__", "arrays", "ranges")
+
+    def __init__(self, arrays: Iterable[Any]) -> None:
+        self.arrays = tuple(arrays)
+        self.ranges: list[Range] = _joined(sorted(_range_of(array) for array in self.arrays if _is_array(array).size))
+
+    def __repr__(self) -> str:
+        return f"<ArrayGroup of {len(self.arrays)} arrays>"
+
+    def overlaps(self, range_: Range) -> bool:
+        """Has ``range_`` a byte of any of the arrays?"""
+        index = bisect_left(self.ranges, (range_[1], 0)) - 1
+        return index >= 0 and self.ranges[index][1] > range_[0]
+
+    def covers(self, range_: Range) -> bool:
+        """Is every byte of ``range_`` one of the arrays'?"""
+        index = bisect_right(self.ranges, (range_[0], 1 << 64)) - 1
+        return index >= 0 and self.ranges[index][1] >= range_[1]
+
+
+def _is_array(item: Any) -> np.ndarray[Any, Any]:
+    if not isinstance(item, np.ndarray):
+        raise ArgumentError(f"a group: expected NumPy arrays, got {type(item).__name__}")
+    return item
+
+
+def _range_of(array: np.ndarray[Any, Any]) -> Range:
+    if array.flags.c_contiguous:
+        start: int = array.__array_interface__["data"][0]
+        return start, start + array.nbytes
+    low, high = byte_bounds(array)
+    return int(low), int(high)
+
+
+def _joined(ranges: list[Range]) -> list[Range]:
+    """Sorted ranges without overlaps: those that touch or overlap become one."""
+    joined: list[Range] = []
+    for low, high in ranges:
+        if joined and low <= joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(high, joined[-1][1]))
+        else:
+            joined.append((low, high))
+    return joined
 
 
 class Memory:
@@ -36,28 +97,30 @@ class Memory:
         self._vars: dict[Range, Var] = {}
         self._ranges: list[Range] = []  # sorted
         self._arrays: dict[int, tuple[weakref.ref[Any], Range]] = {}  # by id: to ask an array for its range takes long
+        self._groups: dict[ArrayGroup, Var] = {}
         self._longest = 0
-        self._disjoint = True  # no two of them overlap, as a rule
-        self._crowded = CROWDED
-        self._crowded_overlapping = CROWDED_OVERLAPPING
+        self._disjoint = True  # no two ranges overlap, as a rule
+        self._kept = 0  # ranges, when they were looked through last
         self._owners: dict[Range, weakref.ref[Any]] = {}
         self._freed: list[Range] = []  # filled by weakref callbacks, emptied under the lock
 
     def __repr__(self) -> str:
-        return f"<Memory: {len(self._ranges)} ranges>"
+        return f"<Memory: {len(self._ranges)} ranges, {len(self._groups)} groups>"
 
     def vars_of(self, array: Any) -> tuple[list[Var], list[Var]]:
-        """The vars of the ranges that the array covers whole (its own first), and of those it overlaps in part.
+        """The vars of what the array (or group) covers whole (its own first), and of what it overlaps in part.
 
         Raises:
             ArgumentError: not an array.
         """
+        if isinstance(array, ArrayGroup):
+            return self._vars_of_group(array)
         known = self._arrays.get(id(array))
-        range_ = known[1] if known is not None and known[0]() is array else self._range_of(array)
+        range_ = known[1] if known is not None and known[0]() is array else self._learn(array)
         if range_ is None:
             return [], []
         own = self._vars.get(range_)
-        if own is not None and self._disjoint:
+        if own is not None and self._disjoint and not self._groups:
             return [own], []
         if own is None:
             own = self._vars[range_] = Var(f"array of {range_[1] - range_[0]} bytes")
@@ -76,21 +139,41 @@ class Memory:
                 self._disjoint = False
                 covered = range_[0] <= other[0] and other[1] <= range_[1]
                 (whole if covered else part).append(self._vars[other])
+        for group, var in self._groups.items():
+            if group.overlaps(range_):
+                covered = range_[0] <= group.ranges[0][0] and group.ranges[-1][1] <= range_[1]
+                (whole if covered else part).append(var)
         return whole, part
 
-    def _range_of(self, array: Any) -> Range | None:
-        """None: it has no bytes."""
+    def _vars_of_group(self, group: ArrayGroup) -> tuple[list[Var], list[Var]]:
+        if not group.ranges:
+            return [], []
+        own = self._groups.get(group)
+        if own is None:
+            own = self._groups[group] = Var(f"group of {len(group.arrays)} arrays")
+        whole: list[Var] = [own]
+        part: list[Var] = []
+        for range_ in self._ranges:
+            if group.overlaps(range_):
+                (whole if group.covers(range_) else part).append(self._vars[range_])
+        for other, var in self._groups.items():
+            if other is not group and any(map(group.overlaps, other.ranges)):
+                (whole if all(map(group.covers, other.ranges)) else part).append(var)
+        return whole, part
+
+    def _learn(self, array: Any) -> Range | None:
+        """The array's range, from now on known; None: it has no bytes."""
         if not isinstance(array, np.ndarray):
             if not hasattr(array, "__array_interface__"):
                 raise ArgumentError(f"reads and writes: expected Vars or arrays, got {type(array).__name__}")
             array = np.asarray(array)
         if array.size == 0:
             return None
-        low, high = byte_bounds(array)
-        if len(self._arrays) > CROWDED:
+        range_ = _range_of(array)
+        if len(self._arrays) > MANY:
             self._arrays.clear()
-        self._arrays[id(array)] = weakref.ref(array), (int(low), int(high))
-        return int(low), int(high)
+        self._arrays[id(array)] = weakref.ref(array), range_
+        return range_
 
     def tidy(self) -> None:
         """Now and then, forget the ranges that no op uses and no error marks.
@@ -100,10 +183,17 @@ class Memory:
         """
         if self._freed:
             self._forget_freed()
-        if len(self._ranges) > self._crowded or (not self._disjoint and len(self._ranges) > self._crowded_overlapping):
+        if self._groups:
+            self._groups = {g: var for g, var in self._groups.items() if not (var.idle and var.poison is None)}
+        if len(self._ranges) > 2 * self._kept + (MANY if self._disjoint and not self._groups else FEW):
             self._keep([r for r in self._ranges if not (self._vars[r].idle and self._vars[r].poison is None)])
-            self._crowded = CROWDED + 2 * len(self._ranges)
-            self._crowded_overlapping = CROWDED_OVERLAPPING + 2 * len(self._ranges)
+            self._kept = len(self._ranges)
+
+    def in_use(self) -> bool:
+        """Does an op use any range or group, or an error mark one?"""
+        return any(
+            not var.idle or var.poison is not None for vars_ in (self._groups, self._vars) for var in vars_.values()
+        )
 
     def _watch(self, range_: Range, array: np.ndarray[Any, Any]) -> None:
         owner: Any = array

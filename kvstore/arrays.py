@@ -45,6 +45,8 @@ def view(value: object, what: str) -> Array:
     Raises:
         DtypeError: not an array, or of a dtype that a store cannot hold.
     """
+    if isinstance(value, np.ma.MaskedArray):
+        raise DtypeError(f"{what}: expected an array, got a masked one, whose mask no store holds")
     if isinstance(value, np.ndarray):
         array: Array = value
     elif isinstance(value, np.generic):

@@ -59,6 +59,9 @@ class Model(Protocol):
     def in_effect(self, level: Level, participant: int, round: int) -> bool:
         """Has that push taken effect?"""
 
+    def updates_per_round(self, participants: int) -> int:
+        """As how many updates does a round take effect that all of so many participants pushed?"""
+
     @property
     def pull_before_next_push(self) -> bool:
         """Must a pull be answered before its participant's next push is counted?"""
@@ -71,13 +74,15 @@ class Sequential:
     pull_before_next_push = True
 
     def due(self, level: Level, participant: int) -> list[Update]:
-        updates = []
+        updates: list[Update] = []
         closed = level.closed
+        rounds = level.rounds
         while members := level.members_of(closed + 1):
-            if any(level.rounds[p] <= closed for p in members):
-                break
+            for p in members:
+                if rounds[p] <= closed:
+                    return updates
             closed += 1
-            updates.append(Update(closed, tuple((p, closed) for p in members)))
+            updates.append(Update(closed, tuple([(p, closed) for p in members])))
         return updates
 
     def answers(self, level: Level, participant: int, own: int) -> bool:
@@ -85,6 +90,9 @@ class Sequential:
 
     def in_effect(self, level: Level, participant: int, round: int) -> bool:
         return round <= level.closed
+
+    def updates_per_round(self, participants: int) -> int:
+        return 1
 
     def __str__(self) -> str:
         return "sequential"
@@ -105,12 +113,19 @@ class _AtOnce:
     def in_effect(self, level: Level, participant: int, round: int) -> bool:
         return round <= level.rounds.get(participant, 0)
 
+    def updates_per_round(self, participants: int) -> int:
+        return participants
+
 
 @dataclass(frozen=True, slots=True)
 class Bounded(_AtOnce):
     """A pull waits until nobody is more than ``staleness`` rounds behind the one who pulls."""
 
     staleness: int
+
+    def __post_init__(self) -> None:
+        if type(self.staleness) is not int or not 0 <= self.staleness < 10**9:
+            raise OptionError(f"bounded: expected a whole number 0 <= s < 10**9, got {self.staleness!r}")
 
     def answers(self, level: Level, participant: int, own: int) -> bool:
         return level.rounds.get(participant, own) >= own and level.slowest() >= own - self.staleness
@@ -173,12 +188,16 @@ class Level:
         self.rounds = dict.fromkeys(self.participants, 0)
         self.left = {}
 
-    def members_of(self, round: int) -> list[int]:
+    def members_of(self, round: int) -> Sequence[int]:
         """The members of that round, in their order."""
+        if not self.left:
+            return self.participants
         return [p for p in self.participants if self.left.get(p, round) >= round]
 
     def slowest(self) -> int:
         """The smallest round of those who are still here; when everybody left, nobody is behind."""
+        if not self.left:
+            return min(self.rounds.values(), default=0)
         here = [n for p, n in self.rounds.items() if p not in self.left]
         return min(here) if here else max(self.rounds.values(), default=0)
 
@@ -187,12 +206,44 @@ class Level:
         self.rounds[participant] += 1
         return self._advance(participant)
 
+    def push_together(self, rounds: int = 1) -> None:
+        """Count ``rounds`` rounds in each of which every participant pushed, as one after another would be counted.
+
+        Nobody waits, nobody has left and all are in the same round; then every model lets each round take effect.
+        """
+        assert self.in_step and not self.left
+        for participant in self.rounds:
+            self.rounds[participant] += rounds
+        self.closed += rounds
+        self.version += rounds * self.model.updates_per_round(len(self.rounds))
+
+    @property
+    def in_step(self) -> bool:
+        """Has everybody pushed equally often, all of it taken effect, and does nobody wait?"""
+        return not self.waiting and all(n == self.closed for n in self.rounds.values())
+
     def pull(self, pull: Pull) -> Answer | None:
         """Answer at once, or None: then a later push or leave answers it."""
         if self._may_answer(pull):
             return self._answer(pull)
         self.waiting[pull.ticket] = pull
         return None
+
+    def copy(self) -> Level:
+        """The same counts; the pulls that wait stay behind."""
+        other = Level(self.model, self.participants)
+        other.rounds, other.left = dict(self.rounds), dict(self.left)
+        other.closed, other.version = self.closed, self.version
+        return other
+
+    def same_history(self, other: Level) -> bool:
+        """Is it the copy of ``other``, or could be?"""
+        return (
+            self.model == other.model
+            and self.rounds == other.rounds
+            and self.left == other.left
+            and (self.closed, self.version) == (other.closed, other.version)
+        )
 
     def leave(self, participant: int) -> tuple[list[Update], list[Answer]]:
         """``participant`` counts up to its last round and no further."""
@@ -215,24 +266,28 @@ class Level:
 
     def _advance(self, participant: int) -> tuple[list[Update], list[Answer]]:
         updates = self.model.due(self, participant)
-        self.version += len(updates)
         if updates:
+            self.version += len(updates)
             self.closed = max(self.closed, updates[-1].round)
+        if not self.waiting:
+            return updates, []
         ready = [pull for pull in self.waiting.values() if self._may_answer(pull)]
         for pull in ready:
             del self.waiting[pull.ticket]
         return updates, [self._answer(pull) for pull in ready]
 
     def _may_answer(self, pull: Pull) -> bool:
-        return all(
-            participant not in self.rounds or self.model.answers(self, participant, own)
-            for participant, own in pull.needs
-        )
+        for participant, own in pull.needs:
+            if participant in self.rounds and not self.model.answers(self, participant, own):
+                return False
+        return True
 
     def _answer(self, pull: Pull) -> Answer:
-        slowest = self.slowest()
-        behind = [own - slowest for participant, own in pull.needs if participant in self.rounds]
-        return Answer(pull.ticket, self.version, max([0, *behind]))
+        slowest, staleness = self.slowest(), 0
+        for participant, own in pull.needs:
+            if own - slowest > staleness and participant in self.rounds:
+                staleness = own - slowest
+        return Answer(pull.ticket, self.version, staleness)
 
 
 def participants_of(chosen: Iterable[int] | None, everybody: int) -> tuple[int, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import engine
-from kvstore import consistency, environment
+from kvstore import consistency, environment, plain
 from kvstore.cluster.client import ClusterHome
 from kvstore.cluster.near import Neighbourhood
 from kvstore.cluster.session import Session
@@ -53,25 +53,28 @@ def create(
             ``KVSTORE_SHARED_MEMORY`` says (0: no), else yes.
 
     Raises:
-        OptionError: an unknown type or model, or no address.
+        OptionError: an unknown type or model, no address, an option that the type has not, or an environment
+            that is ill-formed or meant for a server or scheduler.
         UnreachableError: nobody answers at the address.
         DeadlineError: the cluster was not complete within ``timeout``.
     """
-    if type not in _LOCAL and type not in _CLUSTER:
+    if not isinstance(type, str) or (type not in _LOCAL and type not in _CLUSTER):
         raise OptionError(f"create: expected a type among {', '.join([*_LOCAL, *_CLUSTER])}; got {type!r}")
-    if devices is not None and (not isinstance(devices, int) or devices < 1):
-        raise DeviceCountError(f"create: expected devices >= 1, got {devices!r}")
-    if not (isinstance(timeout, int | float) and timeout > 0) or not connect_timeout > 0:
+    if devices is not None:
+        count = plain.whole(devices)
+        if count is None or count < 1:
+            raise DeviceCountError(f"create: expected devices >= 1, got {devices!r}")
+        devices = count
+    if not all(isinstance(one, int | float) and one > 0 for one in (timeout, connect_timeout)):
         raise OptionError(f"create: expected timeouts > 0 seconds, got {timeout!r} and {connect_timeout!r}")
     defaults = _CLUSTER.get(type, (Sequential(), Sequential()))
     device_model = defaults[0] if device_consistency is None else consistency.parse(device_consistency)
     cluster_model = defaults[1] if cluster_consistency is None else consistency.parse(cluster_consistency)
     runtime = engine.default()
     if type in _LOCAL:
-        if cluster_consistency is not None or address is not None:
-            raise OptionError(
-                f"create({type!r}): expected neither cluster_consistency nor address; they are for 'dist'"
-            )
+        for name, given in (("cluster_consistency", cluster_consistency), ("address", address), ("rank", rank)):
+            if given is not None:
+                raise OptionError(f"create({type!r}): expected no {name}, which is for clusters; got {given!r}")
         runtime.retain()
         home: Home = LocalHome(runtime)
     else:
@@ -93,7 +96,12 @@ def _join(
     address = address or around.address
     if address is None:
         raise OptionError("create('dist'): expected the scheduler's address= or KVSTORE_ADDRESS; neither is set")
-    wanted = rank if rank is not None else around.rank if around.rank is not None else -1
+    if around.role not in (None, "worker"):
+        raise OptionError(f"create('dist'): the environment says that this process is a {around.role}, not a worker")
+    rank = around.rank if rank is None else rank
+    wanted = -1 if rank is None else plain.whole(rank)
+    if wanted is None or not -1 <= wanted < 1 << 31:
+        raise OptionError(f"create('dist'): expected a rank >= 0, or -1 for any; got {rank!r}")
     share = around.shared_memory if shared_memory is None else shared_memory
     neighbourhood = Neighbourhood(0 if share is False else around.shared_memory_bytes)
     session = Session(address, "worker", neighbourhood=neighbourhood)

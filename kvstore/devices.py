@@ -11,9 +11,10 @@ the home sees them in the level's order.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -51,6 +52,13 @@ class Request:
     device: int | None  # whose pull it is; None: all devices'
 
 
+class Bundle(Protocol):
+    """Keys that are moved together; see :mod:`kvstore.lists`."""
+
+    def dissolve(self) -> None:
+        """From here on its keys are moved by themselves."""
+
+
 @dataclass(eq=False, slots=True)
 class Entry:
     """One key, as the device level sees it."""
@@ -65,7 +73,19 @@ class Entry:
     view_is_latest: bool = False  # no other was pulled since
     lent: list[Array] = field(default_factory=list)  # the home's memory that the caller fills
     failed: list[Handle] = field(default_factory=list)
+    bundle: Bundle | None = None  # that moves it together with other keys
     lock: threading.RLock = field(default_factory=threading.RLock)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Hold the lock, and the key is in no bundle."""
+        while True:
+            with self.lock:
+                bundle = self.bundle
+                if bundle is None:
+                    yield
+                    return
+            bundle.dissolve()  # without the lock: it takes those of all its keys
 
     def count(self, devices: int) -> None:
         """From now on the rounds of so many devices are counted, from 0."""
@@ -158,7 +178,7 @@ class Devices:
         Returns:
             The ops after which these arrays have been read.
         """
-        with entry.lock:
+        with entry.alone():
             return self._perform(entry, *self._count(entry, per_device, priority, ended))
 
     def pull(self, entry: Entry, request: Request) -> None:
@@ -175,7 +195,7 @@ class Devices:
         self, entry: Entry, per_device: dict[int, list[Array]], ended: Ended, request: Request
     ) -> list[Reading]:
         """A push and the pull right after it, as one exchange with the home where the level answers at once."""
-        with entry.lock:
+        with entry.alone():
             contributions, steps = self._count(entry, per_device, request.priority, ended)
             updates = [update for some, _ in steps for update in some]
             answered_others = any(answers for _, answers in steps)

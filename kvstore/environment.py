@@ -58,7 +58,7 @@ def read(environ: Mapping[str, str] | None = None) -> Environment:
         found = text(*names)
         if found is None:
             return None
-        if not found[1].isdigit():
+        if not (found[1].isascii() and found[1].isdigit()):
             raise OptionError(f"{found[0]}: expected a whole number, got {found[1]!r}")
         return int(found[1])
 

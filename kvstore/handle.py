@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures._base import FINISHED, PENDING
-from typing import Any
+from typing import Any, NoReturn
 
 from kvstore.errors import DeadlineError
 
@@ -58,6 +58,9 @@ class Handle(Future[Any]):
     def __repr__(self) -> str:
         state = "pending" if not self.done() else "failed" if self.exception_now() else "done"
         return f"<Handle {self.what}: {state}>"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(f"{self!r} cannot be copied or pickled: it is of a store of this process; use its result()")
 
     @property
     def _condition(self) -> threading.Condition:  # type: ignore[override]
@@ -185,8 +188,18 @@ def countdown(handle: Handle, parts: int) -> Ended:
     return ended
 
 
-def gather(what: str, timeout_s: float, parts: list[Handle], drive: Drive | None = None) -> Handle:
-    """One handle for a list call: done when all are; its result is the list of theirs (None if all are)."""
+def gather(
+    what: str,
+    timeout_s: float,
+    parts: list[Handle],
+    drive: Drive | None = None,
+    positions: list[list[int]] | None = None,
+) -> Handle:
+    """One handle for a list call: done when all are; its result is the list of theirs (None if all are).
+
+    Args:
+        positions: where in that list the elements of each part's result go, which is a list then.
+    """
     whole = Handle(what, timeout_s, lambda: "; ".join(p.why() for p in parts if not p.done()), parts, drive)
     left = [len(parts)]
     lock = threading.Lock()
@@ -200,6 +213,8 @@ def gather(what: str, timeout_s: float, parts: list[Handle], drive: Drive | None
         whole.version = min((p.version for p in parts if p.version is not None), default=None)
         whole.staleness = _largest([p.staleness for p in parts if p.staleness is not None])
         results = [] if error else [part._result for part in parts]
+        if positions is not None and not error and any(result is not None for result in results):
+            results = _placed(results, positions)
         whole.finish(None if all(r is None for r in results) else results, error)
 
     for part in parts:
@@ -207,6 +222,15 @@ def gather(what: str, timeout_s: float, parts: list[Handle], drive: Drive | None
     if not parts:
         whole.finish(None)
     return whole
+
+
+def _placed(parts: list[list[Any]], positions: list[list[int]]) -> list[Any]:
+    """The elements of all parts, each at its position."""
+    placed: list[Any] = [None] * sum(map(len, positions))
+    for part, some in zip(parts, positions, strict=True):
+        for element, position in zip(part, some, strict=True):
+            placed[position] = element
+    return placed
 
 
 def _largest(staleness: list[Staleness]) -> Staleness | None:

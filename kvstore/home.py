@@ -12,6 +12,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from kvstore import comm
 from kvstore.arrays import Array
 from kvstore.handle import Ended
 from kvstore.optim import Optimizer
@@ -34,6 +35,15 @@ class Gradient:
     priority: int
     lent: bool = False  # the caller leaves the only array alone until the operation has ended
     outs: Sequence[Array] | None = None  # pushpull: to where the source will be asked to deliver
+
+    @property
+    def reads(self) -> list[Any]:
+        """What an op that calls :meth:`write` reads."""
+        return list(self.arrays)
+
+    def write(self, out: Array) -> None:
+        """Write the sum to ``out``, which is flat."""
+        comm.merge(self.arrays, out.reshape(self.arrays[0].shape))
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +71,30 @@ class Source(ABC):
         """Give it to ``ended`` when it has come, in memory of the home, where it can be without a copy."""
 
 
+class Bundle(Protocol):
+    """Keys whose values are moved as one: their concatenation, flat, in the order of ``keys``.
+
+    They may still be pulled by themselves; to be pushed by themselves they have to be dissolved first.
+    """
+
+    keys: tuple[Key, ...]
+
+    def push(self, gradient: Gradient, ended: Ended) -> Reading:
+        """As :meth:`Home.push`."""
+
+    def pull(self, priority: int) -> Source:
+        """As :meth:`Home.pull`."""
+
+    def pushpull(self, gradient: Gradient, ended: Ended) -> tuple[Reading, Source]:
+        """As :meth:`Home.pushpull`."""
+
+    def explain(self) -> str:
+        """As :meth:`Home.explain`."""
+
+    def dissolve(self) -> None:
+        """The keys are moved by themselves again; the bundle is not used any more."""
+
+
 class Home(Protocol):
     """Where values live. Calls for one key come in program order, from any thread."""
 
@@ -78,6 +112,9 @@ class Home(Protocol):
 
     def pushpull(self, key: Key, gradient: Gradient, ended: Ended) -> tuple[Reading, Source]:
         """A push and the pull right after it."""
+
+    def bundle(self, keys: Sequence[Key], timeout_s: float) -> list[Bundle]:
+        """Those of ``keys`` that will be moved together from now on, because it pays."""
 
     def staging(self, key: Key, timeout_s: float) -> Array:
         """Memory for the caller to fill; pushed as the only array of a gradient it is not copied again.

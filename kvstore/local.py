@@ -13,7 +13,7 @@ from kvstore import comm
 from kvstore.arrays import Array
 from kvstore.errors import DuplicateKeyError, OptimizerError, UpdateError
 from kvstore.handle import Ended, when_ended
-from kvstore.home import Gradient, Held, Home, Reading, Source, Updater
+from kvstore.home import Bundle, Gradient, Held, Home, Reading, Source, Updater
 from kvstore.optim import Optimizer
 from kvstore.protocol.messages import Spec
 from kvstore.protocol.pieces import Key
@@ -123,6 +123,9 @@ class LocalHome(Home):
             "inline": nbytes * (len(arrays) + len(outs)) <= INLINE_BYTES,
             "info": {"key": key, "bytes": nbytes},
         }
+
+    def bundle(self, keys: Sequence[Key], timeout_s: float) -> list[Bundle]:
+        return []
 
     def staging(self, key: Key, timeout_s: float) -> Array:
         array = self._staging.get(key)

@@ -11,15 +11,16 @@ import math
 import os
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
 import engine
-from kvstore import consistency, states
+from kvstore import consistency, plain, states
 from kvstore.arrays import Array, is_array, is_writable, view, writable_view
 from kvstore.consistency import Model
 from kvstore.devices import Devices, Entry, Request
@@ -38,6 +39,7 @@ from kvstore.errors import (
 )
 from kvstore.handle import Handle, countdown, gather
 from kvstore.home import Home, Reading, Updater
+from kvstore.lists import Bundle, Lists, Plan
 from kvstore.local import LocalHome
 from kvstore.optim import Optimizer
 from kvstore.protocol import messages
@@ -45,6 +47,8 @@ from kvstore.protocol.messages import Spec
 from kvstore.protocol.pieces import PIECE_BYTES, Cut, Key
 
 Keys = Key | Sequence[Key]
+_Push = tuple[Entry, dict[int, list[Array]]]  # by device the arrays whose sum it pushes
+_Target = tuple[list[Array] | None, Any]  # the arrays to write (None: in place), and the result
 
 _stores: weakref.WeakSet[KVStore] = weakref.WeakSet()
 
@@ -56,8 +60,8 @@ class KVStore:
     """A store of values by key, kept in step across devices and, in a cluster, workers.
 
     Made by :func:`kvstore.create`. All methods are thread-safe. Every method takes one key with
-    its value, or a list of keys with a list of values; a list call is checked whole before
-    anything is sent. A value is one array, or a list with one array per device.
+    its value, or a list of keys with a list of values (:meth:`staging` and :meth:`view`: one); a list call
+    is checked whole before anything is sent. A value is one array, or a list with one array per device.
     """
 
     def __init__(
@@ -81,6 +85,8 @@ class KVStore:
         self._cluster_model = cluster_model
         self._level = Devices(home, runtime)
         self._entries: dict[Key, Entry] = {}
+        self._lists = Lists(home, runtime)
+        self._initialising: set[Key] = set()
         self._kind = ""  # of the keys: "str" or "int", from the first init on
         self._optimizer: Optimizer | None = None
         self._pushes: set[Handle] = set()  # not committed yet
@@ -96,6 +102,9 @@ class KVStore:
             f"<KVStore {self.type}: {state}rank {self.rank} of {self.num_workers}, devices {self._devices or '?'} "
             f"(host memory), {levels}, {len(self._entries)} keys>"
         )
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(f"{self!r} cannot be copied or pickled: every process creates its own store")
 
     # --- what it is ---------------------------------------------------------------------------
 
@@ -150,12 +159,7 @@ class KVStore:
         self._check_open()
         device_model = self._model(device_consistency, self._device_model)
         cluster_model = self._model(cluster_consistency, self._cluster_model)
-        if participants is not None:
-            participants = tuple(sorted({int(p) for p in participants}))
-            if not participants or participants[0] < 0 or participants[-1] >= self.num_workers:
-                raise OptionError(
-                    f"participants: expected ranks within 0..{self.num_workers - 1}, got {list(participants)}"
-                )
+        ranks = None if participants is None else self._ranks(participants)
         keys = self._keys(key)
         values = [value] if not isinstance(key, list | tuple) else self._as_many(keys, value, "values")
         arrays = [view(v, f"init of key {k!r}") for k, v in zip(keys, values, strict=True)]
@@ -164,41 +168,60 @@ class KVStore:
             raise DuplicateKeyError(
                 f"init of key {twice!r}: expected each key once, it comes {keys.count(twice)} times"
             )
-        for k, array in zip(keys, arrays, strict=True):
-            if k in self._entries:
-                raise DuplicateKeyError(f"init of key {k!r}: expected a new key, this store has initialised it")
-            if self._optimizer is not None:
+        if self._optimizer is not None:
+            for array in arrays:
                 self._optimizer.check_dtype(array.dtype)
-        waiting = []
-        for k, array in zip(keys, arrays, strict=True):
+        for array in arrays:
+            self._engine.wait(array, timeout=self._limit(None))
+        with self._being_initialised(keys):
             whole = self._optimizer is not None and self._optimizer.whole_tensor
-            cut = Cut.of(array.size, array.dtype.itemsize, whole=whole, piece_bytes=PIECE_BYTES)
-            spec = Spec(
-                array.shape, array.dtype.name, cut.piece_items, str(device_model), str(cluster_model), participants
-            )
-            self._engine.wait(array, timeout=self.timeout)
-            waiting.append(self._home.init(k, spec, np.ascontiguousarray(array).reshape(-1)))
-        deadline_error: KVStoreError | None = None
-        for k, array, created in zip(keys, arrays, waiting, strict=True):
-            try:
-                created.result(self.timeout)
-            except TimeoutError as error:
-                if created.done():
-                    raise
-                raise DeadlineError(
-                    f"init of key {k!r}: not done after {self.timeout:g} s; {self._home.explain(k)}"
-                ) from error
-            except KVStoreError as error:
-                deadline_error = deadline_error or error
-                continue
-            entry = Entry(k, array.shape, array.dtype, device_model)
-            if self._devices is not None:
-                entry.count(self._devices)
+            waiting = []
+            for k, array in zip(keys, arrays, strict=True):
+                cut = Cut.of(array.size, array.dtype.itemsize, whole=whole, piece_bytes=PIECE_BYTES)
+                spec = Spec(
+                    array.shape, array.dtype.name, cut.piece_items, str(device_model), str(cluster_model), ranks
+                )
+                waiting.append(self._home.init(k, spec, np.ascontiguousarray(array).reshape(-1)))
+            first_error: KVStoreError | None = None
+            for k, array, created in zip(keys, arrays, waiting, strict=True):
+                try:
+                    self._created(k, created)
+                except KVStoreError as error:
+                    first_error = first_error or error
+                    continue
+                entry = Entry(k, array.shape, array.dtype, device_model)
+                if self._devices is not None:
+                    entry.count(self._devices)
+                with self._lock:
+                    self._entries[k] = entry
+                    self._kind = type_of(k)
+            if first_error is not None:
+                raise first_error
+
+    @contextmanager
+    def _being_initialised(self, keys: list[Key]) -> Iterator[None]:
+        """Nobody else initialises these keys meanwhile, nor has done so."""
+        with self._lock:
+            for key in keys:
+                if key in self._entries or key in self._initialising:
+                    raise DuplicateKeyError(f"init of key {key!r}: expected a new key, this store has initialised it")
+            self._initialising.update(keys)
+        try:
+            yield
+        finally:
             with self._lock:
-                self._entries[k] = entry
-                self._kind = type_of(k)
-        if deadline_error is not None:
-            raise deadline_error
+                self._initialising.difference_update(keys)
+
+    def _created(self, key: Key, created: Future[Any]) -> None:
+        """Wait until the home has the key."""
+        try:
+            created.result(self._limit(None))
+        except TimeoutError as error:
+            if created.done():
+                raise
+            raise DeadlineError(
+                f"init of key {key!r}: not done after {self.timeout:g} s; {self._home.explain(key)}"
+            ) from error
 
     def broadcast(self, key: Keys, value: Any, out: Any = None, priority: int = 0) -> Handle:
         """``init`` with rank 0's value, then ``pull`` it; once per key.
@@ -206,10 +229,10 @@ class KVStore:
         Returns:
             A handle like that of :meth:`pull`; ``out`` defaults to a new array.
         """
-        first = value if not isinstance(value, list) or isinstance(key, list | tuple) else value[0]
-        if isinstance(key, list | tuple):
-            first = [v[0] if isinstance(v, list) else v for v in self._as_many(self._keys(key), value, "values")]
-        self.init(key, first)
+        priority, many = _priority(priority), isinstance(key, list | tuple)
+        values = self._as_many(self._keys(key), value, "values") if many else [value]
+        firsts = [v[0] if isinstance(v, list) and v else v for v in values]
+        self.init(key, firsts if many else firsts[0])
         return self.pull(key, out, priority)
 
     # --- push and pull ------------------------------------------------------------------------
@@ -229,14 +252,20 @@ class KVStore:
         Raises:
             UnknownKeyError, ShapeError, DtypeError, DeviceCountError: before anything is sent.
         """
+        priority = _priority(priority)
+        if device is None and (whole := self._together("push", key, value, None, priority)) is not None:
+            return whole
         pushes = self._check_push(key, value, device)
+        return self._one_or_all(key, self._push_each(pushes, priority), "push")
+
+    def _push_each(self, pushes: list[_Push], priority: int) -> list[Handle]:
         handles, reading = [], []
         for entry, per_device in pushes:
-            handle = self._handle(entry, "push")
+            handle = self._handle_of(entry, "push")
             reading += self._level.push(entry, per_device, priority, countdown(handle, len(per_device)))
             handles.append(handle)
         _wait_for(reading)
-        return self._one_or_all(key, handles, "push")
+        return handles
 
     def pull(self, key: Keys, out: Any = None, priority: int = 0, *, device: int | None = None) -> Handle:
         """Read values.
@@ -253,16 +282,24 @@ class KVStore:
         Raises:
             UnknownKeyError, ShapeError, DtypeError, DeviceCountError, ReadOnlyError: at once.
         """
+        priority = _priority(priority)
+        if device is None and (whole := self._together("pull", key, None, out, priority)) is not None:
+            return whole
         entries = self._known(self._keys(key))
-        self._check_device(device)
+        device = self._check_device(device)
         outs = [out] if not isinstance(key, list | tuple) else self._as_many(entries, out, "outs")
         targets = [self._check_out(entry, o, device) for entry, o in zip(entries, outs, strict=True)]
+        return self._one_or_all(key, self._pull_each(entries, targets, priority, device), "pull")
+
+    def _pull_each(
+        self, entries: list[Entry], targets: list[_Target], priority: int, device: int | None
+    ) -> list[Handle]:
         handles = []
         for entry, (arrays, result) in zip(entries, targets, strict=True):
-            handle = self._handle(entry, "pull")
+            handle = self._handle_of(entry, "pull")
             self._level.pull(entry, Request(handle, arrays, result, priority, device))
             handles.append(handle)
-        return self._one_or_all(key, handles, "pull")
+        return handles
 
     def pushpull(
         self, key: Keys, value: Any, out: Any = None, priority: int = 0, *, device: int | None = None
@@ -274,6 +311,9 @@ class KVStore:
                 with a new array, what :meth:`staging` gave with :meth:`view`. A value that is also out
                 belongs to the store until the handle is done.
         """
+        priority = _priority(priority)
+        if device is None and (whole := self._together("pushpull", key, value, out, priority)) is not None:
+            return whole
         keys = self._keys(key)
         many = isinstance(key, list | tuple)
         if len(set(keys)) != len(keys):
@@ -285,16 +325,21 @@ class KVStore:
             outs = self._as_many(keys, out, "outs") if many else [out]
         pushes = self._check_push(key, value, device)
         targets = [self._check_out(entry, o, device) for (entry, _), o in zip(pushes, outs, strict=True)]
+        return self._one_or_all(key, self._pushpull_each(pushes, targets, priority, device), "pushpull")
+
+    def _pushpull_each(
+        self, pushes: list[_Push], targets: list[_Target], priority: int, device: int | None
+    ) -> list[Handle]:
         handles, reading = [], []
         for (entry, per_device), (arrays, result) in zip(pushes, targets, strict=True):
-            pushed, handle = self._handle(entry, "push"), self._handle(entry, "pushpull")
+            pushed, handle = self._handle_of(entry, "push"), self._handle_of(entry, "pushpull")
             pushed.observed = True  # the pull's handle fails with it
             ended = countdown(pushed, len(per_device))
             request = Request(handle, arrays, result, priority, device)
             reading += self._level.pushpull(entry, per_device, ended, request)
             handles.append(handle)
         _wait_for(reading)
-        return self._one_or_all(key, handles, "pushpull")
+        return handles
 
     def _own_out(self, key: Key, value: Any) -> Any:
         """Where a pushpull without ``out`` puts the value."""
@@ -303,6 +348,126 @@ class KVStore:
             return IN_PLACE
         arrays = value if isinstance(value, list) else [value]
         return value if all(map(is_writable, arrays)) else None
+
+    # --- list calls -------------------------------------------------------------------------------
+
+    def _together(self, what: str, key: Keys, value: Any, out: Any, priority: int) -> Handle | None:
+        """A list call some of whose keys are moved together; None for another one, with nothing done."""
+        self._check_open()
+        if not isinstance(key, list | tuple) or len(key) < 2 or not self._in_cluster:
+            return None
+        values = None if what == "pull" else self._as_many(key, value, "values")
+        outs = None if out is None else self._as_many(key, out, "outs")
+        if outs is not None and any(out is IN_PLACE for out in outs):
+            return None
+        plan = self._plan(key, values)
+        return None if plan is None else self._by_plan(what, plan, key, values, outs, priority)
+
+    def _plan(self, keys: Sequence[Key], values: list[Any] | None) -> Plan | None:
+        """How the keys of a list call are moved, if some of them together. ``values``: what is to be pushed."""
+        listed = tuple(keys)
+        try:
+            plan = self._lists.known(listed)
+            entries = [] if plan else [entry for entry in map(self._entries.get, listed) if entry is not None]
+        except TypeError:  # what cannot be hashed is no key: it will be said
+            return None
+        if plan is not None or len(entries) < len(listed) or len(set(listed)) < len(listed):
+            return plan
+        if values is None:
+            return self._lists.for_pull(listed, entries)
+        counts = {self._devices} if self._devices else {len(v) if isinstance(v, list | tuple) else 1 for v in values}
+        return self._lists.for_push(listed, entries, counts.pop(), self._limit(None)) if len(counts) == 1 else None
+
+    def _by_plan(
+        self,
+        what: str,
+        plan: Plan,
+        keys: Sequence[Key],
+        values: list[Any] | None,
+        outs: list[Any] | None,
+        priority: int,
+    ) -> Handle | None:
+        """A list call by its plan: checked whole, then bundle by bundle, and the rest one by one.
+
+        Returns:
+            None, with nothing done, if another thread has just ended one of the bundles.
+        """
+        if what == "pushpull" and outs is None and values is not None:
+            outs = [self._own_out(key, value) for key, value in zip(keys, values, strict=True)]
+        arrays = [self._arrays_of(bundle, values and [values[p] for p in some]) for bundle, some in plan.bundles]
+        targets = [
+            [] if what == "push" else self._targets_of(bundle, outs and [outs[p] for p in some])
+            for bundle, some in plan.bundles
+        ]
+        rest = [keys[p] for p in plan.singles]
+        pushes = self._check_push(rest, [values[p] for p in plan.singles], None) if values else []
+        entries = self._known(self._keys(rest))
+        rest_targets = [
+            self._check_out(entry, outs[p] if outs else None, None)
+            for entry, p in zip(entries, plan.singles if what != "push" else [], strict=False)
+        ]
+        if values:
+            self._fix_devices(len(arrays[0][0]))
+        with plan.held() as alive:
+            if not alive:
+                return None
+            parts = [
+                self._move(what, bundle, pushed, wanted, priority)
+                for (bundle, _), pushed, wanted in zip(plan.bundles, arrays, targets, strict=True)
+            ]
+        each = {
+            "push": lambda: self._push_each(pushes, priority),
+            "pull": lambda: self._pull_each(entries, rest_targets, priority, None),
+            "pushpull": lambda: self._pushpull_each(pushes, rest_targets, priority, None),
+        }[what]()
+        positions = [some for _, some in plan.bundles]
+        if each:
+            parts.append(self._one_or_all(rest, each, what))
+            positions.append(plan.singles)
+        return gather(f"{what} of {len(keys)} keys", self.timeout, parts, self._home.drive, positions)
+
+    def _arrays_of(self, bundle: Bundle, values: list[Any] | None) -> list[list[Array]]:
+        """For each key of the bundle what each device pushes, checked."""
+        if values is None:
+            return []
+        arrays: list[list[Array]] = []
+        count = self._devices or (len(values[0]) if isinstance(values[0], list | tuple) else 1)
+        for entry, value in zip(bundle.entries, values, strict=True):
+            if entry.failed:
+                self._raise_unseen(entry)
+            if count == 1 and _is_exactly(value, entry):
+                arrays.append([value])
+            else:
+                arrays.append(self._of_devices(entry, value, count))
+        return arrays
+
+    def _targets_of(self, bundle: Bundle, outs: list[Any] | None) -> list[_Target]:
+        """For each key of the bundle where its value goes, checked."""
+        targets: list[_Target] = []
+        for entry, out in zip(bundle.entries, outs or [None] * len(bundle.entries), strict=True):
+            if entry.failed:
+                self._raise_unseen(entry)
+            if _is_exactly(out, entry) and out.flags.writeable:
+                targets.append(([out], out))
+            else:
+                targets.append(self._check_out(entry, out, None))
+        return targets
+
+    def _move(
+        self, what: str, bundle: Bundle, arrays: list[list[Array]], targets: list[_Target], priority: int
+    ) -> Handle:
+        """Push, pull or both, the bundle's lock being held."""
+        handle = self._handle(bundle.entries, what, bundle.explain)
+        outs, results = [outs or [] for outs, _ in targets], [result for _, result in targets]
+        if what == "push":
+            bundle.push(arrays, priority, countdown(handle, 1))
+        elif what == "pull":
+            bundle.pull(outs, results, priority, handle)
+        else:
+            pushed = self._handle(bundle.entries, "push", bundle.explain)
+            pushed.observed = True  # the pull's handle fails with it
+            bundle.pushpull(arrays, countdown(pushed, 1), outs, results, priority, handle)
+        return handle
 
     # --- memory of the store's own ----------------------------------------------------------------
 
@@ -317,10 +482,12 @@ class KVStore:
             An array of the key's shape and dtype; its content is arbitrary.
 
         Raises:
-            UnknownKeyError: as named.
+            UnknownKeyError, KeyKindError: as named.
             DeadlineError: both were on their way for ``timeout`` seconds (None: the store's).
         """
-        (entry,) = self._known(self._keys(key))
+        entry = self._one(key, "staging")
+        with entry.alone():
+            pass  # it belongs to no bundle as long as the caller has memory of its own
         array = self._home.staging(entry.key, self._limit(timeout))
         with entry.lock:
             if not any(array is lent for lent in entry.lent):
@@ -337,9 +504,9 @@ class KVStore:
             A read-only array of the key's shape and dtype.
 
         Raises:
-            UnknownKeyError, DeadlineError: as named.
+            UnknownKeyError, KeyKindError, DeadlineError: as named.
         """
-        (entry,) = self._known(self._keys(key))
+        entry = self._one(key, "view")
         with entry.lock:
             held = entry.view if entry.view_is_latest else None
         if held is not None:
@@ -357,6 +524,15 @@ class KVStore:
                 f"{self.type} store: it belongs to process {self._pid}, not to this forked one; create another"
             )
 
+    def _ranks(self, participants: Sequence[int]) -> tuple[int, ...]:
+        given = list(participants) if isinstance(participants, Iterable) else [None]
+        ranks = {plain.whole(one) for one in given}
+        if not ranks or not ranks <= set(range(self.num_workers)):
+            raise OptionError(
+                f"participants: expected a list of ranks within 0..{self.num_workers - 1}, got {participants!r}"
+            )
+        return tuple(sorted(rank for rank in ranks if rank is not None))
+
     def _model(self, chosen: str | Model | None, default: Model) -> Model:
         return default if chosen is None else consistency.parse(chosen)
 
@@ -365,8 +541,8 @@ class KVStore:
         keys = list(key) if isinstance(key, list | tuple) else [key]
         checked: list[Key] = []
         for one in keys:
-            if isinstance(one, np.integer):
-                one = int(one)
+            if isinstance(one, np.integer | np.str_):
+                one = one.item()
             try:
                 checked.append(messages.key(one))
             except ValueError as error:
@@ -395,6 +571,12 @@ class KVStore:
             entries.append(entry)
         return entries
 
+    def _one(self, key: Key, what: str) -> Entry:
+        if isinstance(key, list | tuple):
+            raise KeyKindError(f"{what}: expected one key, got a list of {len(key)}")
+        (entry,) = self._known(self._keys(key))
+        return entry
+
     def _raise_unseen(self, entry: Entry) -> None:
         """An error nobody looked at is raised by the next call on that key."""
         with entry.lock:
@@ -405,49 +587,55 @@ class KVStore:
             if error is not None:
                 raise error
 
-    def _check_device(self, device: int | None) -> None:
+    def _check_device(self, device: int | None) -> int | None:
         if device is None:
-            return
+            return None
         if not self._devices_declared:
             raise DeviceCountError(f"device={device!r}: expected a store created with devices=; it was not")
         assert self._devices is not None
-        if not isinstance(device, int) or not 0 <= device < self._devices:
+        number = plain.whole(device)
+        if number is None or not 0 <= number < self._devices:
             raise DeviceCountError(f"device={device!r}: expected 0..{self._devices - 1}")
+        return number
 
-    def _check_push(self, key: Keys, value: Any, device: int | None) -> list[tuple[Entry, dict[int, list[Array]]]]:
+    def _check_push(self, key: Keys, value: Any, device: int | None) -> list[_Push]:
         """The whole call, checked: per entry and device the arrays to be summed."""
         keys = self._keys(key)
         entries = self._known(keys)
-        self._check_device(device)
+        device = self._check_device(device)
         values = self._as_many(keys, value, "values") if isinstance(key, list | tuple) else [value]
         pushes: dict[Key, tuple[Entry, dict[int, list[Array]]]] = {}
         count = self._devices
         for entry, given in zip(entries, values, strict=True):
-            arrays = list(given) if isinstance(given, list | tuple) else [given]
+            devices: Sequence[int]
             if device is not None:
                 if isinstance(given, list | tuple):
                     raise DeviceCountError(
                         f"push of key {entry.key!r} by device {device}: expected one array, got a list"
                     )
-                devices: Sequence[int] = [device]
+                arrays, devices = self._of_devices(entry, given, 1), [device]
             else:
-                count = len(arrays) if count is None else count
-                if len(arrays) != count or not arrays:
-                    raise DeviceCountError(
-                        f"push of key {entry.key!r}: expected {count} arrays, one per device; got {len(arrays)}"
-                    )
-                devices = range(count)
+                if count is None:
+                    count = len(given) if isinstance(given, list | tuple) else 1
+                arrays, devices = self._of_devices(entry, given, count), range(count)
             per_device = pushes.setdefault(entry.key, (entry, {}))[1]
             for d, array in zip(devices, arrays, strict=True):
-                per_device.setdefault(d, []).append(
-                    self._fits(entry, view(array, f"push of key {entry.key!r}"), "push")
-                )
+                per_device.setdefault(d, []).append(array)
         self._fix_devices(count)
         for entry in entries:
             if entry.level is None:
                 with entry.lock:
                     entry.count(self.num_devices)
         return list(pushes.values())
+
+    def _of_devices(self, entry: Entry, given: Any, count: int) -> list[Array]:
+        """What each of ``count`` devices pushes, checked."""
+        arrays = list(given) if isinstance(given, list | tuple) else [given]
+        if len(arrays) != count or not arrays:
+            raise DeviceCountError(
+                f"push of key {entry.key!r}: expected {count} arrays, one per device; got {len(arrays)}"
+            )
+        return [self._fits(entry, view(array, f"push of key {entry.key!r}"), "push") for array in arrays]
 
     def _fix_devices(self, count: int | None) -> None:
         """The first push says how many devices there are."""
@@ -462,7 +650,7 @@ class KVStore:
             raise DtypeError(f"{what} of key {entry.key!r}: expected dtype {entry.dtype.name}, got {array.dtype.name}")
         return array
 
-    def _check_out(self, entry: Entry, out: Any, device: int | None) -> tuple[list[Array] | None, Any]:
+    def _check_out(self, entry: Entry, out: Any, device: int | None) -> _Target:
         """The arrays to write (None: in place), and what the handle's result is."""
         if out is IN_PLACE:
             return None, None
@@ -482,10 +670,10 @@ class KVStore:
 
     # --- small parts of the calls ---------------------------------------------------------------
 
-    def _handle(self, entry: Entry, what: str) -> Handle:
-        handle = Handle(
-            f"{what} of key {entry.key!r}", self.timeout, lambda: self._explain(entry), drive=self._home.drive
-        )
+    def _handle(self, entries: Sequence[Entry], what: str, explain: Callable[[], str]) -> Handle:
+        first, last = entries[0].key, entries[-1].key
+        named = f"key {first!r}" if len(entries) == 1 else f"{len(entries)} keys, {first!r} ... {last!r}"
+        handle = Handle(f"{what} of {named}", self.timeout, explain, drive=self._home.drive)
         if what == "push":
             with self._lock:
                 self._pushes.add(handle)
@@ -494,11 +682,15 @@ class KVStore:
             with self._lock:
                 self._pushes.discard(handle)
             if not handle.observed and handle.exception_now() is not None:
-                with entry.lock:
-                    entry.failed.append(handle)
+                for entry in entries:
+                    with entry.lock:
+                        entry.failed.append(handle)
 
         handle.add_done_callback(ended)
         return handle
+
+    def _handle_of(self, entry: Entry, what: str) -> Handle:
+        return self._handle((entry,), what, lambda: self._explain(entry))
 
     def _one_or_all(self, key: Keys, handles: list[Handle], what: str) -> Handle:
         if not isinstance(key, list | tuple):
@@ -574,16 +766,17 @@ class KVStore:
             OptimizerError: no optimizer is set, an unknown name or a value out of range.
         """
         self._check_open()
-        if self._optimizer is not None:
-            changed = self._optimizer.with_hyperparameters(**changes)
-            self._home.set_hyperparameters(changes, self._limit(None))
-            self._optimizer = changed
-        else:
-            self._home.set_hyperparameters(changes, self._limit(None))
+        if self._optimizer is None:
+            raise OptimizerError("set_hyperparameters: expected an optimizer, this store has set none")
+        changed = self._optimizer.with_hyperparameters(**changes)
+        described = changed.to_wire()
+        self._home.set_hyperparameters({name: described[name] for name in changes}, self._limit(None))
+        self._optimizer = changed
 
     def save_optimizer_states(self, path: str | os.PathLike[str]) -> None:
         """Write the optimizer's state of every key to a safetensors file, atomically."""
-        self.wait_for_commits(self._limit(None))
+        self._check_open()
+        self.wait_for_commits()
         state = {key: self._home.read_state(key, self._limit(None)) for key in list(self._entries)}
         states.save(path, state)
 
@@ -593,7 +786,8 @@ class KVStore:
         Raises:
             OptimizerError: not such a file, or of other keys than this store's.
         """
-        self.wait_for_commits(self._limit(None))
+        self._check_open()
+        self.wait_for_commits()
         loaded = states.load(path)
         unknown = sorted(map(repr, set(loaded) - set(self._entries)))
         if unknown:
@@ -607,7 +801,8 @@ class KVStore:
     # --- waiting and leaving --------------------------------------------------------------------
 
     def _limit(self, timeout: float | None) -> float:
-        return self.timeout if timeout is None else timeout
+        """The seconds that a wait may take, for ever included."""
+        return min(self.timeout if timeout is None else timeout, threading.TIMEOUT_MAX)
 
     def wait_for_commits(self, timeout: float | None = None) -> None:
         """Wait until every push of this store so far is committed; raise the first error nobody has seen.
@@ -657,7 +852,7 @@ class KVStore:
             self._closed = True
         _stores.discard(self)
         try:
-            self._home.close(reason, 5.0 if reason else self.timeout)
+            self._home.close(reason, 5.0 if reason else self._limit(None))
         except KVStoreError:
             if not reason:
                 raise
@@ -674,6 +869,18 @@ class KVStore:
             self.close()
         else:
             self._leave(f"worker {self.rank} failed: {type(error).__name__}: {error}")
+
+
+def _is_exactly(array: Any, entry: Entry) -> bool:
+    """Is it an ordinary array as the key has them?"""
+    return type(array) is np.ndarray and array.shape == entry.shape and array.dtype == entry.dtype
+
+
+def _priority(priority: int) -> int:
+    number = plain.whole(priority)
+    if number is None:
+        raise OptionError(f"priority: expected a whole number, got {priority!r}")
+    return number
 
 
 def type_of(key: Key) -> str:

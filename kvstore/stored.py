@@ -85,6 +85,22 @@ class Stored:
         self.step = step
         self._generation = generation
 
+    def unite(self, parts: Sequence[Stored]) -> None:
+        """Become the concatenation of values that have had the same updates; they are not needed any more."""
+        target = self._unread()
+        np.concatenate([part.value.reshape(-1) for part in parts], out=target)
+        self._become(target)
+        first = parts[0]
+        self.state = {name: np.concatenate([part.state[name].reshape(-1) for part in parts]) for name in first.state}
+        self.step, self._generation = first.step, first._generation
+
+    def split(self, parts: Sequence[tuple[Stored, slice]]) -> None:
+        """Give each of ``parts`` its elements; the inverse of :meth:`unite`."""
+        for part, elements in parts:
+            part.value = self.value[elements].copy()
+            part.state = {name: array[elements].copy() for name, array in self.state.items()}
+            part.step, part._generation = self.step, self._generation
+
     def move(self, target: Array, allocate: Callable[[], Array | None]) -> None:
         """Continue in ``target``, and when more is needed in what ``allocate`` gives."""
         np.copyto(target, self.value)

@@ -7,9 +7,12 @@ the next forward pass needs them, the order of ``params``: earlier ones have the
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
+from kvstore.arrays import view
 from kvstore.errors import ShapeError, UnknownKeyError
 from kvstore.handle import Handle
 from kvstore.optim import Optimizer
@@ -26,7 +29,8 @@ class Trainer:
         optimizer: runs where the values live.
         store: made by :func:`kvstore.create`.
         scale: what gradients are multiplied by before they are pushed; pushes are sums, so
-            ``1 / (global batch)`` gives a mean. The caller's arrays are not changed.
+            ``1 / (global batch)`` gives a mean. The caller's arrays are not changed; a gradient that was
+            produced in ``store.staging(key)`` is scaled there, and nothing is copied.
 
     Raises:
         as :meth:`KVStore.init` and :meth:`KVStore.set_optimizer`.
@@ -50,7 +54,7 @@ class Trainer:
         """Push one gradient as soon as it is ready, and ask for the new weights; :meth:`step` waits for them."""
         if key not in self.params:
             raise UnknownKeyError(f"key {key!r}: expected one of the trainer's parameters")
-        handle = self.store.pushpull(key, self._scaled(gradient), self.params[key], self._priority[key])
+        handle = self.store.pushpull(key, self._scaled(key, gradient), self.params[key], self._priority[key])
         self._pulls[key] = handle
         return handle
 
@@ -77,12 +81,19 @@ class Trainer:
             pulls[key].result()
         return [pulls[key] for key in self.params]
 
-    def _scaled(self, gradient: Any) -> Any:
+    def _scaled(self, key: Key, gradient: Any) -> Any:
+        """The gradient times ``scale``; one device's is written where the store sends it from."""
         if self.scale == 1.0:
             return gradient
-        if isinstance(gradient, Sequence):
-            return [self._scaled(one) for one in gradient]
-        return gradient * gradient.dtype.type(self.scale)
+        what = f"gradient of key {key!r}"
+        if isinstance(gradient, list | tuple):
+            arrays = [view(one, what) for one in gradient]
+            return [array * array.dtype.type(self.scale) for array in arrays]
+        array = view(gradient, what)
+        staged = self.store.staging(key)
+        if (array.shape, array.dtype) != (staged.shape, staged.dtype):
+            return array  # the store will say what is wrong with it
+        return np.multiply(array, array.dtype.type(self.scale), out=staged)
 
     def save_states(self, path: str | os.PathLike[str]) -> None:
         """Write the optimizer's states; one worker calls it, between two barriers."""

@@ -233,6 +233,21 @@ def staging(options: Options) -> list[Step]:
     return groups
 
 
+def priority(options: Options) -> list[Step]:
+    """Training steps with emulated compute: the first layer is needed first, and its gradient comes last."""
+    groups: list[Step] = []
+    shapes = ((256, 1024),) * 4 if options.quick else ((1024, 1024),) * 16 + ((8192, 1024),) * 2
+    for way, system in (("shared memory", KVSTORE), ("tcp", TCP)):
+        cases = {
+            "with": Case(system, "step by priority", shapes),
+            "without": Case(system, "step", shapes),
+            "round": Case(system, "pushpull", shapes),
+        }
+        line = Line(f"a step by priority, {way}", "with", "round", beside={"without": "without"})
+        groups.append(Group(cases, [line]))
+    return groups
+
+
 def local(options: Options) -> list[Step]:
     """One process with four devices."""
     model = "mlp" if options.quick else "resnet50"
@@ -295,6 +310,7 @@ SUITES: dict[str, Callable[[Options], list[Step]]] = {
     "optimizers": optimizers,
     "models": models,
     "staging": staging,
+    "priority": priority,
     "local": local,
     "engine": engine,
     "kernels": kernels,

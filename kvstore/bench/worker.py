@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import time
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +20,9 @@ OPTIMIZERS: dict[str, Callable[[], kvstore.optim.Optimizer]] = {
     "sgd": lambda: kvstore.optim.SGD(lr=1e-3, momentum=0.9),
     "adam": lambda: kvstore.optim.Adam(lr=1e-4),
 }
+
+
+COMPUTE_S_PER_BYTE = 0.4e-9  # of the forward pass, and of the backward pass: less than a round takes by TCP
 
 
 def staged_round(kv: kvstore.KVStore, key: str) -> Array:
@@ -53,6 +57,8 @@ def cluster_round(kv: kvstore.KVStore, case: dict[str, Any], optimizer: str) -> 
     operation = case["operation"]
     if operation == "staged":
         return _staged(kv, value, optimizer)
+    if operation in ("step", "step by priority"):
+        return _step(kv, value, optimizer, by_priority=operation == "step by priority")
     outs = value.gradients if operation == "in place" else value.outs
     one = len(value.keys) == 1  # as a user would call it
     key, gradient, out = (value.keys[0], value.gradients[0], outs[0]) if one else (value.keys, value.gradients, outs)
@@ -84,6 +90,27 @@ def _staged(kv: kvstore.KVStore, value: Value, optimizer: str) -> Round:
         last[:] = [staged_round(kv, key) for key in value.keys]
 
     return Round(fill, once, lambda: _check(last, kv.num_workers if optimizer == "none" else None))
+
+
+def _step(kv: kvstore.KVStore, value: Value, optimizer: str, *, by_priority: bool) -> Round:
+    """A training step with emulated compute: backward from the last key, then forward as the weights come."""
+    keys, gradients, outs = value.keys, value.gradients, value.outs
+    compute_s = COMPUTE_S_PER_BYTE * sum(array.nbytes for array in gradients) / len(keys)
+
+    def once() -> None:
+        handles = []
+        for position in reversed(range(len(keys))):
+            time.sleep(compute_s)
+            priority = -position if by_priority else 0
+            handles.append(kv.pushpull(keys[position], gradients[position], outs[position], priority))
+        for handle in reversed(handles):
+            handle.result()
+            time.sleep(compute_s)
+
+    def check() -> None:
+        _check(outs, kv.num_workers if optimizer == "none" else None)
+
+    return Round(value.fill, once, check)
 
 
 def local_round(kv: kvstore.KVStore, case: dict[str, Any], optimizer: str) -> Round:

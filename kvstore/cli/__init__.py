@@ -60,20 +60,26 @@ def run(workers: int, servers: int, grace: float, command: tuple[str, ...]) -> N
     "--bind", default="tcp://127.0.0.1:9091", show_default=True, help="Where to listen; port * is any free one."
 )
 @click.option("--advertise", help="The address others reach it by, if another.")
-@click.option("-w", "--workers", type=int, required=True, help="Workers of the cluster.")
-@click.option("-s", "--servers", type=int, default=1, show_default=True, help="Servers of the cluster.")
-def scheduler(bind: str, advertise: str | None, workers: int, servers: int) -> None:
+@click.option("-w", "--workers", type=int, help="Workers of the cluster (or KVSTORE_NUM_WORKERS).")
+@click.option("-s", "--servers", type=int, help="Servers of the cluster (or KVSTORE_NUM_SERVERS, else 1).")
+def scheduler(bind: str, advertise: str | None, workers: int | None, servers: int | None) -> None:
     """Run the scheduler of a cluster until SIGINT or SIGTERM."""
+    from kvstore import environment
     from kvstore.cli.daemon import serve
     from kvstore.cluster.scheduler import Scheduler
 
+    around = environment.read()
+    workers = around.num_workers if workers is None else workers
+    servers = (1 if around.num_servers is None else around.num_servers) if servers is None else servers
+    if workers is None:
+        raise click.UsageError("expected --workers or KVSTORE_NUM_WORKERS")
     one = Scheduler(bind, workers, servers, advertise=advertise)
     click.echo(f"scheduler at {one.address}")
     sys.exit(serve(one))
 
 
 @main.command()
-@click.option("--address", envvar="KVSTORE_ADDRESS", help="The scheduler's address (or KVSTORE_ADDRESS).")
+@click.option("--address", help="The scheduler's address (or KVSTORE_ADDRESS).")
 @click.option("--bind", default="tcp://127.0.0.1:*", show_default=True, help="Where to listen; port * is any free one.")
 @click.option("--advertise", help="The address that workers reach it by, if another.")
 @click.option("--with-scheduler", is_flag=True, help="Be the scheduler too, bound at --address: a whole service.")
@@ -88,6 +94,8 @@ def server(address: str | None, bind: str, advertise: str | None, with_scheduler
 
     if with_scheduler != (workers is not None):
         raise click.UsageError("--with-scheduler and --workers belong together")
+    around = environment.read()
+    address = address or around.address
     beside = None
     if with_scheduler:
         beside = Scheduler(address or "tcp://127.0.0.1:9091", workers or 0, 1)
@@ -96,21 +104,25 @@ def server(address: str | None, bind: str, advertise: str | None, with_scheduler
         click.echo(f"scheduler at {address}")
     if address is None:
         raise click.UsageError("expected --address or KVSTORE_ADDRESS, the scheduler's address")
-    around = environment.read()
     neighbourhood = Neighbourhood(0 if around.shared_memory is False else around.shared_memory_bytes)
-    one = Server(address, bind=bind, advertise=advertise, neighbourhood=neighbourhood)
+    rank = around.rank if around.role == "server" else None
+    one = Server(address, bind=bind, advertise=advertise, rank=rank, neighbourhood=neighbourhood)
     click.echo(f"server at {one.address}")
     sys.exit(serve(one, beside))
 
 
 @main.command()
-@click.option("--address", envvar="KVSTORE_ADDRESS", required=True, help="The scheduler's (or KVSTORE_ADDRESS).")
+@click.option("--address", help="The scheduler's (or KVSTORE_ADDRESS).")
 @click.option("--timeout", type=float, default=5.0, show_default=True, help="Seconds to wait for an answer.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def status(address: str, timeout: float, as_json: bool) -> None:
+def status(address: str | None, timeout: float, as_json: bool) -> None:
     """Show the members of a cluster and what the servers hold."""
+    from kvstore import environment
     from kvstore.cluster.status import read_status
 
+    address = address or environment.read().address
+    if address is None:
+        raise click.UsageError("expected --address or KVSTORE_ADDRESS, the scheduler's address")
     report = read_status(address, timeout)
     if as_json:
         click.echo(json.dumps(report, indent=2))
@@ -118,15 +130,18 @@ def status(address: str, timeout: float, as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"cluster {report['cluster']}, epoch {report['epoch']}, devices: host memory only")
+    came = ", ".join(f"{len(report[what])} of {report[f'num_{what}']} {what}" for what in ("workers", "servers"))
+    table = Table(title=f"cluster {report['cluster']}, epoch {report['epoch']}: {came} have come")
     for column in ("role", "rank", "state", "host", "pid", "last heard", "address", "keys", "bytes"):
-        table.add_column(column)
+        table.add_column(column, no_wrap=True)
     for role in ("worker", "server"):
         for row in report[f"{role}s"]:
             heard = f"{row['heard_s']:.1f} s ago"
             cells = (role, row["rank"], row["state"], row["host"], row["pid"], heard, row["address"])
-            table.add_row(*map(str, cells), str(row.get("keys", "")), str(row.get("bytes", "")))
-    Console().print(table)
+            held = ("" if row.get(what) is None else f"{row[what]:,}" for what in ("keys", "bytes"))
+            table.add_row(*map(str, cells), *held)
+    console = Console()
+    console.print(table, width=None if console.is_terminal else max(console.width, console.measure(table).maximum))
 
 
 @main.group()
@@ -136,11 +151,13 @@ def bench() -> None:
 
 @bench.command()
 @click.option("--workers", default="1,2,4", show_default=True, help="Numbers of workers to compare.")
-@click.option("-s", "--servers", type=int, default=1, show_default=True)
+@click.option("-s", "--servers", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--model", type=click.Choice(["mlp", "resnet50", "bert-base"]), default="mlp", show_default=True)
-@click.option("--compute-ms", type=float, default=50.0, show_default=True, help="Emulated compute per step.")
-@click.option("--steps", type=int, default=20, show_default=True)
-@click.option("--batch", type=int, default=32, show_default=True, help="Samples per worker and step.")
+@click.option(
+    "--compute-ms", type=click.FloatRange(0), default=50.0, show_default=True, help="Emulated compute per step."
+)
+@click.option("--steps", type=click.IntRange(1), default=20, show_default=True)
+@click.option("--batch", type=click.IntRange(1), default=32, show_default=True, help="Samples per worker and step.")
 @click.option("--consistency", default="sequential", show_default=True, help="Of the cluster level.")
 @click.option("--plot", type=click.Path(dir_okay=False), help="Write a PNG.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -152,8 +169,10 @@ def scaling(workers: str, as_json: bool, plot: str | None, **options: Any) -> No
         raise click.UsageError(f"--workers: expected numbers such as 1,2,4, got {workers!r}") from None
     if not counts or min(counts) < 1:
         raise click.UsageError(f"--workers: expected numbers >= 1, got {workers!r}")
+    from kvstore import consistency
     from kvstore.bench.scaling import measure, show
 
+    consistency.parse(options["consistency"])
     rows = measure(counts, **options)
     if as_json:
         click.echo(json.dumps(rows, indent=2))

@@ -47,12 +47,12 @@ def _run(supervisor: Supervisor, workers: int, servers: int, command: list[str],
         click.echo("kvstore run: the scheduler did not start", err=True)
         return 1
 
-    def around(role: str, rank: int | None) -> dict[str, str]:
+    def around(role: str, rank: int) -> dict[str, str]:
         said = Environment(address, role, rank, workers, servers).variables()
         return {**inherited, "PYTHONUNBUFFERED": "1", **said}
 
     for rank in range(servers):
-        supervisor.start(f"server {rank}", [*own, "server", "--address", address], around("server", None))
+        supervisor.start(f"server {rank}", [*own, "server", "--address", address], around("server", rank))
     running = set()
     for rank in range(workers):
         try:
@@ -63,15 +63,21 @@ def _run(supervisor: Supervisor, workers: int, servers: int, command: list[str],
     while running:
         event = supervisor.events.get()
         if not isinstance(event, Ended):
-            name = signal.Signals(event).name
-            click.echo(f"kvstore run: {name}: stopping everything", err=True)
+            click.echo(f"kvstore run: {_name(event)}: stopping everything", err=True)
             supervisor.stop([child for child in supervisor.children if child in running], grace_s, event)
             return 128 + event
         child, code = event.child, event.code
         if code == 0 and child in running:
             running.discard(child)
             continue
-        how = f"ended with code {code}" if code >= 0 else f"was ended by {signal.Signals(-code).name}"
+        how = f"ended with code {code}" if code >= 0 else f"was ended by {_name(-code)}"
         click.echo(f"kvstore run: {child.name} {how}: stopping everything", err=True)
         return code if code > 0 else 128 - code if code < 0 else 1
     return 0
+
+
+def _name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return f"signal {number}"

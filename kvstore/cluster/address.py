@@ -10,6 +10,16 @@ from kvstore.errors import OptionError
 _FORM = re.compile(r"tcp://(?P<host>\[[0-9a-fA-F:.%a-z]+\]|[^:/\s]+)(?::(?P<port>\d{1,5}|\*))?")
 
 
+PORT_MAX = 65535
+
+
+def reachable(address: str) -> str:
+    """``address``, which one can connect to. Raises OptionError for another."""
+    if split(address)[1] in ("", "*", "0"):
+        raise OptionError(f"an address: expected tcp://host:port with the port to connect to, got {address!r}")
+    return address
+
+
 def advertised(bound: str, advertise: str | None) -> str:
     """The address to tell others: ``advertise`` (its port may be left out), else the bound one.
 
@@ -30,7 +40,7 @@ def advertised(bound: str, advertise: str | None) -> str:
 
 def split(address: str) -> tuple[str, str]:
     """Host and port (maybe empty) of an address. Raises OptionError for another form."""
-    match = _FORM.fullmatch(address)
-    if match is None:
+    match = _FORM.fullmatch(address) if isinstance(address, str) else None
+    if match is None or int((match["port"] or "0").replace("*", "0")) > PORT_MAX:
         raise OptionError(f"an address: expected tcp://host:port, got {address!r}")
     return match["host"], match["port"] or ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
@@ -14,12 +14,13 @@ import numpy as np
 import engine
 from kvstore import comm, consistency
 from kvstore.arrays import Array, dtype_named
+from kvstore.cluster.bundles import Bundles
 from kvstore.cluster.exchange import Arrivals, Exchange, Remote, near_pieces
 from kvstore.cluster.session import SCHEDULER, Session
 from kvstore.cluster.staging import Staging
-from kvstore.errors import DeadlineError, DuplicateKeyError, OptimizerError, ServerLostError
+from kvstore.errors import DeadlineError, OptimizerError, ServerLostError
 from kvstore.handle import Ended, when_ended
-from kvstore.home import Gradient, Home, Reading, Source
+from kvstore.home import Bundle, Gradient, Home, Reading, Source
 from kvstore.optim import Optimizer
 from kvstore.protocol.messages import (
     PRIORITY_MAX,
@@ -38,7 +39,7 @@ from kvstore.protocol.messages import (
     State,
     WriteState,
 )
-from kvstore.protocol.pieces import Cut, Key, owner
+from kvstore.protocol.pieces import BundleId, Cut, Key, owner
 from kvstore.protocol.requesting import CREDIT_FREE_BYTES, Answered, Outcome, Request
 
 CHUNK_BYTES = 8 << 20  # a large gradient is staged and sent in parts, so that the servers begin early
@@ -54,6 +55,8 @@ class ClusterHome(Home):
         self._engine = runtime
         self._servers = range(len(session.servers))
         self._remotes: dict[Key, Remote] = {}
+        self._bundles = Bundles(self, session, runtime)
+        self._joining: dict[Key, Remote] = {}  # init has not been answered
         self._barriers = 0
 
     def __repr__(self) -> str:
@@ -63,25 +66,33 @@ class ClusterHome(Home):
     # --- keys ---------------------------------------------------------------------------------
 
     def init(self, key: Key, spec: Spec, value: Array) -> Future[Any]:
-        if key in self._remotes:
-            raise DuplicateKeyError(f"init of key {key!r}: expected a new key, it exists")
-        remote = self._remote(key, spec)
-        value = value if self.rank else value.copy()  # the caller may overwrite it at once
         exists: Future[Any] = Future()
+        known = self._remotes.get(key)
+        if known is not None and known.spec == spec:  # by an earlier call, whose deadline passed too soon
+            exists.set_result(None)
+            return exists
+        owners = tuple(owner(key, piece, len(self._servers)) for piece in range(len(spec.cut)))
+        remote = self.remote(key, spec, owners)
+        value = value if self.rank else value.copy()  # the caller may overwrite it at once
         left = len(remote.cut)
         rounds: list[int] = []
 
         def one_ended(outcome: Outcome) -> None:
             nonlocal left
             left -= 1
+            with remote.lock:
+                remote.open.pop(outcome.request.request_id, None)
             if isinstance(outcome, Answered):
                 assert isinstance(outcome.reply, Initialized)
                 rounds.append(outcome.reply.round)
             elif not exists.done():
                 exists.set_exception(outcome.error)
-            if not left and not exists.done():
+            if left:
+                return
+            self._joining.pop(key, None)
+            if not exists.done():
                 remote.round = min(rounds)
-                self._remotes[key] = remote
+                self._remotes.setdefault(key, remote)
                 exists.set_result(None)
 
         requests = []
@@ -89,13 +100,18 @@ class ClusterHome(Home):
             init = Init(self._session.next_id(), key, piece, spec)
             payload = None if self.rank else _bytes(value, remote.cut, piece)
             requests.append(Request(server, init, payload, 0 if payload is None else payload.nbytes))
+            remote.open[init.request_id] = server
+        self._joining[key] = remote
         self._session.submit([(request, one_ended) for request in requests])
         return exists
 
-    def _remote(self, key: Key, spec: Spec) -> Remote:
+    def bundle(self, keys: Sequence[Key], timeout_s: float) -> list[Bundle]:
+        return list(self._bundles.make([self._remotes[key] for key in keys], timeout_s))
+
+    def remote(self, key: Key | BundleId, spec: Spec, owners: tuple[int, ...]) -> Remote:
+        """What is to be known of a key or bundle whose pieces lie on these servers."""
         dtype = dtype_named(spec.dtype)
         cut = spec.cut
-        owners = tuple(owner(key, piece, len(self._servers)) for piece in range(len(cut)))
         near = near_pieces(cut, owners, dtype.itemsize, self._session.near)
         arena = self._session.neighbourhood.arena if any(near) else None
         return Remote(
@@ -114,36 +130,48 @@ class ClusterHome(Home):
         remote = self._remotes.pop(key)
         self.barrier(timeout_s)
         if self.rank == 0:
-            for server in self._servers:
-                self._wait([self._session.ask(server, lambda i: Drop(i, key))], timeout_s, "drop")
+            self._ask_all(lambda i: Drop(i, key), timeout_s, f"dropping key {key!r}")
         self.barrier(timeout_s)
-        self._wait([self.init(key, replace(remote.spec, piece_items=max(1, value.size)), value)], timeout_s, "init")
+        moved = self.init(key, replace(remote.spec, piece_items=max(1, value.size)), value)
+        self._wait([(owner(key, 0, len(self._servers)), moved)], timeout_s, f"moving key {key!r} to one server")
 
     # --- push and pull ------------------------------------------------------------------------
 
     def push(self, key: Key, gradient: Gradient, ended: Ended) -> Reading:
-        self._push(Exchange(self._remotes[key], None, ended), gradient, pull=False)
-        return None
+        return self.push_remote(self._remotes[key], gradient, ended)
 
     def pull(self, key: Key, priority: int) -> Source:
-        remote = self._remotes[key]
+        return self.pull_remote(self._remotes[key], priority)
+
+    def pushpull(self, key: Key, gradient: Gradient, ended: Ended) -> tuple[Reading, Source]:
+        return self.pushpull_remote(self._remotes[key], gradient, ended)
+
+    def push_remote(self, remote: Remote, gradient: Gradient, ended: Ended) -> Reading:
+        """:meth:`push` of a key or a bundle."""
+        self._push(Exchange(remote, None, ended), gradient, pull=False)
+        return None
+
+    def pull_remote(self, remote: Remote, priority: int) -> Source:
+        """:meth:`pull` of a key or a bundle."""
         arrivals = Arrivals(remote, self._engine, self._session.neighbourhood)
         exchange = Exchange(remote, arrivals, None)
+        counted = exchange.counted
 
         def submit() -> None:
             requests = []
             for piece, server in enumerate(remote.owners):
                 request_id = self._session.next_id()
                 near, held = remote.hold(piece, request_id, pull=True)
-                message = Fetch(request_id, remote.key, piece, remote.round, _clamped(priority), near, held)
-                requests.append(Request(server, message, None, 0, priority, (key, piece), is_pull=True))
+                message = Fetch(request_id, remote.key, piece, counted.round, _clamped(priority), near, held)
+                requests.append(Request(server, message, None, 0, priority, channels[piece], is_pull=True))
             self._submit(exchange, requests)
 
-        self._in_order(exchange, submit, [], f"pull {key!r}", 0, priority)
+        channels = [remote.channel(piece) for piece in range(len(remote.owners))]
+        self._in_order(exchange, submit, [], f"pull {remote.key!r}", 0, priority)
         return arrivals
 
-    def pushpull(self, key: Key, gradient: Gradient, ended: Ended) -> tuple[Reading, Source]:
-        remote = self._remotes[key]
+    def pushpull_remote(self, remote: Remote, gradient: Gradient, ended: Ended) -> tuple[Reading, Source]:
+        """:meth:`pushpull` of a key or a bundle."""
         arrivals = Arrivals(remote, self._engine, self._session.neighbourhood)
         self._push(Exchange(remote, arrivals, ended), gradient, pull=True)
         return None, arrivals
@@ -154,44 +182,48 @@ class ClusterHome(Home):
     def _push(self, exchange: Exchange, gradient: Gradient, pull: bool) -> None:
         """Stage ``gradient`` and send it, in this key's order of calls."""
         remote, arrays = exchange.remote, gradient.arrays
-        reads: list[Any] = arrays
-        flat: Array | None = None  # what is sent, if it needs no staging
+        reads = gradient.reads
+        unwritten: Gradient | None = gradient  # what is still to be written to what is sent
+        flat: Array | None = None  # what is sent
         if len(arrays) == 1:
             exchange.slot = remote.staging.lent(arrays[0])
             if exchange.slot is not None:
                 flat = exchange.slot.array
             elif gradient.lent and not any(remote.near) and arrays[0].flags.c_contiguous:
                 flat = arrays[0].reshape(-1)
-        if flat is None:
+        if flat is not None:
+            unwritten = None
+        else:
             exchange.slot = slot = remote.staging.take()
             flat = slot.array
             if not remote.order.idle:  # it will be sent later, but must be read now
                 staged = engine.Var(f"staged {remote.key!r}")
                 self._engine.push(
-                    partial(comm.merge, arrays, slot.array.reshape(remote.spec.shape)),
-                    reads=arrays, writes=[staged], name="stage", inline=True,
-                    info={"key": remote.key, "bytes": slot.array.nbytes},
+                    partial(gradient.write, flat), reads=reads, writes=[staged], name="stage", inline=True,
+                    info={"key": remote.key, "bytes": flat.nbytes},
                 )  # fmt: skip
-                reads, arrays = [staged], []
-        else:
-            arrays = []
+                reads, unwritten = [staged], None
         sent: Array = flat
 
         def submit() -> None:
             remote.round += 1
-            self._stage_and_send(exchange, arrays, sent, pull, gradient.priority)
+            self._stage_and_send(exchange, unwritten, sent, pull, gradient.priority)
 
         self._in_order(exchange, submit, reads, f"push {remote.key!r}", sent.nbytes, gradient.priority)
 
-    def _stage_and_send(self, exchange: Exchange, arrays: list[Array], flat: Array, pull: bool, priority: int) -> None:
-        """Send ``flat`` as the next round; before that, part by part, merge ``arrays`` into it, if there are any."""
+    def _stage_and_send(
+        self, exchange: Exchange, gradient: Gradient | None, flat: Array, pull: bool, priority: int
+    ) -> None:
+        """Send ``flat`` as the next round; before that, part by part, write the gradient to it, if there is one."""
         remote = exchange.remote
         pieces, cut = len(remote.cut), remote.cut
         chunk = max(1, CHUNK_BYTES // max(1, cut.piece_items * remote.dtype.itemsize))
-        sources = [array.reshape(-1) for array in arrays if array.flags.c_contiguous]
-        if arrays and len(sources) < len(arrays):
-            comm.merge(arrays, flat.reshape(remote.spec.shape))
-            sources = []
+        sources: list[Array] = []
+        if gradient is not None:
+            if pieces > chunk and all(array.flags.c_contiguous for array in gradient.arrays):
+                sources = [array.reshape(-1) for array in gradient.arrays]
+            else:
+                gradient.write(flat)
         for begin in range(0, pieces, chunk):
             some = range(begin, min(pieces, begin + chunk))
             if sources:
@@ -217,25 +249,26 @@ class ClusterHome(Home):
             _clamped(priority), near, held, place,
         )  # fmt: skip
         return Request(
-            remote.owners[piece], message, payload, nbytes, priority, (remote.key, piece), is_push=True, is_pull=pull
+            remote.owners[piece], message, payload, nbytes, priority, remote.channel(piece), is_push=True, is_pull=pull
         )
 
     def _submit(self, exchange: Exchange, requests: list[Request]) -> None:
-        remote = exchange.remote
-        with remote.lock:
+        counted = exchange.counted
+        with counted.lock:
             for request in requests:
-                remote.open[request.request_id] = request.server
-        self._session.submit([(request, exchange) for request in requests], pulls_first=remote.pulls_first)
+                counted.open[request.request_id] = request.server
+        self._session.submit([(request, exchange) for request in requests], pulls_first=counted.pulls_first)
         exchange.sent += len(requests)
 
     def _in_order(
         self, exchange: Exchange, submit: Callable[[], None], reads: list[Any], name: str, nbytes: int, priority: int
     ) -> None:
         """Run ``submit`` when ``reads`` are written, in this key's order of calls."""
+        self._bundles.take_over(exchange.remote)
         handle = self._engine.push(
             submit,
             reads=reads,
-            writes=[exchange.remote.order],
+            writes=[exchange.counted.order],
             priority=priority,
             name=name,
             inline=True,
@@ -248,8 +281,9 @@ class ClusterHome(Home):
 
     def _since(self) -> dict[Key, int]:
         """This worker's rounds, those included whose gradients are still being computed."""
-        self._engine.wait(*(remote.order for remote in self._remotes.values()))
-        return {key: remote.round for key, remote in self._remotes.items() if remote.round}
+        self._engine.wait(*{(remote.bundle or remote.former or remote).order for remote in self._remotes.values()})
+        pushed = {key: (remote.bundle or remote.former or remote).round for key, remote in self._remotes.items()}
+        return {key: round for key, round in pushed.items() if round}
 
     def set_optimizer(self, optimizer: Optimizer, replace: bool, timeout_s: float) -> None:
         described, since = optimizer.to_wire(), self._since()
@@ -266,13 +300,13 @@ class ClusterHome(Home):
     def read_state(self, key: Key, timeout_s: float) -> tuple[int, dict[str, Array]]:
         remote = self._remotes[key]
         asked = [
-            self._session.ask(server, partial(ReadState, key=key, piece=piece), whole=True)
+            (server, self._session.ask(server, partial(ReadState, key=key, piece=piece), whole=True))
             for piece, server in enumerate(remote.owners)
         ]
         self._wait(asked, timeout_s, f"reading the optimizer's state of key {key!r}")
         states: dict[str, list[Array]] = {}
         step = 0
-        for answer in asked:
+        for _, answer in asked:
             outcome = answer.result()
             assert isinstance(outcome.reply, State) and isinstance(outcome.payload, list)
             step = max(step, outcome.reply.step)
@@ -285,12 +319,12 @@ class ClusterHome(Home):
         if any(array.size != remote.cut.items for array in state.values()):
             raise OptimizerError(f"key {key!r}: expected optimizer state of {remote.cut.items} elements per array")
         asked = []
-        for piece in range(len(remote.cut)):
+        for piece, server in enumerate(remote.owners):
             start, stop = remote.cut.span(piece)
             frames = tuple(array[start:stop].view(np.uint8) for array in state.values())
             names, dtypes = tuple(state), tuple(array.dtype.name for array in state.values())
             make = partial(WriteState, key=key, piece=piece, step=step, names=names, dtypes=dtypes)
-            asked.append(self._session.ask(owner(key, piece, len(self._servers)), make, frames))
+            asked.append((server, self._session.ask(server, make, frames)))
         self._wait(asked, timeout_s, f"writing the optimizer's state of key {key!r}")
 
     # --- the cluster --------------------------------------------------------------------------
@@ -311,16 +345,16 @@ class ClusterHome(Home):
         self._session.drive(awaited, timeout_s)
 
     def explain(self, key: Key) -> str:
-        remote = self._remotes.get(key)
+        remote = self._remotes.get(key) or self._joining.get(key)
         if remote is None:
-            return f"key {key!r}: its init has not been answered"
+            return f"key {key!r}: nothing is open on the servers"
+        return self.explain_remote(remote.counted)
+
+    def explain_remote(self, remote: Remote) -> str:
+        """:meth:`explain` of a key or a bundle."""
         with remote.lock:
             waiting = list(remote.open.items())[:1]
         return self._session.explain(waiting[0][1], waiting[0][0]) if waiting else "nothing is open on the servers"
-
-    def explain_init(self, key: Key) -> str:
-        """Why an init has not returned: asks the server of the key's first piece."""
-        return self._session.explain(owner(key, 0, len(self._servers)), 0)
 
     def dead_workers(self) -> list[int]:
         return sorted({gone.rank for gone in self._session.departed if gone.role == "worker" and gone.reason})
@@ -329,21 +363,23 @@ class ClusterHome(Home):
         try:
             for member in (*self._servers, SCHEDULER):
                 with contextlib.suppress(ServerLostError):  # who is gone need not be told
-                    self._wait([self._session.ask(member, lambda i: Leave(i, reason))], timeout_s, "leave")
+                    self._wait([(member, self._session.ask(member, lambda i: Leave(i, reason)))], timeout_s, "leave")
         finally:
             self._session.close()
 
     def _ask_all(self, make: Callable[[int], Message], timeout_s: float, what: str) -> None:
-        self._wait([self._session.ask(server, make) for server in self._servers], timeout_s, what)
+        self._wait([(server, self._session.ask(server, make)) for server in self._servers], timeout_s, what)
 
-    def _wait(self, asked: list[Future[Any]], timeout_s: float, what: str) -> None:
-        for server, answer in enumerate(asked):
+    def _wait(self, asked: list[tuple[int, Future[Any]]], timeout_s: float, what: str) -> None:
+        """Until these servers have answered."""
+        for server, answer in asked:
             try:
                 answer.result(timeout_s)
             except TimeoutError as error:
                 if answer.done():
                     raise
-                raise DeadlineError(f"{what}: request {server} has no answer after {timeout_s:g} s") from error
+                why = self._session.explain(server, 0)
+                raise DeadlineError(f"{what}: no answer after {timeout_s:g} s; {why}") from error
 
 
 def _clamped(priority: int) -> int:

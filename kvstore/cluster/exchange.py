@@ -23,7 +23,7 @@ from kvstore.handle import Ended, when_ended
 from kvstore.home import Held, Source
 from kvstore.protocol.leases import Holding
 from kvstore.protocol.messages import Place, Spec, Value
-from kvstore.protocol.pieces import Cut, Key
+from kvstore.protocol.pieces import BundleId, Cut, Key
 from kvstore.protocol.requesting import Answered, Outcome
 
 INLINE_BYTES = 64 << 10  # smaller pieces are copied where they arrive: a hand-over costs more
@@ -31,9 +31,9 @@ INLINE_BYTES = 64 << 10  # smaller pieces are copied where they arrive: a hand-o
 
 @dataclass(slots=True, eq=False)
 class Remote:
-    """A key, as this worker sees it in the cluster."""
+    """A key (or a bundle of keys), as this worker sees it in the cluster."""
 
-    key: Key
+    key: Key | BundleId
     spec: Spec
     dtype: np.dtype[Any]
     owners: tuple[int, ...]  # server of each piece
@@ -42,14 +42,49 @@ class Remote:
     staging: Staging
     order: engine.Var  # ops that hand requests of this key to the session
     cut: Cut = field(init=False)
+    bundle: Remote | None = None  # that it is a member of
+    former: Remote | None = None  # that it was a member of; its rounds have not been taken over yet
+    bundled: int = 0  # how often it became a member
     round: int = 0  # pushes handed over
     open: dict[int, int] = field(default_factory=dict)  # request id -> server
     lock: threading.Lock = field(default_factory=threading.Lock)
+    _when_quiet: list[Callable[[], None]] = field(default_factory=list)
     _holding: dict[int, Holding] = field(default_factory=dict)  # by piece
     _spares: list[Array] = field(default_factory=list)  # memory for values that cannot be read in place
 
     def __post_init__(self) -> None:
         self.cut = self.spec.cut
+
+    @property
+    def counted(self) -> Remote:
+        """Where its rounds are counted and its requests kept in order: itself, or its bundle."""
+        return self.bundle or self
+
+    @property
+    def quiet(self) -> bool:
+        """Is nothing of it on its way?"""
+        return self.order.idle and not self.open and self.former is None
+
+    def channel(self, piece: int) -> tuple[Key | BundleId, int]:
+        """The name of the order that requests for this piece keep."""
+        counted = self.counted
+        return counted.key, piece if counted is self else 0
+
+    def closed(self, request_id: int) -> None:
+        """The request has its outcome."""
+        with self.lock:
+            self.open.pop(request_id, None)
+            told, self._when_quiet = ([], self._when_quiet) if self.open else (self._when_quiet, [])
+        for tell in told:
+            tell()
+
+    def when_quiet(self, tell: Callable[[], None]) -> None:
+        """Call ``tell`` when no request is open, perhaps now."""
+        with self.lock:
+            if self.open:
+                self._when_quiet.append(tell)
+                return
+        tell()
 
     def hold(self, piece: int, request_id: int, *, pull: bool) -> tuple[bool, tuple[int, ...]]:
         """For a new request: may it be answered with a place, and which earlier ones of the piece are held?"""
@@ -60,6 +95,8 @@ class Remote:
 
     def give_back(self, piece: int, request_id: int) -> None:
         """The place that the request was answered with, if it was, is not read any more."""
+        if not self.near[piece]:
+            return
         with self.lock:
             holding = self._holding.get(piece)
             if holding is not None:
@@ -239,6 +276,7 @@ class Exchange:
 
     def __init__(self, remote: Remote, arrivals: Arrivals | None, ended: Ended | None) -> None:
         self.remote = remote
+        self.counted = remote.counted
         self.slot: Slot | None = None  # what the servers read from
         self.sent = 0  # pieces handed to the session
         self._arrivals = arrivals
@@ -253,9 +291,8 @@ class Exchange:
 
     def __call__(self, outcome: Outcome) -> None:
         request, remote = outcome.request, self.remote
-        number = request.channel[1]  # type: ignore[index]
-        with remote.lock:
-            remote.open.pop(request.request_id, None)
+        number = request.message.piece  # type: ignore[attr-defined]
+        self.counted.closed(request.request_id)
         if isinstance(outcome, Answered):
             if self._arrivals is None:
                 self._ended(1, None)

@@ -7,7 +7,7 @@ import secrets
 import threading
 import time
 
-from kvstore.cluster.address import advertised
+from kvstore.cluster.address import advertised, split
 from kvstore.errors import OptionError, ProtocolError, to_wire
 from kvstore.protocol.messages import NOBODY, Failed, Message, Sender, decode, envelope
 from kvstore.protocol.roster import Membership
@@ -41,6 +41,7 @@ class Scheduler:
         self._endpoint: Endpoint = Endpoint(self._reactor, self._receive, watch=True)
         self._endpoint.on_disconnect = self._disconnected
         try:
+            split(bind)  # for ZeroMQ port 70000 is port 4464
             self.address = advertised(self._endpoint.bind(bind), advertise)
         except OptionError:
             self._reactor.abandon()

@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -17,12 +18,14 @@ import numpy as np
 import engine
 from kvstore import kernels, optim
 from kvstore.arrays import Array, dtype_named
-from kvstore.cluster.address import advertised
+from kvstore.cluster.address import advertised, reachable, split
 from kvstore.cluster.near import Neighbourhood
 from kvstore.cluster.outbox import OnSent, Outbox, Outgoing
 from kvstore.cluster.session import Session
 from kvstore.cluster.values import SharedValues
 from kvstore.errors import DisagreementError, KVStoreError, OptionError, ProtocolError, to_wire
+from kvstore.handle import when_ended
+from kvstore.protocol.bundles import Bundle, Part
 from kvstore.protocol.leases import Lending, Reader
 from kvstore.protocol.messages import (
     NOBODY,
@@ -46,7 +49,7 @@ from kvstore.protocol.messages import (
     decode,
     envelope,
 )
-from kvstore.protocol.pieces import PieceId
+from kvstore.protocol.pieces import PieceId, Span
 from kvstore.protocol.serving import (
     Action,
     Apply,
@@ -54,10 +57,13 @@ from kvstore.protocol.serving import (
     Forget,
     Reply,
     ReplyAfter,
+    ReplyTogether,
     ReplyValue,
     SendState,
     Serving,
+    Split,
     StoreState,
+    Unite,
 )
 from kvstore.stored import Stored
 from kvstore.transport.reactor import Reactor
@@ -76,6 +82,7 @@ class Server:
         address: the scheduler's.
         bind: where to listen; port ``*`` lets the system choose.
         advertise: the address that workers reach it by, if another than the bound one.
+        rank: its number among the servers; None: any.
         neighbourhood: memory for values that workers of this host read in place; None: none is shared.
     """
 
@@ -85,13 +92,16 @@ class Server:
         *,
         bind: str = "tcp://127.0.0.1:*",
         advertise: str | None = None,
+        rank: int | None = None,
         neighbourhood: Neighbourhood | None = None,
     ) -> None:
+        self._scheduler = reachable(address)
+        self._wanted = NOBODY if rank is None else rank
         self._engine = engine.default()
         self._reactor = Reactor("kvstore-server")
         self._endpoint = Endpoint(self._reactor, self._receive)
-        self._scheduler = address
         try:
+            split(bind)  # for ZeroMQ port 70000 is port 4464
             self.address = advertised(self._endpoint.bind(bind), advertise)
         except OptionError:
             self._reactor.abandon()
@@ -127,7 +137,7 @@ class Server:
         session = Session(self._scheduler, "server", self._departed)
         self._session = session
         try:
-            session.register(NOBODY, self.address, connect_timeout, JOIN_TIMEOUT_S)
+            session.register(self._wanted, self.address, connect_timeout, JOIN_TIMEOUT_S)
         except BaseException:
             self.stop()
             raise
@@ -200,21 +210,25 @@ class Server:
         speaker = Reader(sender.rank, sender.incarnation, message.request_id)
         with self._lending_lock:
             over = self._lending.heard(piece_id, speaker, message.held)
-        for reader in over:
-            self._stored[piece_id].give_back(reader)
+        stored = self._stored.get(piece_id)
+        if stored is not None:
+            for reader in over:
+                stored.give_back(reader)
 
     def _check(self, rank: int, message: Message, payload: Frames) -> Any:
         """The frames as arrays of the right dtype and size; ProtocolError otherwise."""
         assert self._serving is not None
         if isinstance(message, Init):
-            return self._one_frame(message, message.spec, message.piece, payload)
+            kind, nbytes = _form(message.spec, message.piece)
+            return self._one_frame(message, nbytes, kind, payload)
         if isinstance(message, Push):
-            piece = self._serving.pieces.get((message.key, message.piece))
-            if piece is None:
+            spec = self._serving.spec_of(message.key, message.piece)
+            if spec is None:
                 return None
+            kind, nbytes = _form(spec, message.piece)
             if message.place is not None:
-                return self._at_place(rank, message.place, piece.spec, message.piece)
-            return self._one_frame(message, piece.spec, message.piece, payload)
+                return self._neighbourhood.array(rank, message.place, nbytes).view(kind)
+            return self._one_frame(message, nbytes, kind, payload)
         if isinstance(message, WriteState):
             if not len(payload) == len(message.names) == len(message.dtypes):
                 raise ProtocolError(f"optimizer state of key {message.key!r}: expected one frame and dtype per name")
@@ -230,23 +244,17 @@ class Server:
             raise ProtocolError(f"{type(message).__name__}: expected no value frame, got {len(payload)}")
         return None
 
-    def _one_frame(self, message: Init | Push, spec: Spec, number: int, payload: Frames) -> Array | None:
+    def _one_frame(
+        self, message: Init | Push, expected: int, dtype: np.dtype[Any], payload: Frames
+    ) -> Array | None:
         if not payload:
             return None
-        dtype, cut = dtype_named(spec.dtype), spec.cut
-        expected = cut.size(number) * dtype.itemsize if number < len(cut) else -1
         if len(payload) != 1 or len(payload[0]) != expected:
             raise ProtocolError(
-                f"{type(message).__name__.lower()} of key {message.key!r}, piece {number}: expected one frame of "
-                f"{expected} bytes, got {[len(frame) for frame in payload]}"
+                f"{type(message).__name__.lower()} of key {message.key!r}, piece {message.piece}: expected one frame "
+                f"of {expected} bytes, got {[len(frame) for frame in payload]}"
             )
         array: Array = np.frombuffer(payload[0], dtype)
-        return array
-
-    def _at_place(self, rank: int, place: Place, spec: Spec, number: int) -> Array:
-        """A piece in the memory of a worker of this host."""
-        dtype = dtype_named(spec.dtype)
-        array: Array = self._neighbourhood.array(rank, place, spec.cut.size(number) * dtype.itemsize).view(dtype)
         return array
 
     def _perform(self, actions: list[Action], priority: int = 0) -> None:
@@ -257,43 +265,81 @@ class Server:
                 case ReplyValue():
                     self._reply_value(action, priority)
                 case ReplyAfter(rank, message, piece):
-                    self._then(self._stored[piece], rank, message.request_id, lambda m=message: (m, ()), priority)  # type: ignore[misc]
+                    self._then([self._stored[piece]], rank, message.request_id, lambda m=message: (m, ()), priority)  # type: ignore[misc]
+                case ReplyTogether():
+                    self._reply_together(action, priority)
                 case Apply():
                     self._apply(action, priority)
                 case Create(piece, _, payload):
                     assert isinstance(payload, np.ndarray)
                     self._stored[piece] = Stored(payload, f"{piece[0]!r}[{piece[1]}]")
-                case SendState(rank, request_id, piece):
-                    self._then(
-                        self._stored[piece], rank, request_id,
-                        lambda s=self._stored[piece], i=request_id: _state_of(s, i),  # type: ignore[misc]
-                    )  # fmt: skip
+                case SendState(rank, request_id, piece, span):
+                    stored = self._stored[piece]
+                    self._then([stored], rank, request_id, lambda s=stored, i=request_id, p=span: _state_of(s, i, p))  # type: ignore[misc]
                 case StoreState(rank, message, payload):
                     self._store_state(rank, message, payload)
                 case Forget(piece):
                     assert self._values is not None
-                    del self._stored[piece]
+                    self._stored.pop(piece, None)
                     self._shared.discard(piece)
                     self._values.forget(piece)
+                case Unite(bundle):
+                    self._unite(bundle)
+                case Split(bundle):
+                    self._split(bundle)
+
+    def _unite(self, bundle: Bundle) -> None:
+        parts = [self._stored.pop(piece) for piece in bundle.members]
+        whole = self._stored.get(bundle.piece)  # it has been united before: its memory may still be read
+        if whole is None:
+            value = np.empty(bundle.spec.shape, dtype_named(bundle.spec.dtype))
+            whole = self._stored[bundle.piece] = Stored(value, str(bundle))
+        reads = [part.var for part in parts]
+        self._engine.push(lambda: whole.unite(parts), reads=reads, writes=[whole.var], name="unite", inline=True)
+
+    def _split(self, bundle: Bundle) -> None:
+        whole = self._stored[bundle.piece]
+        empty: Array = np.empty(0, whole.value.dtype)
+        parts = [(Stored(empty, repr(piece)), slice(*span)) for piece, span in bundle]
+        self._stored.update(zip(bundle.members, (part for part, _ in parts), strict=True))
+        writes = [part.var for part, _ in parts]
+        self._engine.push(lambda: whole.split(parts), reads=[whole.var], writes=writes, name="split", inline=True)
 
     def _apply(self, action: Apply, priority: int) -> None:
         stored = self._stored[action.piece]
-        pushes: Any = action.payloads
+        pushes = [_elements(payload) for payload in action.payloads]
         rule: Any = action.rule
-        nbytes = stored.value.nbytes
-        info = {"key": action.piece[0], "bytes": nbytes, "round": action.round}
-        inline = nbytes <= INLINE_BYTES
+        info = {"key": action.piece[0], "bytes": stored.value.nbytes, "round": action.round}
         if rule is None:
-            self._engine.push(
-                lambda: stored.assign(pushes, owned=True),
-                writes=[stored.var], priority=priority, name="merge", inline=inline, info=info,
-            )  # fmt: skip
+            self._work([stored], lambda: stored.assign(pushes, owned=True), "merge", priority, (), (stored.var,), info)
         else:
-            self._engine.push(
-                lambda: stored.update(pushes, rule, action.generation),
-                reads=[stored.var], writes=[stored.var], priority=priority,
-                name="merge+update", inline=inline, info=info,
+            self._work(
+                [stored], lambda: stored.update(pushes, rule, action.generation),
+                "merge+update", priority, (stored.var,), (stored.var,), info,
             )  # fmt: skip
+
+    def _work(
+        self,
+        pieces: Sequence[Stored],
+        work: Callable[[], None],
+        name: str,
+        priority: int,
+        reads: tuple[engine.Var, ...],
+        writes: tuple[engine.Var, ...],
+        info: dict[str, Any] | None = None,
+    ) -> engine.Handle | None:
+        """Do this after what was to be done on the pieces before: as an op, or at once and then there is no handle.
+
+        Small work is done at once if they are free, which they stay meanwhile: no other thread submits ops on them.
+        """
+        inline = sum([stored.value.nbytes for stored in pieces]) <= INLINE_BYTES
+        if inline and all(self._engine.free(stored.var) for stored in pieces):
+            try:
+                work()
+                return None
+            except Exception as raised:
+                work = partial(_raise, raised)  # so that those hear of it who would hear of an op's error
+        return self._engine.push(work, reads, writes, priority, name=name, inline=inline, info=info)
 
     def _reply_value(self, action: ReplyValue, priority: int) -> None:
         assert self._serving is not None
@@ -307,9 +353,20 @@ class Server:
             value = Value(request_id, action.version, action.staleness, place)
             if place is not None:
                 return value, ()
-            return value, (stored.lend(reader).reshape(-1).view(np.uint8),)
+            elements = slice(None) if action.span is None else slice(*action.span)
+            return value, (stored.lend(reader).reshape(-1)[elements].view(np.uint8),)
 
-        self._then(stored, action.rank, request_id, make, priority, lambda: stored.give_back(reader))
+        self._then([stored], action.rank, request_id, make, priority, lambda: stored.give_back(reader))
+
+    def _reply_together(self, action: ReplyTogether, priority: int) -> None:
+        parts = [self._stored[piece] for piece in action.pieces]
+
+        def make() -> Outgoing:
+            if not isinstance(action.message, Value):
+                return action.message, ()
+            return action.message, (np.concatenate([part.value.reshape(-1) for part in parts]).view(np.uint8),)
+
+        self._then(parts, action.rank, action.message.request_id, make, priority)
 
     def _share(self, piece: PieceId) -> None:
         """From here on the value lies in shared memory, if there is enough."""
@@ -337,14 +394,14 @@ class Server:
 
     def _then(
         self,
-        stored: Stored,
+        after: Sequence[Stored],
         rank: int,
         request_id: int,
         make: Callable[[], Outgoing],
         priority: int = 0,
         on_sent: OnSent | None = None,
     ) -> None:
-        """Send what ``make`` returns after all earlier ops on the piece; or their failure.
+        """Send what ``make`` returns after all earlier ops on these pieces; or their failure.
 
         ``on_sent`` is called once the memory of the frames, if there are any, is not needed any more.
         """
@@ -357,16 +414,16 @@ class Server:
             else:
                 self._reactor.post(lambda: self._reply_now(rank, message, frames, priority, then))
 
-        inline = stored.value.nbytes <= INLINE_BYTES
-        handle = self._engine.push(reply, reads=[stored.var], priority=priority, name="reply", inline=inline)
+        reads = tuple([stored.var for stored in after])
+        handle = self._work(after, reply, "reply", priority, reads, ())
 
-        def ended(_: object) -> None:
-            error = handle.exception()
+        def ended(error: BaseException | None) -> None:
             if error is not None:
                 failed = Failed(request_id, *to_wire(error))
                 self._reactor.post(lambda: self._reply_now(rank, failed, (), priority, None))
 
-        handle.add_done_callback(ended)
+        if handle is not None:
+            when_ended(handle, ended)
 
     def _store_state(self, rank: int, message: WriteState, state: Any) -> None:
         assert self._serving is not None
@@ -376,7 +433,7 @@ class Server:
             lambda: stored.restore(state, message.step, generation),
             reads=[stored.var], writes=[stored.var], name="write state",
         )  # fmt: skip
-        self._then(stored, rank, message.request_id, lambda: (Done(message.request_id), ()))
+        self._then([stored], rank, message.request_id, lambda: (Done(message.request_id), ()))
 
     def _reply_now(
         self, rank: int, message: Message, frames: Sequence[Any], priority: int, on_sent: OnSent | None
@@ -445,11 +502,34 @@ class Server:
         self._neighbourhood.forget(rank)
 
     def _report(self) -> dict[str, Any]:
-        keys = {key for key, _ in self._stored}
-        return {"keys": len(keys), "bytes": sum(stored.value.nbytes for stored in self._stored.values())}
+        if self._serving is None:
+            return {"keys": 0, "bytes": 0}
+        keys = {key for key, _ in self._serving.pieces if not isinstance(key, bytes)}
+        counted = [self._stored[piece] for piece, _ in self._serving.counted()]
+        return {"keys": len(keys), "bytes": sum(stored.value.nbytes for stored in counted)}
 
 
-def _state_of(stored: Stored, request_id: int) -> Outgoing:
-    arrays = {name: array.copy().reshape(-1) for name, array in stored.state.items()}
+@lru_cache(maxsize=65536)
+def _form(spec: Spec, number: int) -> tuple[np.dtype[Any], int]:
+    """The dtype of a piece and its size in bytes; -1 if there is no such piece."""
+    kind, cut = dtype_named(spec.dtype), spec.cut
+    return kind, cut.size(number) * kind.itemsize if number < len(cut) else -1
+
+
+def _elements(payload: object) -> Array:
+    """A payload as the array it is, or is a part of."""
+    if isinstance(payload, Part):
+        return _elements(payload.payload).reshape(-1)[slice(*payload.span)]
+    assert isinstance(payload, np.ndarray)
+    return payload
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
+def _state_of(stored: Stored, request_id: int, span: Span | None) -> Outgoing:
+    elements = slice(None) if span is None else slice(*span)
+    arrays = {name: array.reshape(-1)[elements].copy() for name, array in stored.state.items()}
     names, dtypes = tuple(arrays), tuple(array.dtype.name for array in arrays.values())
     return State(request_id, stored.step, names, dtypes), tuple(array.view(np.uint8) for array in arrays.values())

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
+from kvstore.cluster.address import reachable
 from kvstore.cluster.near import Neighbourhood
 from kvstore.errors import (
     ClosedError,
@@ -72,7 +73,7 @@ class Session:
         on_departed: Callable[[Departed], None] | None = None,
         neighbourhood: Neighbourhood | None = None,
     ) -> None:
-        self.address = address
+        self.address = reachable(address)
         self.role = role
         self.sender = Sender(0, 0, NOBODY, NOBODY)
         self.num_workers = 0
@@ -232,8 +233,10 @@ class Session:
         self._pump()
 
     def _pump(self) -> None:
-        now = time.monotonic()
-        for server, connection in self._connections.items():
+        now, stirred = time.monotonic(), self._requests.stirred
+        while stirred:
+            server = stirred.pop()
+            connection = self._connections[server]
             batch: list[tuple[Message, Sequence[Any]]] = []
             size = 0
             for message, payload in self._requests.outgoing(server, now):

@@ -49,6 +49,7 @@ class Staging:
         self._own: list[Slot] = []
         self._lent: list[tuple[Slot, Array]] = []  # the caller's, each with the array that the caller has
         self._freed = threading.Condition()
+        self._waiting = 0  # for one that was lent to come back
 
     def __repr__(self) -> str:
         return f"<Staging: {self._own}, lent {[slot for slot, _ in self._lent]}>"
@@ -84,11 +85,16 @@ class Staging:
                     array = slot.array.reshape(self._shape)
                     self._lent.append((slot, array))
                     return array
-                if not self._freed.wait(max(0.0, end - time.monotonic())) and time.monotonic() >= end:
+                self._waiting += 1
+                freed = self._freed.wait(max(0.0, end - time.monotonic()))
+                self._waiting -= 1
+                if not freed and time.monotonic() >= end:
                     raise DeadlineError(f"{what}: both of its arrays are on their way; after {timeout_s:g} s still")
 
     def lent(self, array: Array) -> Slot | None:
         """The slot behind ``array``, now busy, if it is one that was lent and came back filled."""
+        if not self._lent:
+            return None
         with self._freed:
             for slot, known in self._lent:
                 if known is array and not slot.busy:
@@ -100,7 +106,8 @@ class Staging:
         """The servers have read it."""
         with self._freed:
             slot.busy = False
-            self._freed.notify_all()
+            if self._waiting:
+                self._freed.notify_all()
 
     def lose(self, slot: Slot) -> None:
         """The push failed: a server may still read the slot some day, so it is not used again."""

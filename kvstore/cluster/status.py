@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from kvstore.cluster.session import SCHEDULER, Session
@@ -14,7 +15,8 @@ def read_status(address: str, timeout: float = 5.0) -> dict[str, Any]:
 
     Returns:
         The scheduler's report: cluster, epoch, num_workers, num_servers and the lists ``workers`` and
-        ``servers``; servers also have ``keys`` and ``bytes`` (None when one does not answer).
+        ``servers``; servers also have ``keys`` and ``bytes`` (None when one does not answer, as none
+        does before the cluster is complete).
 
     Raises:
         UnreachableError: no scheduler answered within ``timeout`` seconds.
@@ -29,15 +31,17 @@ def read_status(address: str, timeout: float = 5.0) -> dict[str, Any]:
             ) from error
         assert isinstance(reply, Status)
         report = reply.report
+        for server in report["servers"]:
+            server.update(keys=None, bytes=None)
+        if len(report["workers"]) < report["num_workers"] or len(report["servers"]) < report["num_servers"]:
+            return report
         session.servers = tuple(server["address"] for server in report["servers"])
         session.connect_servers()
         asked = [session.ask(number, ReadStatus) for number in range(len(session.servers))]
         for server, answer in zip(report["servers"], asked, strict=True):
-            try:
+            with contextlib.suppress(TimeoutError, KVStoreError):
                 own = answer.result(timeout if server["state"] == "here" else 0.1)
                 server.update(own.report if isinstance(own, Status) else {})
-            except (TimeoutError, KVStoreError):
-                server.update(keys=None, bytes=None)
         return report
     finally:
         session.close(linger_s=0)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from kvstore.arrays import Array, dtype_named
 from kvstore.cluster.near import Arena, Region
 from kvstore.protocol.messages import Place, Spec
-from kvstore.protocol.pieces import Key, PieceId
+from kvstore.protocol.pieces import BundleId, Key, PieceId
 
 
 class SharedValues:
@@ -26,7 +26,7 @@ class SharedValues:
     def __init__(self, arena: Arena, num_servers: int) -> None:
         self._arena = arena
         self._num_servers = num_servers
-        self._rows: dict[Key, list[Region]] = {}
+        self._rows: dict[Key | BundleId, list[Region]] = {}
         self._taken: dict[PieceId, int] = {}  # how many rows the piece has an array in
         self._places: dict[int, tuple[Array, Place]] = {}  # by id of the array
         self._lock = threading.Lock()

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from kvstore import kernels
+from kvstore import kernels, plain
 from kvstore.errors import DtypeError, OptimizerError
 from kvstore.kernels import HALVES, Change
 from kvstore.optim import schedules
@@ -44,10 +44,9 @@ class Optimizer(ABC):
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, list):
-                object.__setattr__(self, field.name, tuple(value))
-            self._check(field.name, getattr(self, field.name), field.default)
+            value = plain.unboxed(getattr(self, field.name))
+            object.__setattr__(self, field.name, value)
+            self._check(field.name, value, field.default)
 
     def _check(self, name: str, value: Any, default: Any) -> None:
         def refuse(expected: str) -> None:

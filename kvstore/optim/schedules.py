@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
+from kvstore import plain
 from kvstore.errors import OptimizerError
 
 
@@ -19,10 +20,8 @@ class Schedule:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, list):
-                object.__setattr__(self, field.name, tuple(value))
-                value = tuple(value)
+            value = plain.unboxed(getattr(self, field.name))
+            object.__setattr__(self, field.name, value)
             numbers = value if isinstance(value, tuple) else (value,)
             if not all(type(n) in (int, float) and math.isfinite(n) and n >= 0 for n in numbers):
                 raise OptimizerError(f"schedule {self.name}: {field.name}: expected finite numbers >= 0, got {value!r}")

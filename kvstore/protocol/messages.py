@@ -19,7 +19,7 @@ from typing import Any
 import msgpack
 
 from kvstore.errors import ProtocolError, ProtocolVersionError
-from kvstore.protocol.pieces import Cut, Key
+from kvstore.protocol.pieces import BUNDLE_ID_BYTES, BundleId, Cut, Key
 
 PROTOCOL = 1
 HEADER_BYTES_MAX = 8 << 20
@@ -30,6 +30,7 @@ NDIM_MAX = 64
 TEXT_BYTES_MAX = 1 << 16
 PRIORITY_MAX = (1 << 31) - 1
 HELD_MAX = 1024
+BUNDLE_KEYS_MAX = 1 << 20
 
 NOBODY = -1  # rank and incarnation of a sender that has none (yet)
 
@@ -86,10 +87,18 @@ class Init(Message):
 
 
 @dataclass(frozen=True, slots=True)
+class Bind(Message):
+    """These keys of the server, in this order, will be pushed and pulled together under the id of the bundle."""
+
+    bundle: BundleId
+    keys: tuple[Key, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Push(Message):
     """A worker's ``round``-th push of a piece, in a frame or at a place; without either it asks what became of it."""
 
-    key: Key
+    key: Key | BundleId
     piece: int
     round: int
     pull: bool  # answer with the value that a pull right after this push would get
@@ -104,7 +113,7 @@ class Push(Message):
 class Fetch(Message):
     """A pull of a piece, made after the worker's ``round``-th push of the key."""
 
-    key: Key
+    key: Key | BundleId
     piece: int
     round: int
     priority: int = 0
@@ -351,7 +360,7 @@ def key(value: Any) -> Key:
     """A ``str`` of 1-1024 UTF-8 bytes, or an int64; anything else raises ValueError."""
     if type(value) is str and 1 <= len(value) <= KEY_BYTES_MAX:
         try:
-            if len(value.encode()) <= KEY_BYTES_MAX:
+            if value.isascii() or len(value.encode()) <= KEY_BYTES_MAX:
                 return value
         except UnicodeEncodeError:
             pass
@@ -360,11 +369,21 @@ def key(value: Any) -> Key:
     raise ValueError(f"a str of 1-{KEY_BYTES_MAX} UTF-8 bytes or an int64")
 
 
+def _bundle(value: Any) -> BundleId:
+    if type(value) is not bytes or len(value) != BUNDLE_ID_BYTES:
+        raise ValueError(f"a bundle's id of {BUNDLE_ID_BYTES} bytes")
+    return value
+
+
+def _target(value: Any) -> Key | BundleId:
+    return _bundle(value) if type(value) is bytes else key(value)
+
+
 def _many(check: Check, limit: int) -> Check:
     def checked(value: Any) -> tuple[Any, ...]:
         if not isinstance(value, list | tuple) or len(value) > limit:
             raise ValueError(f"a list of at most {limit} items")
-        return tuple(check(item) for item in value)
+        return tuple([check(item) for item in value]) if value else ()
 
     return checked
 
@@ -421,8 +440,8 @@ _held = _many(_natural, HELD_MAX)
 
 FORMS: dict[int, tuple[type[Message], tuple[Check, ...]]] = {
     1: (Init, (key, _natural, _spec)),
-    2: (Push, (key, _natural, _natural, _flag, _flag, _priority, _flag, _held, _maybe_place)),
-    3: (Fetch, (key, _natural, _natural, _priority, _flag, _held)),
+    2: (Push, (_target, _natural, _natural, _flag, _flag, _priority, _flag, _held, _maybe_place)),
+    3: (Fetch, (_target, _natural, _natural, _priority, _flag, _held)),
     4: (SetOptimizer, (_described, _flag, _since)),
     5: (SetHyperparameters, (_described, _since)),
     6: (Drop, (key,)),
@@ -431,6 +450,7 @@ FORMS: dict[int, tuple[type[Message], tuple[Check, ...]]] = {
     9: (Explain, (_natural,)),
     10: (Leave, (_text,)),
     11: (Meet, (_place,)),
+    12: (Bind, (_bundle, _many(key, BUNDLE_KEYS_MAX))),
     32: (Initialized, (_natural,)),
     33: (Accepted, ()),
     34: (Committed, ()),

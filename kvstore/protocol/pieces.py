@@ -7,12 +7,16 @@ servers; nobody has to be asked.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 Key = str | int
-PieceId = tuple[Key, int]
+BundleId = bytes  # of keys that travel together as one piece, see kvstore.protocol.bundles
+PieceId = tuple[Key | BundleId, int]
+Span = tuple[int, int]  # the first element, and the one after the last
 
 PIECE_BYTES = 4 << 20
+BUNDLE_ID_BYTES = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +34,7 @@ class Cut:
     def __len__(self) -> int:
         return max(1, -(-self.items // self.piece_items))
 
-    def span(self, piece: int) -> tuple[int, int]:
+    def span(self, piece: int) -> Span:
         """First element of ``piece`` and the one after its last."""
         start = piece * self.piece_items
         return start, min(self.items, start + self.piece_items)
@@ -45,3 +49,12 @@ def owner(key: Key, piece: int, num_servers: int) -> int:
     """The server of a piece: a stable hash of the key, then in turn, so that big values spread evenly."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "big") + piece) % num_servers
+
+
+def bundle_id(keys: Sequence[Key]) -> BundleId:
+    """The name of these keys in this order, the same in every process."""
+    digest = hashlib.blake2b(digest_size=BUNDLE_ID_BYTES)
+    for key in keys:
+        text = repr(key).encode()
+        digest.update(len(text).to_bytes(4, "big") + text)
+    return digest.digest()

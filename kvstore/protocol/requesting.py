@@ -92,6 +92,7 @@ class Requesting:
         self.resend_s = resend_s
         self.open: dict[int, Request] = {}  # submitted and not finished, by request id
         self.in_flight: dict[int, int] = {}  # server -> bytes that hold credit
+        self.stirred: set[int] = set()  # servers that something may be sent to; emptied by whoever asks for it
         self._ready: dict[int, list[tuple[int, int, Request]]] = {}
         self._costly: dict[int, list[tuple[int, int, Request]]] = {}  # ready, but for their credit
         self._channels: dict[Hashable, _Channel] = {}
@@ -128,6 +129,8 @@ class Requesting:
         request = self.open.get(message.request_id)
         if request is None:
             return None
+        if request.queued:
+            self.stirred.add(request.server)  # it may go now without credit, or others in its place
         if isinstance(message, Missing):
             request.accepted = False
             self._enqueue(request)
@@ -196,6 +199,7 @@ class Requesting:
             heaps = self._costly if self._needs_credit(request) else self._ready
             heap = heaps.setdefault(request.server, [])
             heapq.heappush(heap, (-request.priority, request.sequence, request))
+            self.stirred.add(request.server)
 
     def _release(self, channel: _Channel) -> None:
         while channel.queue:
@@ -235,6 +239,7 @@ class Requesting:
         if request.holds_credit:
             request.holds_credit = False
             self.in_flight[request.server] -= request.nbytes
+            self.stirred.add(request.server)
 
 
 def _is_bare(request: Request) -> bool:

@@ -3,7 +3,8 @@
 What this file decides: whether a message is new, a repeat or refused; what is answered at once;
 who is told when a round has taken effect. Rounds are counted by :mod:`kvstore.consistency` and
 nowhere else. A push is known by (rank, key, round, piece); all that is kept to tell a repeat is one
-integer per (rank, piece), the last accepted round.
+integer per (rank, piece), the last accepted round. Which keys are counted together is said in
+:mod:`kvstore.protocol.bundles`.
 
 What it refuses to know: arrays (a payload is an opaque object that it hands on), sockets, the
 clock (``now`` is an argument). The caller performs the returned actions in their order; because
@@ -13,8 +14,8 @@ a reply can never run ahead of its update.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from kvstore import consistency
@@ -29,8 +30,10 @@ from kvstore.errors import (
     WorkerLostError,
     to_wire,
 )
+from kvstore.protocol.bundles import BUNDLES_MAX, Bundle, Gatherings, Part
 from kvstore.protocol.messages import (
     Accepted,
+    Bind,
     Committed,
     Done,
     Drop,
@@ -48,13 +51,18 @@ from kvstore.protocol.messages import (
     SetHyperparameters,
     SetOptimizer,
     Spec,
+    Value,
     WriteState,
 )
-from kvstore.protocol.pieces import Key, PieceId
+from kvstore.protocol.pieces import BundleId, Key, PieceId, Span
 
 
 class Rule(Protocol):
     """An optimizer, as far as this file looks into it."""
+
+    @property
+    def whole_tensor(self) -> bool:
+        """Must it see every tensor by itself?"""
 
     def with_hyperparameters(self, **changes: Any) -> Rule: ...
 
@@ -101,7 +109,7 @@ class ReplyAfter:
 
 @dataclass(frozen=True, slots=True)
 class ReplyValue:
-    """Send the piece's value as the earlier actions leave it; or their failure."""
+    """Send the piece's value (or these elements of it) as the earlier actions leave it; or their failure."""
 
     rank: int
     request_id: int
@@ -109,15 +117,26 @@ class ReplyValue:
     version: int
     staleness: int
     near: bool = False  # it may stay where it is: send its place
+    span: Span | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ReplyTogether:
+    """Send this message when all earlier actions on these pieces are done; a Value with their values in order."""
+
+    rank: int
+    message: Committed | Value
+    pieces: tuple[PieceId, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class SendState:
-    """Send the optimizer's state of the piece."""
+    """Send the optimizer's state of the piece (or of these elements of it)."""
 
     rank: int
     request_id: int
     piece: PieceId
+    span: Span | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +155,23 @@ class Forget:
     piece: PieceId
 
 
-Action = Create | Apply | Reply | ReplyAfter | ReplyValue | SendState | StoreState | Forget
+@dataclass(frozen=True, slots=True)
+class Unite:
+    """From here on the bundle is one piece, with the values and optimizer states of its members, which are no more."""
+
+    bundle: Bundle
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """From here on the bundle's members are pieces, each with its part of the value and of the optimizer's state."""
+
+    bundle: Bundle
+
+
+Action = (
+    Create | Apply | Reply | ReplyAfter | ReplyValue | ReplyTogether | SendState | StoreState | Forget | Unite | Split
+)
 
 
 # --- state ----------------------------------------------------------------------------------------
@@ -151,6 +186,20 @@ class Piece:
     accepted: dict[int, int] = field(default_factory=dict)  # rank -> last accepted round
     held: dict[tuple[int, int], object] = field(default_factory=dict)  # payloads before their turn
     commits: dict[tuple[int, int], int] = field(default_factory=dict)  # (rank, round) -> request
+    written: tuple[int, tuple[str, ...]] | None = None  # what WriteState last said: step and names
+
+    @property
+    def quiet(self) -> bool:
+        """Does nothing wait for another push?"""
+        return not (self.held or self.commits or self.level.waiting)
+
+    def same_history(self, other: Piece) -> bool:
+        """Has it seen the same pushes as ``other``, in the same order?"""
+        return (
+            self.accepted == other.accepted
+            and self.written == other.written
+            and self.level.same_history(other.level)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +209,7 @@ class Ticket:
     rank: int
     request_id: int
     near: bool
+    piece: PieceId
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,10 +240,15 @@ class Serving:
         self.heard: dict[int, float] = {}
         self.gone: dict[int, str] = {}  # rank -> why; "" when it left in order
         self.settings: list[Setting] = []
+        self.bundles: dict[BundleId, Bundle] = {}
+        self._united: dict[PieceId, tuple[Bundle, Span]] = {}  # members of united bundles
+        self._gatherings = Gatherings()
+        self._moved: list[Action] = []  # Unite and Split: they come before what else is concluded from a message
         self._parse_optimizer = parse_optimizer
         self._early: dict[PieceId, dict[int, Init]] = {}  # init of others before rank 0's
         self._handlers: dict[type[Message], Callable[[int, Any, object], list[Action]]] = {
             Init: self._init,
+            Bind: self._bind,
             Push: self._push,
             Fetch: self._fetch,
             SetOptimizer: self._set_optimizer,
@@ -222,17 +277,32 @@ class Serving:
         try:
             if handler is None or rank < 0:
                 raise ProtocolError(f"a server does not take {type(message).__name__} from rank {rank}")
-            return handler(rank, message, payload)
+            actions = self._gathered(handler(rank, message, payload))
         except KVStoreError as error:
-            return [_failed(rank, message, error)]
+            actions = [_failed(rank, message, error)]
+        moved, self._moved = self._moved, []
+        return [*moved, *actions] if moved else actions
 
     def lost(self, rank: int, reason: str) -> list[Action]:
         """``rank`` died: whatever waits for it fails, and whatever would wait for it will."""
         self.gone[rank] = reason
+        self._gatherings.gone(rank)
         actions: list[Action] = []
-        for piece_id, piece in self.pieces.items():
+        for piece_id, piece in self.counted():
             actions += self._fail_hopeless(piece_id, piece)
-        return actions + self._fail_early()
+        return self._gathered(actions) + self._fail_early()
+
+    def counted(self) -> Iterator[tuple[PieceId, Piece]]:
+        """The pieces that are counted by themselves: all but the members of united bundles."""
+        return ((piece_id, piece) for piece_id, piece in self.pieces.items() if piece_id not in self._united)
+
+    def spec_of(self, key: Key | BundleId, number: int) -> Spec | None:
+        """What a push of this piece or bundle must fit; None: there is none such."""
+        if isinstance(key, bytes):
+            bundle = self.bundles.get(key)
+            return None if bundle is None or number else bundle.spec
+        piece = self.pieces.get((key, number))
+        return None if piece is None else piece.spec
 
     # --- keys ---------------------------------------------------------------------------------
 
@@ -292,19 +362,163 @@ class Serving:
 
     def _drop(self, rank: int, message: Drop, payload: object) -> list[Action]:
         mine = [piece_id for piece_id in self.pieces if piece_id[0] == message.key]
+        actions: list[Action] = []
         for piece_id in mine:
+            self._part(piece_id)
             del self.pieces[piece_id]
-        return [*(Forget(piece_id) for piece_id in mine), Reply(rank, Done(message.request_id))]
+        for bundle in [bundle for bundle in self.bundles.values() if set(mine).intersection(bundle.members)]:
+            del self.bundles[bundle.id]
+            actions.append(Forget(bundle.piece))
+        return [*actions, *(Forget(piece_id) for piece_id in mine), Reply(rank, Done(message.request_id))]
 
-    def _find(self, key: Key, number: int) -> tuple[PieceId, Piece]:
+    def _find(self, key: Key | BundleId, number: int) -> tuple[PieceId, Piece]:
         try:
             return (key, number), self.pieces[key, number]
         except KeyError:
-            raise UnknownKeyError(f"key {key!r}: expected an initialised key, {self.name} has none such") from None
+            what = "a bundle" if isinstance(key, bytes) else f"key {key!r}"
+            raise UnknownKeyError(f"{what}: expected an initialised key, {self.name} has none such") from None
+
+    def _called(self, piece_id: PieceId) -> str:
+        """The piece's name in messages."""
+        key = piece_id[0]
+        return f"the bundle of {self.bundles[key]}" if isinstance(key, bytes) else f"key {key!r}"
+
+    # --- bundles ------------------------------------------------------------------------------
+
+    def _bind(self, rank: int, message: Bind, payload: object) -> list[Action]:
+        done: Action = Reply(rank, Done(message.request_id))
+        known = self.bundles.get(message.bundle)
+        members = tuple((key, 0) for key in message.keys)
+        if known is not None:
+            if known.members != members:
+                raise DisagreementError("bind: expected the keys that this bundle has, got others")
+            return [done]
+        if len(self.bundles) >= BUNDLES_MAX or len(set(members)) < max(1, len(members)):
+            raise ProtocolError(f"bind: expected at most {BUNDLES_MAX} bundles, of at least one key, each key once")
+        specs = [self._find(*piece_id)[1].spec for piece_id in members]
+        alike = {(spec.dtype, spec.cluster_model, spec.participants) for spec in specs}
+        if len(alike) > 1 or any(len(spec.cut) > 1 for spec in specs):
+            raise ProtocolError("bind: expected keys of one dtype, model and set of participants, each in one piece")
+        spans, end = [], 0
+        for spec in specs:
+            spans.append((end, end + spec.cut.items))
+            end += spec.cut.items
+        whole = replace(specs[0], shape=(end,), piece_items=max(1, end))
+        self.bundles[message.bundle] = Bundle(message.bundle, members, tuple(spans), whole)
+        return [done]
+
+    def _unite(self, bundle: Bundle) -> bool:
+        """Count the bundle as one piece, if its members' histories allow it."""
+        pieces = [self.pieces[piece_id] for piece_id in bundle.members]
+        first = pieces[0]
+        if self.settings and self.settings[-1].rule.whole_tensor:
+            return False
+        if any(piece_id in self._united for piece_id in bundle.members):
+            return False
+        if not all(piece.quiet and piece.same_history(first) for piece in pieces):
+            return False
+        if not all(_alike(setting.since, bundle) for setting in self.settings):
+            return False
+        whole = Piece(bundle.spec, first.level, first.accepted, written=first.written)
+        for piece in pieces:
+            piece.level, piece.accepted = whole.level, whole.accepted
+            piece.held, piece.commits = whole.held, whole.commits
+        self._united.update((piece_id, (bundle, span)) for piece_id, span in bundle)
+        self.pieces[bundle.piece] = whole
+        bundle.united = True
+        self._moved.append(Unite(bundle))
+        return True
+
+    def _part(self, piece_id: PieceId) -> None:
+        """From here on the piece is counted by itself."""
+        if piece_id in self._united:
+            self._split(self._united[piece_id][0])
+
+    def _part_all(self, bundle: Bundle) -> None:
+        """See that no member of a split bundle is counted with another one."""
+        for piece_id in bundle.members:
+            self._part(piece_id)
+
+    def _split(self, bundle: Bundle) -> None:
+        """Count the bundle's members one by one, from where they are."""
+        whole = self.pieces.pop(bundle.piece)
+        bundle.united = False
+        for piece_id, span in bundle:
+            del self._united[piece_id]
+            piece = self.pieces[piece_id]
+            piece.level, piece.accepted = whole.level.copy(), dict(whole.accepted)
+            piece.held = {pushed: Part(payload, span) for pushed, payload in whole.held.items()}
+            piece.commits = dict(whole.commits)
+            piece.written = whole.written
+        for pull in whole.level.waiting.values():
+            ticket = _ticket(pull.ticket)
+            for piece_id in bundle.members if ticket.piece == bundle.piece else (ticket.piece,):
+                own = Ticket(ticket.rank, ticket.request_id, False, piece_id)
+                self.pieces[piece_id].level.waiting[own] = Pull(own, pull.needs)
+            if ticket.piece == bundle.piece:
+                self._gatherings.begin((ticket.rank, ticket.request_id), bundle, pull=True)
+        for (rank, _), request_id in whole.commits.items():
+            self._gatherings.begin((rank, request_id), bundle, pull=False)
+        self._moved.append(Split(bundle))
+
+    def _push_members(self, rank: int, message: Push, payload: object, bundle: Bundle) -> list[Action]:
+        """A push of a split bundle is one of each member."""
+        self._part_all(bundle)
+        accepted = [self.pieces[piece_id].accepted.get(rank, 0) for piece_id in bundle.members]
+        if message.round > min(accepted) + 1:
+            return []
+        if payload is None and message.round > min(accepted):
+            return [Reply(rank, Missing(message.request_id))]
+        request = (rank, message.request_id)
+        self._gatherings.begin(request, bundle, pull=message.pull)
+        actions: list[Action] = []
+        try:
+            for piece_id, span in bundle:
+                one = replace(message, key=piece_id[0], acknowledge=False, near=False, held=(), place=None)
+                actions += self._push(rank, one, Part.of(payload, span))
+        except KVStoreError:
+            self._gatherings.end(request)
+            raise
+        if message.acknowledge and not all(
+            self.pieces[piece_id].level.in_effect(rank, message.round) for piece_id in bundle.members
+        ):
+            actions.append(Reply(rank, Accepted(message.request_id)))
+        return actions
+
+    def _gathered(self, actions: list[Action]) -> list[Action]:
+        """The actions, with one reply for a request in place of one by each member of a bundle."""
+        if not self._gatherings:
+            return actions
+        kept: list[Action] = []
+        for action in actions:
+            match action:
+                case ReplyValue(rank, request_id, piece) if gathering := self._gatherings.get((rank, request_id)):
+                    if gathering.value(piece, action.version, action.staleness):
+                        self._gatherings.end((rank, request_id))
+                        value = Value(request_id, gathering.version or 0, gathering.staleness)
+                        kept.append(ReplyTogether(rank, value, gathering.bundle.members))
+                case ReplyAfter(rank, Committed() as message, piece) if gathering := self._gatherings.get(
+                    (rank, message.request_id)
+                ):
+                    if gathering.commit(piece):
+                        if not gathering.pull:
+                            self._gatherings.end((rank, message.request_id))
+                        kept.append(ReplyTogether(rank, message, gathering.bundle.members))
+                case Reply(rank, Failed() as message) if gathering := self._gatherings.get((rank, message.request_id)):
+                    if not gathering.failed:
+                        gathering.failed = True
+                        kept.append(action)
+                case _:
+                    kept.append(action)
+        return kept
 
     # --- push and pull ------------------------------------------------------------------------
 
     def _push(self, rank: int, message: Push, payload: object) -> list[Action]:
+        if isinstance(message.key, bytes):
+            bundle = self._bound(message.key, message.piece)
+            if not bundle.united and not self._unite(bundle):
+                return self._push_members(rank, message, payload, bundle)
         piece_id, piece = self._find(message.key, message.piece)
         if rank not in piece.level.rounds:
             raise DisagreementError(
@@ -320,6 +534,7 @@ class Serving:
                 return [Reply(rank, Missing(message.request_id))]
             if rank in piece.level.left:
                 raise DisagreementError(f"push of key {message.key!r} by worker {rank}: it has left")
+            self._part(piece_id)
             piece.accepted[rank] = message.round
             piece.held[rank, message.round] = payload
             if not message.pull:
@@ -329,45 +544,79 @@ class Serving:
             piece.commits[rank, message.round] = message.request_id
             actions += self._commits_due(piece_id, piece, [(rank, message.round)])
         if message.pull:
-            actions += self._pull(rank, message, piece_id, piece)
-            if piece.level.in_effect(rank, message.round) and not any(
-                type(action) is ReplyValue and action.request_id == message.request_id for action in actions
-            ):
-                actions.append(ReplyAfter(rank, Committed(message.request_id), piece_id))
+            answered = self._pull(rank, message, piece_id, piece)
+            if not answered and piece.level.in_effect(rank, message.round):
+                answered.append(ReplyAfter(rank, Committed(message.request_id), self._place_of(piece_id)[0]))
+            actions += answered
         if message.acknowledge and not piece.level.in_effect(rank, message.round):
             actions.append(Reply(rank, Accepted(message.request_id)))
         return actions + self._fail_hopeless(piece_id, piece)
 
+    def _bound(self, key: BundleId, number: int) -> Bundle:
+        bundle = self.bundles.get(key)
+        if bundle is None or number:
+            raise UnknownKeyError(f"a bundle: expected one that was bound, {self.name} has none such")
+        return bundle
+
     def _fetch(self, rank: int, message: Fetch, payload: object) -> list[Action]:
+        if isinstance(message.key, bytes) and not (bundle := self._bound(message.key, message.piece)).united:
+            return self._fetch_members(rank, message, bundle)
         piece_id, piece = self._find(message.key, message.piece)
         actions = self._pull(rank, message, piece_id, piece)
         return actions + self._fail_hopeless(piece_id, piece)
 
+    def _fetch_members(self, rank: int, message: Fetch, bundle: Bundle) -> list[Action]:
+        self._part_all(bundle)
+        self._gatherings.begin((rank, message.request_id), bundle, pull=True)
+        actions: list[Action] = []
+        for piece_id in bundle.members:
+            actions += self._fetch(rank, replace(message, key=piece_id[0], near=False, held=()), None)
+        return actions
+
     def _pull(self, rank: int, message: Push | Fetch, piece_id: PieceId, piece: Piece) -> list[Action]:
-        ticket = Ticket(rank, message.request_id, message.near)
+        ticket = Ticket(rank, message.request_id, message.near, piece_id)
         answer = piece.level.pull(Pull(ticket, ((rank, message.round),)))
-        return [] if answer is None else [_value(piece_id, answer)]
+        return [] if answer is None else [self._value(answer)]
+
+    def _value(self, answer: Answer) -> ReplyValue:
+        ticket = _ticket(answer.ticket)
+        piece, span = self._place_of(ticket.piece)
+        near = ticket.near and span is None
+        return ReplyValue(ticket.rank, ticket.request_id, piece, answer.version, answer.staleness, near, span)
+
+    def _place_of(self, piece_id: PieceId) -> tuple[PieceId, Span | None]:
+        """Where the piece's value is: its own, or in a united bundle's."""
+        if piece_id not in self._united:
+            return piece_id, None
+        bundle, span = self._united[piece_id]
+        return bundle.piece, span
 
     def _perform(self, piece_id: PieceId, piece: Piece, updates: list[Update], answers: list[Answer]) -> list[Action]:
         actions: list[Action] = []
         for update in updates:
-            rule, generation = self._setting(piece_id[0], update.round)
-            payloads = tuple(piece.held.pop(contribution) for contribution in update.contributions)
+            rule, generation = self._setting(self._key_of(piece_id), update.round)
+            payloads = tuple([piece.held.pop(contribution) for contribution in update.contributions])
             actions.append(Apply(piece_id, update.round, payloads, rule, generation))
-            actions += self._commits_due(piece_id, piece, update.contributions)
-        actions += [_value(piece_id, answer) for answer in answers]
+            if piece.commits:
+                actions += self._commits_due(piece_id, piece, update.contributions)
+        actions += [self._value(answer) for answer in answers]
         return actions
 
     def _commits_due(
         self, piece_id: PieceId, piece: Piece, pushes: tuple[tuple[int, int], ...] | list[tuple[int, int]]
     ) -> list[Action]:
         return [
-            ReplyAfter(rank, Committed(piece.commits.pop((rank, round))), piece_id)
+            ReplyAfter(rank, Committed(piece.commits.pop((rank, round))), self._place_of(piece_id)[0])
             for rank, round in pushes
             if (rank, round) in piece.commits and piece.level.in_effect(rank, round)
         ]
 
     # --- optimizer ----------------------------------------------------------------------------
+
+    def _key_of(self, piece_id: PieceId) -> Key:
+        """The piece's key, or the first of a bundle, which stands for them all."""
+        key = piece_id[0]
+        return self._key_of(self.bundles[key].members[0]) if isinstance(key, bytes) else key
 
     def _setting(self, key: Key, round: int) -> tuple[Rule | None, int]:
         for setting in reversed(self.settings):
@@ -386,6 +635,7 @@ class Serving:
                     f"got {rule}; replace=True replaces it"
                 )
             self.settings.append(Setting(message.since, rule, self.settings[-1].generation + 1))
+        self._split_unlike(self.settings[-1])
         return [Reply(rank, Done(message.request_id))]
 
     def _set_hyperparameters(self, rank: int, message: SetHyperparameters, payload: object) -> list[Action]:
@@ -395,14 +645,23 @@ class Serving:
         rule = current.rule.with_hyperparameters(**message.changes)
         if rule != current.rule:
             self.settings.append(Setting(message.since, rule, current.generation))
+        self._split_unlike(self.settings[-1])
         return [Reply(rank, Done(message.request_id))]
+
+    def _split_unlike(self, setting: Setting) -> None:
+        """Split the bundles whose members the setting does not treat alike."""
+        for bundle in self.bundles.values():
+            if bundle.united and (setting.rule.whole_tensor or not _alike(setting.since, bundle)):
+                self._split(bundle)
 
     def _read_state(self, rank: int, message: ReadState, payload: object) -> list[Action]:
         piece_id, _ = self._find(message.key, message.piece)
-        return [SendState(rank, message.request_id, piece_id)]
+        return [SendState(rank, message.request_id, *self._place_of(piece_id))]
 
     def _write_state(self, rank: int, message: WriteState, payload: object) -> list[Action]:
-        self._find(message.key, message.piece)
+        piece_id, piece = self._find(message.key, message.piece)
+        self._part(piece_id)
+        piece.written = (message.step - piece.level.version, message.names)
         return [StoreState(rank, message, payload)]
 
     # --- members ------------------------------------------------------------------------------
@@ -412,14 +671,15 @@ class Serving:
         if message.reason:
             return [reply, *self.lost(rank, message.reason)]
         self.gone[rank] = ""
+        self._gatherings.gone(rank)
         actions: list[Action] = [reply]
-        for piece_id, piece in self.pieces.items():
+        for piece_id, piece in self.counted():
             actions += self._perform(piece_id, piece, *piece.level.leave(rank))
         return actions + self._fail_early()
 
     def _fail_hopeless(self, piece_id: PieceId, piece: Piece) -> list[Action]:
         """Fail the parked requests of the piece that wait for a worker which is lost."""
-        if not any(self.gone.values()):
+        if not self.gone:
             return []
         lost = {rank for rank, reason in self.gone.items() if reason}
         actions: list[Action] = []
@@ -440,11 +700,11 @@ class Serving:
 
     def _lost_error(self, piece_id: PieceId, round: int, ranks: list[int]) -> WorkerLostError:
         why = "; ".join(f"worker {rank}: {self.gone[rank] or 'it has left'}" for rank in ranks)
-        return WorkerLostError(f"key {piece_id[0]!r}, round {round}: waits for a worker that is gone ({why})")
+        return WorkerLostError(f"{self._called(piece_id)}, round {round}: waits for a worker that is gone ({why})")
 
     def _explain(self, rank: int, about: int, now: float) -> str:
-        for (key, number), piece in self.pieces.items():
-            tickets = (Ticket(rank, about, near) for near in (False, True))
+        for piece_id, piece in self.pieces.items():
+            tickets = (Ticket(rank, about, near, piece_id) for near in (False, True))
             pull = next((piece.level.waiting[ticket] for ticket in tickets if ticket in piece.level.waiting), None)
             if pull is not None:
                 round, missing = pull.needs[0][1], piece.level.blockers(pull)
@@ -453,7 +713,8 @@ class Serving:
                 if not rounds:
                     continue
                 round, missing = rounds[0], piece.level.behind(rounds[0])
-            return f"key {key!r}, piece {number} on {self.name}, round {round}: {self._missing(missing, now)}"
+            what = f"{self._called(piece_id)}, piece {piece_id[1]} on {self.name}"
+            return f"{what}, round {round}: {self._missing(missing, now)}"
         for (key, _), early in self._early.items():
             if rank in early and early[rank].request_id == about:
                 return f"key {key!r}: its init waits for rank 0's; {self._missing([0], now)}"
@@ -472,9 +733,9 @@ def _failed(rank: int, message: Message, error: KVStoreError) -> Reply:
     return Reply(rank, Failed(message.request_id, *to_wire(error)))
 
 
-def _value(piece_id: PieceId, answer: Answer) -> ReplyValue:
-    ticket = _ticket(answer.ticket)
-    return ReplyValue(ticket.rank, ticket.request_id, piece_id, answer.version, answer.staleness, ticket.near)
+def _alike(since: dict[Key, int], bundle: Bundle) -> bool:
+    """Does a setting begin at the same round of all the bundle's keys?"""
+    return len({since.get(key, 0) for key, _ in bundle.members if not isinstance(key, bytes)}) == 1
 
 
 def _ticket(ticket: Hashable) -> Ticket:

@@ -50,9 +50,10 @@ class Reactor:
         self.thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._poller = zmq.Poller()
         self._sockets: list[zmq.Socket[bytes]] = []
-        self._on_readable: dict[Any, Callable[[], None]] = {}
+        self._on_readable: dict[Any, Callable[[], object]] = {}
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._poller.register(self._wake_fd, zmq.POLLIN)
+        self._on_readable[self._wake_fd] = lambda: os.eventfd_read(self._wake_fd)
         self._turns = threading.Lock()  # whoever holds it works the sockets
         self._state = threading.Condition()  # guards what follows
         self._posted: deque[Callable[[], None]] = deque()
@@ -213,10 +214,7 @@ class Reactor:
         with self._state:
             self._polling = False
         for socket, _ in ready:
-            if socket == self._wake_fd:
-                os.eventfd_read(self._wake_fd)
-            else:
-                self._guarded(self._on_readable[socket])
+            self._guarded(self._on_readable[socket])
         self._run_posted()
         while self._timers[0][0] <= time.monotonic():
             self._guarded(heapq.heappop(self._timers)[2])
@@ -237,7 +235,7 @@ class Reactor:
             os.close(self._wake_fd)
         self.context.term()
 
-    def _guarded(self, work: Callable[..., None], *args: Any) -> None:
+    def _guarded(self, work: Callable[..., object], *args: Any) -> None:
         try:
             work(*args)
         except Exception:

@@ -49,6 +49,19 @@ def _send(socket: zmq.Socket[bytes], frames: Sequence[Any], *, track: bool = Fal
     return trackers
 
 
+def _receive(socket: zmq.Socket[bytes]) -> list[zmq.Frame] | None:
+    """The frames of one message; None when there is none."""
+    try:
+        frame = socket.recv(zmq.NOBLOCK, copy=False)
+    except zmq.Again:
+        return None
+    frames = [frame]
+    while frame.more:
+        frame = socket.recv(zmq.NOBLOCK, copy=False)
+        frames.append(frame)
+    return frames
+
+
 class Connection:
     """A DEALER to one peer. All methods within the reactor's loop; ``on_receive(frames)`` too."""
 
@@ -74,11 +87,8 @@ class Connection:
         _send(self._socket, frames)
 
     def _receive(self) -> None:
-        for _ in range(64):
-            try:
-                frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
-            except zmq.Again:
-                return
+        frames = _receive(self._socket)
+        if frames is not None:
             self._on_receive([frame.buffer for frame in frames])
 
 
@@ -161,15 +171,10 @@ class Endpoint:
     def _receive(self) -> None:
         if self._sending:
             self._look_for_sent()
-        for _ in range(64):
-            try:
-                peer, *frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
-            except zmq.Again:
-                return
-            if not frames:
-                continue
-            fd = frames[0].get(zmq.SRCFD) if self._watch else -1
-            self._on_receive(peer.bytes, [frame.buffer for frame in frames], int(fd))
+        frames = _receive(self._socket)
+        if frames is not None and len(frames) > 1:
+            fd = int(frames[1].get(zmq.SRCFD)) if self._watch else -1
+            self._on_receive(frames[0].bytes, [frame.buffer for frame in frames[1:]], fd)
 
     def _observe(self, monitor: zmq.Socket[bytes]) -> None:
         with contextlib.suppress(zmq.Again):

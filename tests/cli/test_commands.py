@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -17,6 +19,7 @@ from click.testing import CliRunner
 import kvstore
 from kvstore import environment
 from kvstore.cli import main
+from kvstore.cluster.status import read_status
 from kvstore.errors import OptionError
 from tests.clusters import cluster
 
@@ -117,9 +120,45 @@ def test_status_shows_members_and_what_servers_hold():
     assert "worker" in table.output
 
 
+def test_status_of_a_cluster_that_is_not_complete():
+    with (
+        daemon("scheduler", "--bind", "tcp://127.0.0.1:*", "-w", "2", "-s", "1") as (_, address),
+        daemon("server", "--address", address),
+    ):
+        end = time.monotonic() + LIMIT_S
+        while not read_status(address)["servers"]:
+            assert time.monotonic() < end
+        shown = subprocess.run(
+            [*KVSTORE, "status"],
+            env={**os.environ, "KVSTORE_ADDRESS": address}, capture_output=True, text=True, timeout=LIMIT_S,
+        )  # fmt: skip
+    assert shown.returncode == 0, shown.stderr
+    assert "0 of 2 workers, 1 of 1 servers" in shown.stdout
+    assert "tcp://127.0.0.1:" in shown.stdout  # not cut to the width of some terminal
+    assert "None" not in shown.stdout
+
+
+def test_the_environment_of_an_older_cluster_will_do(monkeypatch):
+    monkeypatch.setenv("DMLC_NUM_WORKER", "1")
+    monkeypatch.setenv("DMLC_NUM_SERVER", "1")
+    with daemon("scheduler", "--bind", "tcp://127.0.0.1:*") as (_, address):
+        host, port = address.removeprefix("tcp://").split(":")
+        monkeypatch.setenv("DMLC_PS_ROOT_URI", host)
+        monkeypatch.setenv("DMLC_PS_ROOT_PORT", port)
+        with daemon("server"), kvstore.create("dist", timeout=LIMIT_S) as kv:
+            kv.init("w", np.zeros(2, np.float32))
+        assert CliRunner().invoke(main, ["status"]).exit_code == 0
+        monkeypatch.setenv("DMLC_ROLE", "server")
+        with pytest.raises(OptionError, match="server, not a worker"):
+            kvstore.create("dist")
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
+        ["server", "--address", "tcp://127.0.0.1:9", "--bind", "tcp://127.0.0.1:70000"],
+        ["scheduler", "--bind", "tcp://127.0.0.1:70000", "-w", "1"],
+        ["bench", "scaling", "--consistency", "strict"],
         ["status", "--address", "tcp://127.0.0.1:9", "--timeout", "0.2"],
         ["server", "--address", "nonsense"],
         ["scheduler", "--bind", "tcp://256.0.0.1:1", "-w", "1"],
@@ -146,5 +185,7 @@ def test_environment():
     assert read(whole.variables()) == whole
     with pytest.raises(OptionError, match=r"KVSTORE_RANK.*'x'"):
         read({"KVSTORE_RANK": "x"})
+    with pytest.raises(OptionError, match="KVSTORE_RANK"):
+        read({"KVSTORE_RANK": "\N{SUPERSCRIPT TWO}"})
     with pytest.raises(OptionError, match=r"DMLC_ROLE.*'boss'"):
         read({"DMLC_ROLE": "boss"})

@@ -101,6 +101,13 @@ def test_ranks_and_sizes_reach_the_workers(mark):
     assert done.stdout.count("True 2 2") == 2
 
 
+def test_the_servers_of_the_output_are_the_servers_of_the_errors(mark):
+    done = run("-w", "1", "-s", "3", *worker("print('servers', *kv._home._session.servers)"))
+    (said,) = [line for line in done.stdout.splitlines() if line.startswith("worker 0 | servers ")]
+    for number, address in enumerate(said.split()[4:]):
+        assert f"server {number} | server at {address}" in done.stdout.splitlines()
+
+
 def test_a_worker_that_raises_stops_everything_and_gives_its_code(mark):
     begin = time.monotonic()
     done = run("-w", "3", *worker(f"{STEP}; kv.rank == 1 and sys.exit(7); [{STEP} for _ in range(10**9)]"))

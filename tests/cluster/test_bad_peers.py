@@ -23,7 +23,21 @@ def test_nobody_at_the_address():
         kvstore.create("dist", address=f"tcp://127.0.0.1:{port}", connect_timeout=0.3)
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1:1", "http://a:1", "tcp://", ""])
+@pytest.mark.parametrize(
+    "address",
+    [
+        "127.0.0.1:1",
+        "http://a:1",
+        "ipc:///tmp/a",
+        "tcp://",
+        "",
+        "tcp://a",
+        "tcp://a:*",
+        "tcp://a:0",
+        "tcp://a:65536",
+        5,
+    ],
+)
 def test_ill_formed_addresses(address):
     with pytest.raises(errors.OptionError):
         kvstore.create("dist", address=address, connect_timeout=0.3)

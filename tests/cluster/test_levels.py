@@ -36,6 +36,35 @@ def test_rank_zero_alone_gives_the_first_value():
             assert [r.tolist() for r in result] == [[0, 0], [0, 0]]
 
 
+def test_an_init_that_was_too_early_says_why_and_may_be_made_again():
+    """By then the first one may have been answered after all."""
+    tried, exists = threading.Event(), threading.Event()
+
+    def work(kv):
+        value = np.full(3, kv.rank, np.float32)
+        if kv.rank == 0:
+            tried.wait(30)
+            kv.init("w", value)
+            exists.set()
+        else:
+            kv.timeout = 0.1
+            for _ in range(2):
+                with pytest.raises(errors.DeadlineError, match=r"'w'.*waits for rank 0's.*workers 0"):
+                    kv.init("w", value)
+            tried.set()
+            exists.wait(30)
+            kv.timeout = 30
+            kv.init("w", value)
+            with pytest.raises(errors.DuplicateKeyError):
+                kv.init("w", value)
+        for _ in range(3):
+            result = kv.pushpull("w", np.ones(3, np.float32)).result()
+        return result.tolist()
+
+    with cluster(workers=2, servers=1) as c:
+        assert c.run(work) == [[2, 2, 2]] * 2
+
+
 def test_every_value_comes_back_exact_from_three_servers():
     import ml_dtypes
 

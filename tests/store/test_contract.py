@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import threading
 from collections.abc import Iterator
 
@@ -12,7 +14,7 @@ import pytest
 import engine
 import kvstore
 from kvstore import errors, optim
-from tests.clusters import Cluster
+from tests.clusters import Cluster, at_once
 
 DTYPES = ["float16", "float32", "float64", "int8", "int32", "int64", "uint8", "bool", ml_dtypes.bfloat16]
 
@@ -165,6 +167,20 @@ def test_optimizer_updates_and_hyperparameters_change_live(kv):
     kv.set_optimizer(optim.SGD(lr=3.0), replace=True)
     kv.push("w", np.ones(3, np.float32))
     assert kv.pull("w").result().tolist() == [5.5, 5.5, 5.5]
+    kv.set_hyperparameters(lr=optim.schedules.Step(4.0, size=100), momentum=np.float32(0))
+    kv.push("w", np.ones(3, np.float32))
+    assert kv.pull("w").result().tolist() == [1.5, 1.5, 1.5]
+
+
+def test_an_optimizer_may_diverge(kv):
+    """It overflows without a word, and so without an error where warnings are errors."""
+    kv.init("w", np.zeros(3, np.float32))
+    kv.set_optimizer(optim.SGD(lr=1e30))
+    for _ in range(3):
+        value = kv.pushpull("w", np.full(3, 3e38, np.float32)).result()
+    assert np.isneginf(value).all()
+    kv.push("w", np.full(3, np.nan, np.float32)).result()
+    assert np.isnan(kv.pull("w").result()).all()
 
 
 def test_an_optimizer_of_whole_tensors_set_after_init(kv):
@@ -278,6 +294,20 @@ def test_broadcast_and_trainer(kv):
     assert kv.broadcast("c", np.full(2, 3, np.float32)).result().tolist() == [3, 3]
 
 
+def test_trainer_scales_where_the_store_sends_from_and_leaves_the_callers_array_alone(kv):
+    weights = {"a": np.ones(3, np.float32)}
+    trainer = kvstore.Trainer(weights, optim.SGD(lr=1.0), kv, scale=0.25)
+    gradient = np.full(3, 2, np.float32)
+    trainer.step({"a": gradient})
+    assert (gradient.tolist(), weights["a"].tolist()) == ([2.0] * 3, [0.5] * 3)
+    staged = kv.staging("a")
+    staged.fill(1)
+    trainer.step({"a": staged})
+    assert weights["a"].tolist() == [0.25] * 3
+    with pytest.raises(errors.ShapeError, match=r"\(3,\).*\(4,\)"):
+        trainer.push("a", np.ones(4, np.float32))
+
+
 # --- bad use ------------------------------------------------------------------------------------------
 
 
@@ -315,6 +345,65 @@ def test_bad_use_raises_its_own_error_and_changes_nothing(kv):
     bad(kv, lambda: kv.set_optimizer("sgd"), errors.OptimizerError)
     bad(kv, lambda: kv.init("z", good, cluster_consistency="bounded"), errors.OptionError, "'bounded'")
     bad(kv, lambda: kv.set_hyperparameters(lr=1.0), errors.OptimizerError)
+    bad(kv, lambda: kv.push("w", good, priority="high"), errors.OptionError, "priority", "'high'")
+    bad(kv, lambda: kv.pull("w", priority=1.5), errors.OptionError, "1.5")
+    bad(kv, lambda: kv.pushpull("w", good.copy(), priority=None), errors.OptionError, "None")
+    bad(kv, lambda: kv.broadcast("z", good, priority="high"), errors.OptionError, "'high'")
+    bad(kv, lambda: kv.broadcast("z", []), errors.DtypeError, "'z'")
+    bad(kv, lambda: kv.init("z", np.ma.masked_array(good, good > 0)), errors.DtypeError, "'z'", "mask")
+    for participants in ("ab", 0, [], [1], [-1], [True], [0.0]):
+        bad(kv, lambda p=participants: kv.init("z", good, participants=p), errors.OptionError, repr(participants))
+    bad(kv, lambda: kv.staging(["w"]), errors.KeyKindError, "one key")
+    bad(kv, lambda: kv.view(["w"]), errors.KeyKindError, "one key")
+
+
+def test_numbers_and_keys_of_numpy_are_as_good_as_pythons(make):
+    kv = make(devices=np.int64(2))
+    assert kv.num_devices == 2
+    one = np.ones(2, np.float32)
+    kv.init(np.str_("w"), one, participants=np.arange(1))
+    kv.set_optimizer(optim.SGD(lr=np.float64(0.5), nesterov=np.bool_(False)))
+    kv.set_optimizer(optim.SGD(lr=0.5))  # the same
+    pushes = [kv.push("w", one, np.int32(3), device=np.int64(device)) for device in range(2)]
+    assert [push.result() for push in pushes] == [None, None]
+    assert kv.pull("w", priority=2**70).result().tolist() == [0, 0]
+
+
+def test_waits_may_last_for_ever(make):
+    kv = make()
+    kv.timeout = math.inf
+    kv.init("w", np.zeros(1, np.float32))
+    kv.set_optimizer(optim.Adam())
+    kv.push("w", np.ones(1, np.float32)).result(math.inf)
+    kv.barrier()
+    kv.barrier(math.inf)
+
+
+def test_stores_and_handles_are_not_copied(kv):
+    kv.init("w", np.zeros(1, np.float32))
+    handle = kv.pull("w")
+    for thing in (kv, handle):
+        with pytest.raises(TypeError, match="copied or pickled"):
+            copy.copy(thing)
+    handle.result()
+
+
+def test_keys_that_are_initialised_at_the_same_time_twice(kv):
+    value = np.ones(3, np.float32)
+    gate = threading.Barrier(4)
+    raised = []
+
+    def init() -> None:
+        gate.wait(10)
+        for number in range(20):
+            try:
+                kv.init(f"w{number}", value)
+            except errors.DuplicateKeyError as error:
+                raised.append(error)
+
+    at_once(*[init] * 4)
+    assert len(raised) == 3 * 20
+    assert kv.pull("w19").result().tolist() == [1, 1, 1]
 
 
 def test_a_list_call_is_checked_whole_before_anything_is_sent(kv):
@@ -329,8 +418,15 @@ def test_a_closed_store_is_an_error_and_closing_twice_is_not(kv):
     kv.init("w", np.zeros(1, np.float32))
     kv.close()
     kv.close()
-    with pytest.raises(errors.ClosedError):
-        kv.pull("w")
+    one = np.zeros(1, np.float32)
+    for call in (
+        lambda: kv.init("v", one), lambda: kv.push("w", one), lambda: kv.pull("w"), lambda: kv.pushpull("w", one),
+        lambda: kv.broadcast("v", one), lambda: kv.staging("w"), lambda: kv.view("w"), kv.barrier,
+        lambda: kv.set_optimizer(optim.SGD()), lambda: kv.set_updater(print), lambda: kv.set_hyperparameters(lr=1),
+        lambda: kv.save_optimizer_states("s"), lambda: kv.load_optimizer_states("s"),
+    ):  # fmt: skip
+        with pytest.raises(errors.ClosedError):
+            call()
 
 
 def test_unknown_types_and_options():
@@ -338,8 +434,21 @@ def test_unknown_types_and_options():
         kvstore.create("distributed")
     with pytest.raises(errors.OptionError, match=r"bounded\(-1\)"):
         kvstore.create("local", device_consistency="bounded(-1)")
-    with pytest.raises(errors.DeviceCountError):
-        kvstore.create("local", devices=0)
+    for devices in (0, True, 1.5, "2"):
+        with pytest.raises(errors.DeviceCountError, match=repr(devices)):
+            kvstore.create("local", devices=devices)
+    for options in (
+        {"timeout": "5"},
+        {"timeout": math.nan},
+        {"connect_timeout": "5"},
+        {"rank": 0},
+        {"address": "tcp://a:1"},
+    ):
+        with pytest.raises(errors.OptionError):
+            kvstore.create("local", **options)
+    for staleness in (-1, 1.5, "1", True):
+        with pytest.raises(errors.OptionError, match=repr(staleness)):
+            kvstore.Bounded(staleness)
 
 
 def test_updater_of_a_local_store():
