@@ -21,8 +21,8 @@ from engine.errors import ArgumentError
 from engine.groups import ArrayGroup, Range, range_of
 from engine.var import Var
 
-CROWDED = 4096  # so many ranges are known before the idle ones are forgotten; arrays come again
-CROWDED_OVERLAPPING = 64  # if some overlap, since then all near a range are looked at
+MANY = 2048  # ranges that are known before the idle ones are forgotten: arrays come again
+FEW = 64  # so many if some overlap, or there are groups, since then many are looked at for each array
 
 
 class Memory:
@@ -34,9 +34,8 @@ class Memory:
         self._groups: dict[ArrayGroup, Var] = {}
         self._arrays: dict[int, tuple[weakref.ref[Any], int, Range]] = {}  # by id: to ask for a range takes long
         self._longest = 0
-        self._disjoint = True  # no two of them overlap, as a rule
-        self._crowded = CROWDED
-        self._crowded_overlapping = CROWDED_OVERLAPPING
+        self._disjoint = True  # no two ranges overlap, as a rule
+        self._kept = 0  # ranges, when they were looked through last
         self._owners: dict[Range, weakref.ref[Any]] = {}
         self._freed: list[Range] = []  # filled by weakref callbacks, emptied under the lock
 
@@ -51,7 +50,9 @@ class Memory:
         """
         if isinstance(array, ArrayGroup):
             return self._vars_of_group(array)
-        range_ = self._range_of(array)
+        known = self._arrays.get(id(array))
+        live = known is not None and known[0]() is not None and known[1] == array.nbytes
+        range_ = known[2] if known is not None and live else self._learn(array)
         if range_ is None:
             return [], []
         own = self._vars.get(range_)
@@ -74,9 +75,6 @@ class Memory:
                 self._disjoint = False
                 covered = range_[0] <= other[0] and other[1] <= range_[1]
                 (whole if covered else part).append(self._vars[other])
-        return self._with_groups(range_, whole, part) if self._groups else (whole, part)
-
-    def _with_groups(self, range_: Range, whole: list[Var], part: list[Var]) -> tuple[list[Var], list[Var]]:
         for group, var in self._groups.items():
             if group.overlaps(range_):
                 covered = range_[0] <= group.ranges[0][0] and group.ranges[-1][1] <= range_[1]
@@ -99,13 +97,8 @@ class Memory:
                 (whole if all(map(group.covers, other.ranges)) else part).append(var)
         return whole, part
 
-    def _range_of(self, array: Any) -> Range | None:
-        """None: it has no bytes."""
-        known = self._arrays.get(id(array))
-        if known is not None:
-            same, nbytes, range_ = known
-            if same() is array and nbytes == array.nbytes:
-                return range_
+    def _learn(self, array: Any) -> Range | None:
+        """The array's range, from now on known; None: it has no bytes."""
         if not isinstance(array, np.ndarray):
             if not hasattr(array, "__array_interface__"):
                 raise ArgumentError(f"reads and writes: expected Vars or arrays, got {type(array).__name__}")
@@ -113,7 +106,7 @@ class Memory:
         if array.size == 0:
             return None
         range_ = range_of(array)
-        if len(self._arrays) > CROWDED:
+        if len(self._arrays) > MANY:
             self._arrays.clear()
         self._arrays[id(array)] = weakref.ref(array), array.nbytes, range_
         return range_
@@ -128,10 +121,9 @@ class Memory:
             self._forget_freed()
         if self._groups:
             self._groups = {g: var for g, var in self._groups.items() if not (var.idle and var.poison is None)}
-        if len(self._ranges) > self._crowded or (not self._disjoint and len(self._ranges) > self._crowded_overlapping):
+        if len(self._ranges) > 2 * self._kept + (MANY if self._disjoint and not self._groups else FEW):
             self._keep([r for r in self._ranges if not (self._vars[r].idle and self._vars[r].poison is None)])
-            self._crowded = CROWDED + 2 * len(self._ranges)
-            self._crowded_overlapping = CROWDED_OVERLAPPING + 2 * len(self._ranges)
+            self._kept = len(self._ranges)
 
     def in_use(self) -> bool:
         """Does an op use any range or group, or an error mark one?"""

@@ -31,6 +31,9 @@ from numba.np.numpy_support import from_dtype
 BLOCK = 1024  # elements: measured, with larger ones the processor is less far ahead of the loops
 LANES = 1024  # as in the reference
 
+LINE = 64  # bytes that the caches handle as one
+STREAMED = 1 << 20  # bytes: smaller copies stay in the caches for whoever reads them
+
 inlined = register_jitable(error_model="numpy")
 
 
@@ -87,6 +90,34 @@ def _pointer(context: Any, address: Any, like: Any) -> Any:
         return builder.inttoptr(arguments[0], context.get_value_type(pointer))
 
     return pointer(types.int64, like), generate
+
+
+@intrinsic
+def _stream(context: Any, source: Any, target: Any) -> Any:
+    """Copy 64 bytes past the caches: memory is not read before it is overwritten. ``target`` is a multiple of 64."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        line = ir.VectorType(ir.IntType(8), LINE)
+        source, target = (builder.inttoptr(address, line.as_pointer()) for address in arguments)
+        loaded = builder.load(source)
+        loaded.align = 1
+        store = builder.store(loaded, target)
+        store.align = LINE
+        store.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)]))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), generate
+
+
+@intrinsic
+def _fence(context: Any) -> Any:
+    """What was streamed is there for all to see."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), generate
 
 
 def _wide(x: Any) -> Any:
@@ -462,10 +493,25 @@ def narrow(source: Any, target: Any) -> None:
 
 
 def broadcast(source: Any, table: Any) -> None:
+    size, lines = source.size, 0
     for k in range(table.size):
-        target = _block(table[k], source, 0, source.size)
-        for i in range(source.size):
-            target[i] = source[i]
+        target = _block(table[k], source, 0, size)
+        head = -table[k] % LINE
+        if size >= STREAMED:
+            lines = (size - head) // LINE
+            for i in range(head):
+                target[i] = source[i]
+            for line in range(lines):
+                at = head + line * LINE
+                _stream(source.ctypes.data + at, table[k] + at)
+            done = head + lines * LINE
+            rest, left = source[done:], target[done:]
+        else:
+            rest, left = source, target
+        for i in range(rest.size):
+            left[i] = rest[i]
+    if lines:
+        _fence()
 
 
 def locate(table: Any, at: Any, a: Any, b: Any, c: Any, d: Any) -> None:

@@ -294,3 +294,27 @@ def test_one_op_may_hold_any_number_of_arrays(runtime):
         completions[0].set_result(None)
     for handle in readers:
         handle.result(LIMIT_S)
+
+
+def test_push_if_free_submits_all_or_nothing(runtime):
+    array, other = np.zeros(4), np.zeros(4)
+    begun = []
+    blocking = runtime.push_async(begun.append, writes=[array])
+    while not begun:
+        runtime.wait(other)
+    assert runtime.push_if_free(lambda: 1, writes=[array[1:]]) is None
+    assert runtime.push_if_free(lambda: 1, reads=[array], writes=[other]) is None
+    handle = runtime.push_if_free(lambda: 2, writes=[other], inline=True)
+    assert handle is not None
+    assert handle.done()
+    begun[0].set_result(None)
+    blocking.result(LIMIT_S)
+    reading = runtime.push_async(begun.append, reads=[array])
+    while len(begun) < 2:
+        runtime.wait(other)
+    assert runtime.push_if_free(lambda: 3, writes=[array]) is None
+    free = runtime.push_if_free(lambda: 4, reads=[array])
+    assert free is not None
+    assert free.result(LIMIT_S) == 4
+    begun[1].set_result(None)
+    reading.result(LIMIT_S)
