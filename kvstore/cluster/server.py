@@ -28,6 +28,7 @@ from kvstore.handle import when_ended
 from kvstore.protocol.bundles import Bundle, Part
 from kvstore.protocol.leases import Lending, Reader
 from kvstore.protocol.messages import (
+    FRAME_BYTES_MAX,
     NOBODY,
     Departed,
     Done,
@@ -99,7 +100,7 @@ class Server:
         self._wanted = NOBODY if rank is None else rank
         self._engine = engine.default()
         self._reactor = Reactor("kvstore-server")
-        self._endpoint = Endpoint(self._reactor, self._receive)
+        self._endpoint = Endpoint(self._reactor, self._receive, frame_bytes_max=FRAME_BYTES_MAX)
         try:
             split(bind)  # for ZeroMQ port 70000 is port 4464
             self.address = advertised(self._endpoint.bind(bind), advertise)
