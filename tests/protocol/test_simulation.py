@@ -160,13 +160,13 @@ def test_finds_an_old_value():
 
 
 def test_finds_a_wrong_staleness(monkeypatch):
-    right = consistency.Level._answer
+    right = consistency.Level.answer
 
     def wrong(self, pull):
         answer = right(self, pull)
         return consistency.Answer(answer.ticket, answer.version, answer.staleness + 1)
 
-    monkeypatch.setattr(consistency.Level, "_answer", wrong)
+    monkeypatch.setattr(consistency.Level, "answer", wrong)
     assert "staleness" in found("eventual")
 
 
