@@ -421,10 +421,12 @@ class Serving:
         self.bundles[message.bundle] = Bundle(message.bundle, members, tuple(spans), whole)
         return [done]
 
-    def _unite(self, bundle: Bundle) -> bool:
-        """Count the bundle as one piece, if its members' histories allow it."""
+    def _unite(self, bundle: Bundle, pushed: tuple[int, int]) -> bool:
+        """Count the bundle as one piece from this push on (rank, round), if its members' histories allow it."""
         pieces = [self.pieces[piece_id] for piece_id in bundle.members]
-        first = pieces[0]
+        first, (rank, round) = pieces[0], pushed
+        if rank not in first.level.rounds or round != first.accepted.get(rank, 0) + 1:
+            return False  # it is a repeat, or comes too early
         if any(piece_id in self._united for piece_id in bundle.members):
             return False
         if not all(piece.quiet and piece.same_history(first) for piece in pieces):
@@ -535,7 +537,7 @@ class Serving:
     def _push(self, rank: int, message: Push, payload: object) -> list[Action]:
         if isinstance(message.key, bytes):
             bundle = self._bound(message.key, message.piece)
-            if not bundle.united and not self._unite(bundle):
+            if not bundle.united and (payload is None or not self._unite(bundle, (rank, message.round))):
                 return self._push_members(rank, message, payload, bundle)
         piece_id, piece = self._find(message.key, message.piece)
         self._check_may_push(rank, message.round, piece_id, piece)
