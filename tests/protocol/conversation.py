@@ -114,4 +114,8 @@ class Conversation:
 
 
 def _payload(payload: object) -> str:
-    return f"{_payload(payload.payload)}[{payload.span[0]}:{payload.span[1]}]" if isinstance(payload, Part) else str(payload)
+    return (
+        f"{_payload(payload.payload)}[{payload.span[0]}:{payload.span[1]}]"
+        if isinstance(payload, Part)
+        else str(payload)
+    )

@@ -1,7 +1,8 @@
 """What a server's process adds to the core, with symbols in the place of numbers.
 
-A payload is a tuple with one symbol per element; an element's value is the tuple of its updates. So whatever is lost,
-done twice, out of turn or by the wrong rule stays visible for ever. Its actions follow :mod:`kvstore.cluster.server`.
+A payload is a tuple with one symbol per element; an element's value is the tuple of its updates, each the tuple of
+what was merged into it, in order. So whatever is lost, done twice, out of turn or by the wrong rule stays visible for
+ever. A first value is given as such a value. Its actions follow :mod:`kvstore.cluster.server`.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ class Shell:
         match action:
             case Create(piece, _, payload):
                 assert piece not in self.stored
-                self.stored[piece] = Stored(tuple((first,) for first in _elements(payload)))
+                self.stored[piece] = Stored(_elements(payload))
             case Apply(piece, _, payloads, rule, generation):
                 self.stored[piece].update([_elements(payload) for payload in payloads], rule, generation)
             case Unite(bundle):

@@ -1,8 +1,8 @@
 """Nobody can tell bundles from keys: the same program, once with bundles and once key by key, has the same outcome.
 
-Two servers hear the same program. To one a list of keys goes as a bundle, to the other as so many single requests, which
-is all that this oracle knows. After each step the values, optimizer states and counts of all keys must agree, and so
-must what every worker has been told.
+Two servers hear the same program. To one a list of keys goes as a bundle, to the other as so many single requests,
+which is all that this oracle knows. After each step the values, optimizer states and counts of all keys must agree,
+and so must what every worker has been told.
 """
 
 from __future__ import annotations
@@ -156,15 +156,13 @@ class Program:
         items = self.specs[key].shape[0]
         for rank in self.ranks:
             if rank == 0 or rank not in self.gone:
-                first = tuple(f"{key}.{n}" for n in range(items)) if rank == 0 else None
+                first = tuple((f"{key}.{n}",) for n in range(items)) if rank == 0 else None
                 self.both(rank, Init(self.next_id(rank), key, 0, self.specs[key]), first)
 
     def ask(self, request: Request, *, bare: bool = False) -> None:
         """The request, once as it is and once key by key."""
         incarnation, carries = self.incarnations[request.rank], request.push and not bare
-        self.bundled.say(
-            request.rank, incarnation, request.message(), request.payload() if carries else None
-        )
+        self.bundled.say(request.rank, incarnation, request.message(), request.payload() if carries else None)
         payloads = request.payloads if request.push else [None] * len(request.keys)
         for message, payload in zip(request.singles(), payloads, strict=True):
             self.oracle.say(request.rank, incarnation, message, payload if carries else None)
@@ -205,9 +203,7 @@ class Program:
         for key in keys:
             self.rounds[rank][key] += push
         round = self.rounds[rank][keys[0]]
-        payloads = tuple(
-            tuple((rank, round, f"{key}.{n}") for n in range(self.specs[key].shape[0])) for key in keys
-        )
+        payloads = tuple(tuple((rank, round, f"{key}.{n}") for n in range(self.specs[key].shape[0])) for key in keys)
         request = Request(self.next_id(rank), rank, keys, round, push, kind != "push", bundled, payloads)
         self.open[rank].append(request)
         if rng.random() < 0.9:  # else it is lost on the way, until it is repeated
