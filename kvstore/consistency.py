@@ -253,6 +253,13 @@ class Level:
             and (self.closed, self.version) == (other.closed, other.version)
         )
 
+    def push_alone(self) -> None:
+        """Count a push of the only participant: in every model it takes effect at once, and nobody waits."""
+        (participant,) = self.participants
+        self.rounds[participant] += 1
+        self.closed = self.rounds[participant]
+        self.version += 1
+
     def leave(self, participant: int) -> tuple[list[Update], list[Answer]]:
         """``participant`` counts up to its last round and no further."""
         if participant not in self.rounds or participant in self.left:

@@ -96,16 +96,21 @@ def test_garbage_costs_a_server_nothing():
     context.term()
 
 
-def test_a_forked_child_may_not_use_the_store():
+def test_a_forked_child_may_not_use_the_store_but_create_its_own():
     with kvstore.create("local", timeout=30) as kv:
         kv.init("w", np.zeros(1, np.float32))
         pid = os.fork()
         if pid == 0:
+            code = 1
             try:
+                kv.close()  # which is the parent's business
+                with kvstore.create("local", timeout=30) as own:
+                    own.init("w", np.ones(1, np.float32))
+                    assert own.pull("w").result().tolist() == [1]
                 kv.pull("w")
             except errors.ClosedError:
-                os._exit(7)
+                code = 7
             finally:
-                os._exit(1)
+                os._exit(code)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
         assert kv.pull("w").result().tolist() == [0]
