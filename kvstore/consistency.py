@@ -225,9 +225,17 @@ class Level:
     def pull(self, pull: Pull) -> Answer | None:
         """Answer at once, or None: then a later push or leave answers it."""
         if self._may_answer(pull):
-            return self._answer(pull)
+            return self.answer(pull)
         self.waiting[pull.ticket] = pull
         return None
+
+    def answer(self, pull: Pull) -> Answer:
+        """What a pull is told that may be answered now."""
+        slowest, staleness = self.slowest(), 0
+        for participant, own in pull.needs:
+            if own - slowest > staleness and participant in self.rounds:
+                staleness = own - slowest
+        return Answer(pull.ticket, self.version, staleness)
 
     def copy(self) -> Level:
         """The same counts; the pulls that wait stay behind."""
@@ -281,20 +289,13 @@ class Level:
         ready = [pull for pull in self.waiting.values() if self._may_answer(pull)]
         for pull in ready:
             del self.waiting[pull.ticket]
-        return updates, [self._answer(pull) for pull in ready]
+        return updates, [self.answer(pull) for pull in ready]
 
     def _may_answer(self, pull: Pull) -> bool:
         for participant, own in pull.needs:
             if participant in self.rounds and not self.model.answers(self, participant, own):
                 return False
         return True
-
-    def _answer(self, pull: Pull) -> Answer:
-        slowest, staleness = self.slowest(), 0
-        for participant, own in pull.needs:
-            if own - slowest > staleness and participant in self.rounds:
-                staleness = own - slowest
-        return Answer(pull.ticket, self.version, staleness)
 
 
 def participants_of(chosen: Iterable[int] | None, everybody: int) -> tuple[int, ...]:

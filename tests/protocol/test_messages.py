@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import random
 from pathlib import Path
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstore.errors import KVStoreError, ProtocolError, ProtocolVersionError, from_wire, to_wire
-from kvstore.protocol import messages
+from kvstore.protocol import bundles, messages
 from kvstore.protocol.messages import (
     FORMS,
     PROTOCOL,
@@ -257,9 +258,30 @@ def test_the_document_names_every_kind_with_its_number():
     for number, (kind, _) in FORMS.items():
         fields = ", ".join(name for name in kind.__dataclass_fields__ if name != "request_id")
         assert f"| {number} | {kind.__name__} | {fields} |" in document, (number, kind.__name__, fields)
-    limits = [name for name in vars(messages) if name.endswith("_MAX")]
-    for name in ("PROTOCOL", *limits):
-        assert f"| {name} | {getattr(messages, name)} |" in document
+    limits = [(name, value) for name, value in vars(messages).items() if name.endswith("_MAX")]
+    limits += [("BUNDLE_ID_BYTES", BUNDLE_ID_BYTES), ("BUNDLES_MAX", bundles.BUNDLES_MAX)]
+    for name, value in [("PROTOCOL", PROTOCOL), *limits]:
+        assert f"| {name} | {value} |" in document
+
+
+def test_the_id_of_a_bundle_is_as_the_document_says():
+    keys = ("a", "b", -5)
+    digest = hashlib.blake2b(digest_size=16)
+    for key in keys:
+        text = repr(key).encode()
+        digest.update(len(text).to_bytes(4, "big"))
+        digest.update(text)
+    assert bundle_id(keys) == digest.digest()
+    document = (Path(__file__).parents[2] / "docs" / "protocol.md").read_text()
+    assert f"`{digest.hexdigest()}`" in document
+    different = [keys, keys[::-1], keys[:2], ("ab", -5), (1, 2), ("1", "2"), (12,), ("1", 2)]
+    assert len({bundle_id(some) for some in different}) == len(different)
+
+
+def test_a_bundle_may_stand_where_a_key_does():
+    name = bundle_id(("a", "b"))
+    rows = [(Bind(1, name, ("a", "b")), 0), (Push(2, name, 0, 1, True, False), 1), (Fetch(3, name, 0, 1), 0)]
+    assert decode(encode(SENDER, rows), 1)[1] == rows
 
 
 def test_the_document_s_example_in_bytes():
