@@ -31,8 +31,8 @@ from engine.errors import (
     EngineError,
     ForkedError,
 )
+from engine.groups import ArrayGroup
 from engine.handle import Completion, Handle
-from engine.memory import ArrayGroup
 from engine.serial import SerialEngine
 from engine.threaded import ThreadedEngine
 from engine.var import Var
@@ -78,7 +78,7 @@ def default() -> Engine:
     """The engine of this process; made on demand, and again after :func:`close` or in a forked child."""
     global _default
     with _lock:
-        if _default is None or _default._closed or (_default._inherited and not _default._users):
+        if _default is None or _default._closed or _default._inherited:
             _default = create()
         return _default
 

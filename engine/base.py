@@ -391,10 +391,13 @@ class Engine(ABC):
             self._memory.tidy()
             return self._memory.in_use()
 
-    def free(self, var: Var) -> bool:
-        """Does no op hold ``var`` or wait for it, and does it carry no error?"""
+    def free(self, *vars: Var) -> bool:
+        """Does no op hold these or wait for them, and do they carry no error?"""
         with self._lock:
-            return var.idle and var.poison is None
+            for var in vars:
+                if var.writer is not None or var.readers or var.queue or var.poison is not None:
+                    return False
+        return True
 
     def _await(self, handle: Handle, timeout: float | None) -> None:
         """Until the handle is done: run its op here if it is ready, else wait."""

@@ -12,82 +12,17 @@ from __future__ import annotations
 
 import weakref
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from engine.errors import ArgumentError
+from engine.groups import ArrayGroup, Range, range_of
 from engine.var import Var
-
-try:
-    from numpy.lib.array_utils import byte_bounds
-except ImportError:  # NumPy 1
-    from numpy import byte_bounds  # type: ignore[attr-defined,no-redef]
-
-
-Range = tuple[int, int]  # the first byte, and the one after the last
 
 MANY = 2048  # ranges that are known before the idle ones are forgotten: arrays come again
 FEW = 64  # so many if some overlap, or there are groups, since then many are looked at for each array
-
-
-class ArrayGroup:
-    """Arrays that ops read or write together: as an item of ``reads`` or ``writes`` it stands for all of them.
-
-    Making it costs as much as one op on all its arrays; each op on it then costs as much as one on a single array.
-
-    Args:
-        arrays: NumPy arrays; they are kept as long as the group.
-
-    Raises:
-        ArgumentError: something else.
-    """
-
-    __slots__ = ("__weakref__", "arrays", "ranges")
-
-    def __init__(self, arrays: Iterable[Any]) -> None:
-        self.arrays = tuple(arrays)
-        self.ranges: list[Range] = _joined(sorted(_range_of(array) for array in self.arrays if _is_array(array).size))
-
-    def __repr__(self) -> str:
-        return f"<ArrayGroup of {len(self.arrays)} arrays>"
-
-    def overlaps(self, range_: Range) -> bool:
-        """Has ``range_`` a byte of any of the arrays?"""
-        index = bisect_left(self.ranges, (range_[1], 0)) - 1
-        return index >= 0 and self.ranges[index][1] > range_[0]
-
-    def covers(self, range_: Range) -> bool:
-        """Is every byte of ``range_`` one of the arrays'?"""
-        index = bisect_right(self.ranges, (range_[0], 1 << 64)) - 1
-        return index >= 0 and self.ranges[index][1] >= range_[1]
-
-
-def _is_array(item: Any) -> np.ndarray[Any, Any]:
-    if not isinstance(item, np.ndarray):
-        raise ArgumentError(f"a group: expected NumPy arrays, got {type(item).__name__}")
-    return item
-
-
-def _range_of(array: np.ndarray[Any, Any]) -> Range:
-    if array.flags.c_contiguous:
-        start: int = array.__array_interface__["data"][0]
-        return start, start + array.nbytes
-    low, high = byte_bounds(array)
-    return int(low), int(high)
-
-
-def _joined(ranges: list[Range]) -> list[Range]:
-    """Sorted ranges without overlaps: those that touch or overlap become one."""
-    joined: list[Range] = []
-    for low, high in ranges:
-        if joined and low <= joined[-1][1]:
-            joined[-1] = (joined[-1][0], max(high, joined[-1][1]))
-        else:
-            joined.append((low, high))
-    return joined
 
 
 class Memory:
@@ -96,8 +31,8 @@ class Memory:
     def __init__(self) -> None:
         self._vars: dict[Range, Var] = {}
         self._ranges: list[Range] = []  # sorted
-        self._arrays: dict[int, tuple[weakref.ref[Any], Range]] = {}  # by id: to ask an array for its range takes long
         self._groups: dict[ArrayGroup, Var] = {}
+        self._arrays: dict[int, tuple[weakref.ref[Any], int, Range]] = {}  # by id: to ask for a range takes long
         self._longest = 0
         self._disjoint = True  # no two ranges overlap, as a rule
         self._kept = 0  # ranges, when they were looked through last
@@ -116,7 +51,8 @@ class Memory:
         if isinstance(array, ArrayGroup):
             return self._vars_of_group(array)
         known = self._arrays.get(id(array))
-        range_ = known[1] if known is not None and known[0]() is array else self._learn(array)
+        live = known is not None and known[0]() is not None and known[1] == array.nbytes
+        range_ = known[2] if known is not None and live else self._learn(array)
         if range_ is None:
             return [], []
         own = self._vars.get(range_)
@@ -153,9 +89,9 @@ class Memory:
             own = self._groups[group] = Var(f"group of {len(group.arrays)} arrays")
         whole: list[Var] = [own]
         part: list[Var] = []
-        for range_ in self._ranges:
-            if group.overlaps(range_):
-                (whole if group.covers(range_) else part).append(self._vars[range_])
+        for range_, var in self._vars.items():
+            if not (var.idle and var.poison is None) and group.overlaps(range_):
+                (whole if group.covers(range_) else part).append(var)
         for other, var in self._groups.items():
             if other is not group and any(map(group.overlaps, other.ranges)):
                 (whole if all(map(group.covers, other.ranges)) else part).append(var)
@@ -169,10 +105,10 @@ class Memory:
             array = np.asarray(array)
         if array.size == 0:
             return None
-        range_ = _range_of(array)
+        range_ = range_of(array)
         if len(self._arrays) > MANY:
             self._arrays.clear()
-        self._arrays[id(array)] = weakref.ref(array), range_
+        self._arrays[id(array)] = weakref.ref(array), array.nbytes, range_
         return range_
 
     def tidy(self) -> None:

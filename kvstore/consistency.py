@@ -225,9 +225,17 @@ class Level:
     def pull(self, pull: Pull) -> Answer | None:
         """Answer at once, or None: then a later push or leave answers it."""
         if self._may_answer(pull):
-            return self._answer(pull)
+            return self.answer(pull)
         self.waiting[pull.ticket] = pull
         return None
+
+    def answer(self, pull: Pull) -> Answer:
+        """What a pull is told that may be answered now."""
+        slowest, staleness = self.slowest(), 0
+        for participant, own in pull.needs:
+            if own - slowest > staleness and participant in self.rounds:
+                staleness = own - slowest
+        return Answer(pull.ticket, self.version, staleness)
 
     def copy(self) -> Level:
         """The same counts; the pulls that wait stay behind."""
@@ -244,6 +252,13 @@ class Level:
             and self.left == other.left
             and (self.closed, self.version) == (other.closed, other.version)
         )
+
+    def push_alone(self) -> None:
+        """Count a push of the only participant: in every model it takes effect at once, and nobody waits."""
+        (participant,) = self.participants
+        self.rounds[participant] += 1
+        self.closed = self.rounds[participant]
+        self.version += 1
 
     def leave(self, participant: int) -> tuple[list[Update], list[Answer]]:
         """``participant`` counts up to its last round and no further."""
@@ -274,20 +289,13 @@ class Level:
         ready = [pull for pull in self.waiting.values() if self._may_answer(pull)]
         for pull in ready:
             del self.waiting[pull.ticket]
-        return updates, [self._answer(pull) for pull in ready]
+        return updates, [self.answer(pull) for pull in ready]
 
     def _may_answer(self, pull: Pull) -> bool:
         for participant, own in pull.needs:
             if participant in self.rounds and not self.model.answers(self, participant, own):
                 return False
         return True
-
-    def _answer(self, pull: Pull) -> Answer:
-        slowest, staleness = self.slowest(), 0
-        for participant, own in pull.needs:
-            if own - slowest > staleness and participant in self.rounds:
-                staleness = own - slowest
-        return Answer(pull.ticket, self.version, staleness)
 
 
 def participants_of(chosen: Iterable[int] | None, everybody: int) -> tuple[int, ...]:

@@ -11,8 +11,7 @@ the home sees them in the level's order.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -76,25 +75,25 @@ class Entry:
     bundle: Bundle | None = None  # that moves it together with other keys
     lock: threading.RLock = field(default_factory=threading.RLock)
 
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Hold the lock, and the key is in no bundle."""
-        while True:
-            with self.lock:
-                bundle = self.bundle
-                if bundle is None:
-                    yield
-                    return
-            bundle.dissolve()  # without the lock: it takes those of all its keys
+    def alone(self) -> _Alone:
+        """``with entry.alone():`` holds the lock, and the key is in no bundle."""
+        return _Alone(self)
 
     def count(self, devices: int) -> None:
         """From now on the rounds of so many devices are counted, from 0."""
         self.level = Level(self.device_model, range(devices))
 
+    @property
+    def single(self) -> bool:
+        """Is there one device only? Then it waits for nobody."""
+        return self.level is None or len(self.level.participants) == 1
+
     def answer(self, ticket: Hashable, device: int | None) -> Answer | None:
         """What the device level says to a pull: when it must wait, None, and the ticket is answered later."""
         if self.level is None:
             return Answer(ticket, 0, 0)
+        if self.single:
+            return Answer(ticket, self.level.version, 0)
         rounds = self.level.rounds
         needs = tuple(rounds.items()) if device is None else ((device, rounds[device]),)
         return self.level.pull(Pull(ticket, needs))
@@ -106,6 +105,26 @@ class Entry:
         if previous is not None:
             previous.give_back()
         return held.array
+
+
+class _Alone:
+    """What :meth:`Entry.alone` returns."""
+
+    __slots__ = ("_entry",)
+
+    def __init__(self, entry: Entry) -> None:
+        self._entry = entry
+
+    def __enter__(self) -> None:
+        entry = self._entry
+        entry.lock.acquire()
+        while (bundle := entry.bundle) is not None:
+            entry.lock.release()
+            bundle.dissolve()  # without the lock: it takes those of all its keys
+            entry.lock.acquire()
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        self._entry.lock.release()
 
 
 class _Delayed(Source):
@@ -179,23 +198,31 @@ class Devices:
             The ops after which these arrays have been read.
         """
         with entry.alone():
+            if entry.single:
+                return [self._home.push(entry.key, self._counted(entry, per_device, priority), ended)]
             return self._perform(entry, *self._count(entry, per_device, priority, ended))
 
     def pull(self, entry: Entry, request: Request) -> None:
         """Answer the request once the device level allows it."""
         with entry.lock:
+            if entry.single:
+                self._deliver(entry, request, self._home.pull(entry.key, request.priority), entry.answer(None, None))
+                return
             delayed = _Delayed(entry.key, request.priority, self._engine)
             answer = entry.answer(delayed, request.device)
             if answer is None:
-                self._deliver(entry, request, delayed, lambda: delayed.answer)
+                self._deliver(entry, request, delayed, delayed)
             else:
-                self._deliver(entry, request, self._home.pull(entry.key, request.priority), lambda: answer)
+                self._deliver(entry, request, self._home.pull(entry.key, request.priority), answer)
 
     def pushpull(
         self, entry: Entry, per_device: dict[int, list[Array]], ended: Ended, request: Request
     ) -> list[Reading]:
         """A push and the pull right after it, as one exchange with the home where the level answers at once."""
         with entry.alone():
+            if entry.single:
+                gradient, answer = self._counted(entry, per_device, request.priority), entry.answer(None, None)
+                return self._exchange(entry, gradient, ended, request, answer)
             contributions, steps = self._count(entry, per_device, request.priority, ended)
             updates = [update for some, _ in steps for update in some]
             answered_others = any(answers for _, answers in steps)
@@ -203,21 +230,31 @@ class Devices:
             answer = entry.answer(ticket, request.device)
             if answer is not None and len(updates) == 1 and not answered_others:
                 gradient, parts = self._merged(entry, updates[0])
-                outs = gradient.outs = request.outs
-                gradient.lent = (
-                    outs is not None and len(outs) == len(gradient.arrays) == 1 and outs[0] is gradient.arrays[0]
-                )
-                reading, source = self._home.pushpull(entry.key, gradient, _all(parts))
                 self._stage_leftovers(entry, contributions)
-                self._deliver(entry, request, source, lambda: answer)
-                return [reading]
+                return self._exchange(entry, gradient, _all(parts), request, answer)
             if entry.level is not None:
                 entry.level.waiting.pop(ticket, None)
             all_reading = self._perform(entry, contributions, steps)
             self.pull(entry, request)
             return all_reading
 
+    def _exchange(
+        self, entry: Entry, gradient: Gradient, ended: Ended, request: Request, answer: Answer | None
+    ) -> list[Reading]:
+        outs = gradient.outs = request.outs
+        gradient.lent = outs is not None and len(outs) == len(gradient.arrays) == 1 and outs[0] is gradient.arrays[0]
+        reading, source = self._home.pushpull(entry.key, gradient, ended)
+        self._deliver(entry, request, source, answer)
+        return [reading]
+
     # --- pushes -------------------------------------------------------------------------------
+
+    def _counted(self, entry: Entry, per_device: dict[int, list[Array]], priority: int) -> Gradient:
+        """The push of the only device, counted."""
+        assert entry.level is not None  # the number of devices is known from the first push on
+        entry.level.push_alone()
+        (arrays,) = per_device.values()
+        return Gradient(arrays, priority)
 
     def _count(
         self, entry: Entry, per_device: dict[int, list[Array]], priority: int, ended: Ended
@@ -250,10 +287,12 @@ class Devices:
         """What the home is to be pushed for this update, and whose pushes it consists of."""
         parts = [entry.held.pop(contribution) for contribution in update.contributions]
         arrays = [array for part in parts for array in part.arrays]
-        return Gradient(arrays, max(part.priority for part in parts)), parts
+        return Gradient(arrays, max([part.priority for part in parts])), parts
 
     def _stage_leftovers(self, entry: Entry, contributions: list[_Contribution]) -> None:
         """Copy what has to wait for other devices, because the caller may overwrite it."""
+        if not entry.held:
+            return
         waiting = set(map(id, entry.held.values()))
         for contribution in contributions:
             if id(contribution) in waiting:
@@ -267,13 +306,13 @@ class Devices:
 
     # --- pulls --------------------------------------------------------------------------------
 
-    def _deliver(self, entry: Entry, request: Request, source: Source, answer: Callable[[], Answer | None]) -> None:
+    def _deliver(self, entry: Entry, request: Request, source: Source, answer: Answer | _Delayed | None) -> None:
         """When the source's value has come to where it was asked for, the request's handle is done."""
 
         def done(error: BaseException | None, result: Any) -> None:
             handle = request.handle
             if error is None:
-                answered = answer()
+                answered = answer.answer if isinstance(answer, _Delayed) else answer
                 assert answered is not None
                 handle.version = answered.version if source.version is None else source.version
                 behind = source.staleness

@@ -48,12 +48,14 @@ class Handle(Future[Any]):
         explain: Callable[[], str] | None = None,
         parts: Sequence[Handle] = (),
         drive: Drive | None = None,
+        on_end: Callable[[Handle], object] | None = None,
     ) -> None:  # in place of Future's
         self.what = what
         self._timeout_s = timeout_s
         self._explain = explain
         self._parts = parts
         self._drive = drive
+        self._on_end = on_end
 
     def __repr__(self) -> str:
         state = "pending" if not self.done() else "failed" if self.exception_now() else "done"
@@ -152,8 +154,10 @@ class Handle(Future[Any]):
         return self._exception
 
     def finish(self, result: Any, error: BaseException | None = None) -> None:
-        """Called by the store, once."""
+        """Called by the store; the first call counts."""
         with self._lock:
+            if self._state == FINISHED:
+                return
             self._result = result
             self._exception = error
             self._state = FINISHED
@@ -163,6 +167,8 @@ class Handle(Future[Any]):
                 for waiter in self._waiters:
                     waiter.add_result(self) if error is None else waiter.add_exception(self)
                 watched.notify_all()
+        if self._on_end is not None:
+            self._on_end(self)
         for tell in callbacks or ():
             try:
                 tell(self)

@@ -139,19 +139,19 @@ class LocalHome(Home):
         return self._optimizer
 
     def set_updater(self, updater: Updater) -> None:
-        """In effect from the next push."""
-        self._updater = updater
+        """In effect from the next push, in place of what was set."""
+        self._updater, self._optimizer = updater, None
         self._generation += 1
 
     def set_optimizer(self, optimizer: Optimizer, replace: bool, timeout_s: float) -> None:
         if self._optimizer == optimizer:
             return
-        if self._optimizer is not None and not replace:
+        current = "an updater" if self._updater is not None else self._optimizer
+        if current is not None and not replace:
             raise OptimizerError(
-                f"set_optimizer: expected the one that is set, {self._optimizer}, got {optimizer}; "
-                "replace=True replaces it"
+                f"set_optimizer: expected what is set, {current}, got {optimizer}; replace=True replaces it"
             )
-        self._optimizer = optimizer
+        self._optimizer, self._updater = optimizer, None
         self._generation += 1
 
     def set_hyperparameters(self, changes: Mapping[str, Any], timeout_s: float) -> None:

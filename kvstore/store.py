@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
 from typing import Any, NoReturn
 
@@ -253,16 +254,22 @@ class KVStore:
             UnknownKeyError, ShapeError, DtypeError, DeviceCountError: before anything is sent.
         """
         priority = _priority(priority)
-        if device is None and (whole := self._together("push", key, value, None, priority)) is not None:
+        many = isinstance(key, list | tuple)
+        if many and device is None and (whole := self._together("push", key, value, None, priority)) is not None:
             return whole
-        pushes = self._check_push(key, value, device)
+        keys = self._keys(key)
+        pushes = self._check_push(keys, self._as_many(keys, value, "values") if many else [value], device)
         return self._one_or_all(key, self._push_each(pushes, priority), "push")
 
     def _push_each(self, pushes: list[_Push], priority: int) -> list[Handle]:
         handles, reading = [], []
         for entry, per_device in pushes:
             handle = self._handle_of(entry, "push")
-            reading += self._level.push(entry, per_device, priority, countdown(handle, len(per_device)))
+            try:
+                reading += self._level.push(entry, per_device, priority, countdown(handle, len(per_device)))
+            except BaseException as error:
+                _interrupted(error, handle)
+                raise
             handles.append(handle)
         _wait_for(reading)
         return handles
@@ -283,11 +290,12 @@ class KVStore:
             UnknownKeyError, ShapeError, DtypeError, DeviceCountError, ReadOnlyError: at once.
         """
         priority = _priority(priority)
-        if device is None and (whole := self._together("pull", key, None, out, priority)) is not None:
+        many = isinstance(key, list | tuple)
+        if many and device is None and (whole := self._together("pull", key, None, out, priority)) is not None:
             return whole
         entries = self._known(self._keys(key))
         device = self._check_device(device)
-        outs = [out] if not isinstance(key, list | tuple) else self._as_many(entries, out, "outs")
+        outs = self._as_many(entries, out, "outs") if many else [out]
         targets = [self._check_out(entry, o, device) for entry, o in zip(entries, outs, strict=True)]
         return self._one_or_all(key, self._pull_each(entries, targets, priority, device), "pull")
 
@@ -297,7 +305,11 @@ class KVStore:
         handles = []
         for entry, (arrays, result) in zip(entries, targets, strict=True):
             handle = self._handle_of(entry, "pull")
-            self._level.pull(entry, Request(handle, arrays, result, priority, device))
+            try:
+                self._level.pull(entry, Request(handle, arrays, result, priority, device))
+            except BaseException as error:
+                _interrupted(error, handle)
+                raise
             handles.append(handle)
         return handles
 
@@ -312,18 +324,18 @@ class KVStore:
                 belongs to the store until the handle is done.
         """
         priority = _priority(priority)
-        if device is None and (whole := self._together("pushpull", key, value, out, priority)) is not None:
+        many = isinstance(key, list | tuple)
+        if many and device is None and (whole := self._together("pushpull", key, value, out, priority)) is not None:
             return whole
         keys = self._keys(key)
-        many = isinstance(key, list | tuple)
-        if len(set(keys)) != len(keys):
+        if many and len(set(keys)) != len(keys):
             raise DuplicateKeyError("pushpull: expected each key once in a call")
+        values = self._as_many(keys, value, "values") if many else [value]
         if out is None:
-            values = self._as_many(keys, value, "values") if many else [value]
             outs = [self._own_out(k, v) for k, v in zip(keys, values, strict=True)]
         else:
             outs = self._as_many(keys, out, "outs") if many else [out]
-        pushes = self._check_push(key, value, device)
+        pushes = self._check_push(keys, values, device)
         targets = [self._check_out(entry, o, device) for (entry, _), o in zip(pushes, outs, strict=True)]
         return self._one_or_all(key, self._pushpull_each(pushes, targets, priority, device), "pushpull")
 
@@ -336,7 +348,11 @@ class KVStore:
             pushed.observed = True  # the pull's handle fails with it
             ended = countdown(pushed, len(per_device))
             request = Request(handle, arrays, result, priority, device)
-            reading += self._level.pushpull(entry, per_device, ended, request)
+            try:
+                reading += self._level.pushpull(entry, per_device, ended, request)
+            except BaseException as error:
+                _interrupted(error, pushed, handle)
+                raise
             handles.append(handle)
         _wait_for(reading)
         return handles
@@ -354,7 +370,8 @@ class KVStore:
     def _together(self, what: str, key: Keys, value: Any, out: Any, priority: int) -> Handle | None:
         """A list call some of whose keys are moved together; None for another one, with nothing done."""
         self._check_open()
-        if not isinstance(key, list | tuple) or len(key) < 2 or not self._in_cluster:
+        assert isinstance(key, list | tuple)
+        if len(key) < 2 or not self._in_cluster:
             return None
         values = None if what == "pull" else self._as_many(key, value, "values")
         outs = None if out is None else self._as_many(key, out, "outs")
@@ -400,7 +417,7 @@ class KVStore:
             for bundle, some in plan.bundles
         ]
         rest = [keys[p] for p in plan.singles]
-        pushes = self._check_push(rest, [values[p] for p in plan.singles], None) if values else []
+        pushes = self._check_push(self._keys(rest), [values[p] for p in plan.singles], None) if values else []
         entries = self._known(self._keys(rest))
         rest_targets = [
             self._check_out(entry, outs[p] if outs else None, None)
@@ -433,24 +450,16 @@ class KVStore:
         arrays: list[list[Array]] = []
         count = self._devices or (len(values[0]) if isinstance(values[0], list | tuple) else 1)
         for entry, value in zip(bundle.entries, values, strict=True):
-            if entry.failed:
-                self._raise_unseen(entry)
-            if count == 1 and _is_exactly(value, entry):
-                arrays.append([value])
-            else:
-                arrays.append(self._of_devices(entry, value, count))
+            self._raise_unseen(entry)
+            arrays.append(self._of_devices(entry, value, count))
         return arrays
 
     def _targets_of(self, bundle: Bundle, outs: list[Any] | None) -> list[_Target]:
         """For each key of the bundle where its value goes, checked."""
         targets: list[_Target] = []
         for entry, out in zip(bundle.entries, outs or [None] * len(bundle.entries), strict=True):
-            if entry.failed:
-                self._raise_unseen(entry)
-            if _is_exactly(out, entry) and out.flags.writeable:
-                targets.append(([out], out))
-            else:
-                targets.append(self._check_out(entry, out, None))
+            self._raise_unseen(entry)
+            targets.append(self._check_out(entry, out, None))
         return targets
 
     def _move(
@@ -538,6 +547,8 @@ class KVStore:
 
     def _keys(self, key: Keys) -> list[Key]:
         self._check_open()
+        if type(key) in (str, int) and key in self._entries:
+            return [key]
         keys = list(key) if isinstance(key, list | tuple) else [key]
         checked: list[Key] = []
         for one in keys:
@@ -579,6 +590,8 @@ class KVStore:
 
     def _raise_unseen(self, entry: Entry) -> None:
         """An error nobody looked at is raised by the next call on that key."""
+        if not entry.failed:
+            return
         with entry.lock:
             unseen = [handle for handle in entry.failed if not handle.observed]
             entry.failed.clear()
@@ -598,12 +611,10 @@ class KVStore:
             raise DeviceCountError(f"device={device!r}: expected 0..{self._devices - 1}")
         return number
 
-    def _check_push(self, key: Keys, value: Any, device: int | None) -> list[_Push]:
+    def _check_push(self, keys: list[Key], values: list[Any], device: int | None) -> list[_Push]:
         """The whole call, checked: per entry and device the arrays to be summed."""
-        keys = self._keys(key)
         entries = self._known(keys)
         device = self._check_device(device)
-        values = self._as_many(keys, value, "values") if isinstance(key, list | tuple) else [value]
         pushes: dict[Key, tuple[Entry, dict[int, list[Array]]]] = {}
         count = self._devices
         for entry, given in zip(entries, values, strict=True):
@@ -630,6 +641,8 @@ class KVStore:
 
     def _of_devices(self, entry: Entry, given: Any, count: int) -> list[Array]:
         """What each of ``count`` devices pushes, checked."""
+        if count == 1 and _is_exactly(given, entry):
+            return [given]
         arrays = list(given) if isinstance(given, list | tuple) else [given]
         if len(arrays) != count or not arrays:
             raise DeviceCountError(
@@ -639,9 +652,10 @@ class KVStore:
 
     def _fix_devices(self, count: int | None) -> None:
         """The first push says how many devices there are."""
-        with self._lock:
-            if self._devices is None:
-                self._devices = count
+        if self._devices is None:
+            with self._lock:
+                if self._devices is None:
+                    self._devices = count
 
     def _fits(self, entry: Entry, array: Array, what: str) -> Array:
         if array.shape != entry.shape:
@@ -654,6 +668,8 @@ class KVStore:
         """The arrays to write (None: in place), and what the handle's result is."""
         if out is IN_PLACE:
             return None, None
+        if _is_exactly(out, entry) and out.flags.writeable:
+            return [out], out
         what = f"out for key {entry.key!r}"
         if out is None:
             fresh = np.empty(entry.shape, entry.dtype)
@@ -673,21 +689,21 @@ class KVStore:
     def _handle(self, entries: Sequence[Entry], what: str, explain: Callable[[], str]) -> Handle:
         first, last = entries[0].key, entries[-1].key
         named = f"key {first!r}" if len(entries) == 1 else f"{len(entries)} keys, {first!r} ... {last!r}"
-        handle = Handle(f"{what} of {named}", self.timeout, explain, drive=self._home.drive)
+        ended = partial(self._ended, entries)
+        handle = Handle(f"{what} of {named}", self.timeout, explain, drive=self._home.drive, on_end=ended)
         if what == "push":
             with self._lock:
                 self._pushes.add(handle)
+        return handle
 
-        def ended(_: Future[Any]) -> None:
+    def _ended(self, entries: Sequence[Entry], handle: Handle) -> None:
+        if handle in self._pushes:
             with self._lock:
                 self._pushes.discard(handle)
-            if not handle.observed and handle.exception_now() is not None:
-                for entry in entries:
-                    with entry.lock:
-                        entry.failed.append(handle)
-
-        handle.add_done_callback(ended)
-        return handle
+        if handle.exception_now() is not None and not handle.observed:
+            for entry in entries:
+                with entry.lock:
+                    entry.failed.append(handle)
 
     def _handle_of(self, entry: Entry, what: str) -> Handle:
         return self._handle((entry,), what, lambda: self._explain(entry))
@@ -745,12 +761,12 @@ class KVStore:
                 self._entries[key].count(self._devices)
 
     def set_updater(self, updater: Updater) -> None:
-        """``updater(key, merged, stored)`` changes ``stored`` in place for every push; local stores only.
+        """``updater(key, merged, stored)`` changes ``stored`` in place for every push, instead of an optimizer.
 
-        It runs on an engine thread, keeps neither array, and its return value is ignored.
+        Local stores only. It runs on an engine thread, keeps neither array, and its return value is ignored.
 
         Raises:
-            OptimizerError: in a cluster, where no code travels.
+            OptimizerError: not a function; or in a cluster, where no code travels.
         """
         self._check_open()
         if not isinstance(self._home, LocalHome):
@@ -758,6 +774,7 @@ class KVStore:
         if not callable(updater):
             raise OptimizerError(f"set_updater: expected a function, got {type(updater).__name__}")
         self._home.set_updater(updater)
+        self._optimizer = None
 
     def set_hyperparameters(self, **changes: Any) -> None:
         """Change numbers of the optimizer, live: for each key from the caller's next round on.
@@ -841,7 +858,8 @@ class KVStore:
         try:
             self.wait_for_commits()
         except BaseException as error:
-            self._leave(f"{type(error).__name__}: {error}" if isinstance(error, DeadlineError) else "")
+            committed = isinstance(error, KVStoreError) and not isinstance(error, DeadlineError)
+            self._leave("" if committed else f"{type(error).__name__}: {error}")
             raise
         self._leave("")
 
@@ -886,6 +904,13 @@ def _priority(priority: int) -> int:
 def type_of(key: Key) -> str:
     """The kind of a key."""
     return "str" if isinstance(key, str) else "int"
+
+
+def _interrupted(error: BaseException, *handles: Handle) -> None:
+    """What stops a call in the middle, as Ctrl-C does, is its outcome, so that nobody waits for it in vain."""
+    for handle in handles:
+        handle.observed = True
+        handle.finish(None, error)
 
 
 def _wait_for(reading: list[Reading]) -> None:

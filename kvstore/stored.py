@@ -100,6 +100,7 @@ class Stored:
             part.value = self.value[elements].copy()
             part.state = {name: array[elements].copy() for name, array in self.state.items()}
             part.step, part._generation = self.step, self._generation
+        self.state = {}  # the value stays: it may be lent
 
     def move(self, target: Array, allocate: Callable[[], Array | None]) -> None:
         """Continue in ``target``, and when more is needed in what ``allocate`` gives."""

@@ -28,6 +28,7 @@ from kvstore.handle import when_ended
 from kvstore.protocol.bundles import Bundle, Part
 from kvstore.protocol.leases import Lending, Reader
 from kvstore.protocol.messages import (
+    FRAME_BYTES_MAX,
     NOBODY,
     Departed,
     Done,
@@ -100,7 +101,7 @@ class Server:
         self._wanted = NOBODY if rank is None else rank
         self._engine = engine.default()
         self._reactor = Reactor("kvstore-server")
-        self._endpoint = Endpoint(self._reactor, self._receive)
+        self._endpoint = Endpoint(self._reactor, self._receive, frame_bytes_max=FRAME_BYTES_MAX)
         try:
             split(bind)  # for ZeroMQ port 70000 is port 4464
             self.address = advertised(self._endpoint.bind(bind), advertise)
@@ -234,11 +235,11 @@ class Server:
         if isinstance(message, WriteState):
             if not len(payload) == len(message.names) == len(message.dtypes):
                 raise ProtocolError(f"optimizer state of key {message.key!r}: expected one frame and dtype per name")
-            stored = self._stored.get((message.key, message.piece))
+            spec = self._serving.spec_of(message.key, message.piece)
             state = {}
             for name, dtype, frame in zip(message.names, message.dtypes, payload, strict=True):
                 kind = dtype_named(dtype)
-                if stored is not None and len(frame) != stored.value.size * kind.itemsize:
+                if spec is not None and len(frame) != spec.cut.size(message.piece) * kind.itemsize:
                     raise ProtocolError(f"optimizer state of key {message.key!r}: a frame of {len(frame)} bytes")
                 state[name] = np.frombuffer(frame, kind).copy()
             return state
@@ -246,9 +247,7 @@ class Server:
             raise ProtocolError(f"{type(message).__name__}: expected no value frame, got {len(payload)}")
         return None
 
-    def _one_frame(
-        self, message: Init | Push, expected: int, dtype: np.dtype[Any], payload: Frames
-    ) -> Array | None:
+    def _one_frame(self, message: Init | Push, expected: int, dtype: np.dtype[Any], payload: Frames) -> Array | None:
         if not payload:
             return None
         if len(payload) != 1 or len(payload[0]) != expected:
@@ -278,8 +277,8 @@ class Server:
                 case SendState(rank, request_id, piece, span):
                     stored = self._stored[piece]
                     self._then([stored], rank, request_id, lambda s=stored, i=request_id, p=span: _state_of(s, i, p))  # type: ignore[misc]
-                case StoreState(rank, message, payload):
-                    self._store_state(rank, message, payload)
+                case StoreState():
+                    self._store_state(action)
                 case Forget(piece):
                     assert self._values is not None
                     self._stored.pop(piece, None)
@@ -304,7 +303,7 @@ class Server:
         empty: Array = np.empty(0, whole.value.dtype)
         parts = [(Stored(empty, repr(piece)), slice(*span)) for piece, span in bundle]
         self._stored.update(zip(bundle.members, (part for part, _ in parts), strict=True))
-        writes = [part.var for part, _ in parts]
+        writes = [whole.var, *(part.var for part, _ in parts)]
         self._engine.push(lambda: whole.split(parts), reads=[whole.var], writes=writes, name="split", inline=True)
 
     def _apply(self, action: Apply, priority: int) -> None:
@@ -335,7 +334,7 @@ class Server:
         Small work is done at once if they are free, which they stay meanwhile: no other thread submits ops on them.
         """
         inline = sum([stored.value.nbytes for stored in pieces]) <= INLINE_BYTES
-        if inline and all(self._engine.free(stored.var) for stored in pieces):
+        if inline and self._engine.free(*[stored.var for stored in pieces]):
             try:
                 work()
                 return None
@@ -355,20 +354,21 @@ class Server:
             value = Value(request_id, action.version, action.staleness, place)
             if place is not None:
                 return value, ()
-            elements = slice(None) if action.span is None else slice(*action.span)
-            return value, (stored.lend(reader).reshape(-1)[elements].view(np.uint8),)
+            return value, (stored.lend(reader).reshape(-1)[_slice(action.span)].view(np.uint8),)
 
         self._then([stored], action.rank, request_id, make, priority, lambda: stored.give_back(reader))
 
     def _reply_together(self, action: ReplyTogether, priority: int) -> None:
-        parts = [self._stored[piece] for piece in action.pieces]
+        parts = [(self._stored[piece], _slice(span)) for piece, span in action.places]
 
         def make() -> Outgoing:
             if not isinstance(action.message, Value):
                 return action.message, ()
-            return action.message, (np.concatenate([part.value.reshape(-1) for part in parts]).view(np.uint8),)
+            values = [stored.value.reshape(-1)[elements] for stored, elements in parts]
+            return action.message, (np.concatenate(values).view(np.uint8),)
 
-        self._then(parts, action.rank, action.message.request_id, make, priority)
+        after = list({id(stored): stored for stored, _ in parts}.values())
+        self._then(after, action.rank, action.message.request_id, make, priority)
 
     def _share(self, piece: PieceId) -> None:
         """From here on the value lies in shared memory, if there is enough."""
@@ -427,15 +427,15 @@ class Server:
         if handle is not None:
             when_ended(handle, ended)
 
-    def _store_state(self, rank: int, message: WriteState, state: Any) -> None:
-        assert self._serving is not None
+    def _store_state(self, action: StoreState) -> None:
+        message, state = action.message, action.payload
+        assert isinstance(state, dict)
         stored = self._stored[message.key, message.piece]
-        generation = self._serving.settings[-1].generation if self._serving.settings else 0
         self._engine.push(
-            lambda: stored.restore(state, message.step, generation),
+            lambda: stored.restore(state, message.step, action.generation),
             reads=[stored.var], writes=[stored.var], name="write state",
         )  # fmt: skip
-        self._then([stored], rank, message.request_id, lambda: (Done(message.request_id), ()))
+        self._then([stored], action.rank, message.request_id, lambda: (Done(message.request_id), ()))
 
     def _reply_now(
         self, rank: int, message: Message, frames: Sequence[Any], priority: int, on_sent: OnSent | None
@@ -526,12 +526,16 @@ def _elements(payload: object) -> Array:
     return payload
 
 
+def _slice(span: Span | None) -> slice:
+    """These elements, or all."""
+    return slice(None) if span is None else slice(*span)
+
+
 def _raise(error: Exception) -> None:
     raise error
 
 
 def _state_of(stored: Stored, request_id: int, span: Span | None) -> Outgoing:
-    elements = slice(None) if span is None else slice(*span)
-    arrays = {name: array.reshape(-1)[elements].copy() for name, array in stored.state.items()}
+    arrays = {name: array.reshape(-1)[_slice(span)].copy() for name, array in stored.state.items()}
     names, dtypes = tuple(arrays), tuple(array.dtype.name for array in arrays.values())
     return State(request_id, stored.step, names, dtypes), tuple(array.view(np.uint8) for array in arrays.values())

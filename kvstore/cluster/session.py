@@ -83,7 +83,7 @@ class Session:
         self.near: set[int] = set()  # servers whose memory can be mapped here, and the other way round
         self._on_departed = on_departed
         self._requests = Requesting()
-        self._on_outcome: dict[int, OnOutcome] = {}
+        self._unanswered: dict[int, tuple[Request, OnOutcome]] = {}
         self._connections: dict[int, Connection] = {}
         self._heard_at: dict[int, float] = {}
         self._ids = 0
@@ -177,7 +177,7 @@ class Session:
             if self._closed is not None:
                 raise self._closed
             for request, on_outcome in requests:
-                self._on_outcome[request.request_id] = on_outcome
+                self._unanswered[request.request_id] = request, on_outcome
                 self._inbox.append((request, pulls_first))
         self._reactor.post(self._take_inbox)
 
@@ -291,12 +291,15 @@ class Session:
 
     def _settle(self, outcome: Outcome) -> None:
         with self._lock:
-            on_outcome = self._on_outcome.pop(outcome.request.request_id, None)
-        if on_outcome is not None:
-            try:
-                on_outcome(outcome)
-            except Exception:
-                log.exception("%r: a completion failed", self)
+            asked = self._unanswered.pop(outcome.request.request_id, None)
+        if asked is not None:
+            self._tell(asked[1], outcome)
+
+    def _tell(self, on_outcome: OnOutcome, outcome: Outcome) -> None:
+        try:
+            on_outcome(outcome)
+        except Exception:
+            log.exception("%r: a completion failed", self)
 
     def _tick(self, now: float) -> None:
         self._requests.tick(now)
@@ -307,7 +310,7 @@ class Session:
             if self._closed is not None:
                 return
             self._closed = error
-            callbacks = list(self._on_outcome.items())
-            self._on_outcome.clear()
-        for request_id, on_outcome in callbacks:
-            on_outcome(Refused(Request(SCHEDULER, Message(request_id)), error))
+            unanswered = list(self._unanswered.values())
+            self._unanswered.clear()
+        for request, on_outcome in unanswered:
+            self._tell(on_outcome, Refused(request, error))

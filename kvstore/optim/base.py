@@ -107,9 +107,9 @@ class Optimizer(ABC):
         master = state.get("master")
         lr = float(self.lr.at(step) if isinstance(self.lr, Schedule) else self.lr)
         scale = 1.0
+        clip = math.inf if self.clip_gradient is None else self.clip_gradient
         if self.clip_norm is not None:
             scale = min(1.0, self.clip_norm / (kernels.norm(pushes) + 1e-6))
-        clip = math.inf if self.clip_gradient is None else self.clip_gradient
         if master is None:
             self._step(Change(value, target, pushes, scale, clip), state, lr, step)
         else:

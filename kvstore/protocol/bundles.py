@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from kvstore.protocol.messages import Spec
-from kvstore.protocol.pieces import BundleId, PieceId, Span
+from kvstore.protocol.pieces import BundleId, Key, PieceId, Span
 
 BUNDLES_MAX = 4096  # per server
 
@@ -35,6 +35,11 @@ class Bundle:
     def piece(self) -> PieceId:
         """The united piece."""
         return self.id, 0
+
+    @property
+    def keys(self) -> tuple[Key, ...]:
+        """Of its members."""
+        return tuple([key for key, _ in self.members if not isinstance(key, bytes)])
 
     def __iter__(self) -> Iterator[tuple[PieceId, Span]]:
         return zip(self.members, self.spans, strict=True)
@@ -58,34 +63,30 @@ class Part:
 
 @dataclass(slots=True)
 class Gathering:
-    """One request for a split bundle: what its members have answered so far."""
+    """One request for a split bundle: what its members have answered so far.
+
+    Args:
+        round: of the sender, for whom the values are.
+        pull: does it ask for them?
+    """
 
     bundle: Bundle
+    round: int
     pull: bool
-    values: set[PieceId] = field(default_factory=set)
-    commits: set[PieceId] = field(default_factory=set)
-    version: int | None = None  # the smallest
-    staleness: int = 0  # the largest
-    committed: bool = False  # and told so
-    failed: bool = False  # and told so
+    values: set[PieceId] = field(default_factory=set)  # members whose values may be had
+    commits: set[PieceId] = field(default_factory=set)  # members whose pushes are committed
+    told: bool = False  # that all are committed
+    failed: bool = False
 
-    def value(self, piece: PieceId, version: int, staleness: int) -> bool:
-        """A member has its value. Have all?"""
-        self.values.add(piece)
-        self.version = version if self.version is None else min(self.version, version)
-        self.staleness = max(self.staleness, staleness)
-        return self._all(self.values)
+    @property
+    def complete(self) -> bool:
+        """May the values of all members be had?"""
+        return len(self.values) == len(self.bundle.members)
 
-    def commit(self, piece: PieceId) -> bool:
-        """A member's push is committed. Is it time to say so: are all, now?"""
-        self.commits.add(piece)
-        if self.committed or not self._all(self.commits | self.values):
-            return False
-        self.committed = True
-        return True
-
-    def _all(self, pieces: set[PieceId]) -> bool:
-        return len(pieces) == len(self.bundle.members) and not self.failed
+    @property
+    def committed(self) -> bool:
+        """Are the pushes of all members committed? Who may read the value after one knows that it is."""
+        return len(self.commits | self.values) == len(self.bundle.members)
 
 
 Request = tuple[int, int]  # the worker's rank and its request id
@@ -96,23 +97,34 @@ class Gatherings:
 
     def __init__(self) -> None:
         self._open: dict[Request, Gathering] = {}
-
-    def __bool__(self) -> bool:
-        return bool(self._open)
+        self._changed: dict[Request, None] = {}
 
     def __repr__(self) -> str:
         return f"<Gatherings: {len(self._open)} open>"
 
-    def begin(self, request: Request, bundle: Bundle, *, pull: bool) -> None:
+    def begin(self, request: Request, bundle: Bundle, round: int, *, pull: bool) -> None:
         """From here on what the members answer to this request is gathered."""
-        self._open[request] = Gathering(bundle, pull)
+        self._open[request] = Gathering(bundle, round, pull)
+
+    def change(self, request: Request) -> Gathering | None:
+        """The gathering for a request that has an answer; None if it is no request for a split bundle."""
+        gathering = self._open.get(request)
+        if gathering is not None:
+            self._changed[request] = None
+        return gathering
+
+    def changed(self) -> Iterator[tuple[Request, Gathering]]:
+        """Those with new answers, each once."""
+        changed, self._changed = self._changed, {}
+        return ((request, self._open[request]) for request in changed if request in self._open)
 
     def end(self, request: Request) -> None:
         """It has its last answer."""
         self._open.pop(request, None)
 
-    def get(self, request: Request) -> Gathering | None:
-        return self._open.get(request)
+    def of(self, bundle: Bundle) -> list[Request]:
+        """The requests for this bundle."""
+        return [request for request, gathering in self._open.items() if gathering.bundle is bundle]
 
     def gone(self, rank: int) -> None:
         """The worker waits for nothing any more."""

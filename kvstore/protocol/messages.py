@@ -25,6 +25,7 @@ PROTOCOL = 1
 HEADER_BYTES_MAX = 8 << 20
 MESSAGES_MAX = 1 << 16
 FRAMES_MAX = 1 << 16
+FRAME_BYTES_MAX = 1 << 32
 KEY_BYTES_MAX = 1024
 NDIM_MAX = 64
 TEXT_BYTES_MAX = 1 << 16
@@ -436,6 +437,8 @@ def _spec(value: Any) -> Spec:
 
 
 _name_list = _many(_text, 64)
+_address_list = _many(_text, 1 << 16)
+_key_list = _many(key, BUNDLE_KEYS_MAX)
 _held = _many(_natural, HELD_MAX)
 
 FORMS: dict[int, tuple[type[Message], tuple[Check, ...]]] = {
@@ -450,7 +453,7 @@ FORMS: dict[int, tuple[type[Message], tuple[Check, ...]]] = {
     9: (Explain, (_natural,)),
     10: (Leave, (_text,)),
     11: (Meet, (_place,)),
-    12: (Bind, (_bundle, _many(key, BUNDLE_KEYS_MAX))),
+    12: (Bind, (_bundle, _key_list)),
     32: (Initialized, (_natural,)),
     33: (Accepted, ()),
     34: (Committed, ()),
@@ -462,7 +465,7 @@ FORMS: dict[int, tuple[type[Message], tuple[Check, ...]]] = {
     40: (Failed, (_text, _text)),
     41: (Met, (_maybe_place,)),
     64: (Register, (_text, _rank, _text, _text, _natural, _natural)),
-    65: (Roster, (_natural, _natural, _natural, _many(_text, 1 << 16))),
+    65: (Roster, (_natural, _natural, _natural, _address_list)),
     66: (Barrier, (_natural,)),
     67: (Departed, (_text, _natural, _text)),
     68: (ReadStatus, ()),

@@ -30,7 +30,7 @@ from kvstore.errors import (
     WorkerLostError,
     to_wire,
 )
-from kvstore.protocol.bundles import BUNDLES_MAX, Bundle, Gatherings, Part
+from kvstore.protocol.bundles import BUNDLES_MAX, Bundle, Gatherings, Part, Request
 from kvstore.protocol.messages import (
     Accepted,
     Bind,
@@ -54,7 +54,7 @@ from kvstore.protocol.messages import (
     Value,
     WriteState,
 )
-from kvstore.protocol.pieces import BundleId, Key, PieceId, Span
+from kvstore.protocol.pieces import BundleId, Key, PieceId, Span, bundle_id
 
 
 class Rule(Protocol):
@@ -126,7 +126,7 @@ class ReplyTogether:
 
     rank: int
     message: Committed | Value
-    pieces: tuple[PieceId, ...]
+    places: tuple[tuple[PieceId, Span | None], ...]  # each a piece, or these elements of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +146,7 @@ class StoreState:
     rank: int
     message: WriteState
     payload: object
+    generation: int  # of the optimizer whose state it is
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +187,15 @@ class Piece:
     accepted: dict[int, int] = field(default_factory=dict)  # rank -> last accepted round
     held: dict[tuple[int, int], object] = field(default_factory=dict)  # payloads before their turn
     commits: dict[tuple[int, int], int] = field(default_factory=dict)  # (rank, round) -> request
-    written: tuple[int, tuple[str, ...]] | None = None  # what WriteState last said: step and names
+    generation: int = 0  # of the optimizer that the state is of; 0: of none
+    steps: int = 0  # updates by it
+    written: tuple[tuple[str, ...], tuple[str, ...]] | None = None  # names and dtypes, if a worker wrote the state
+
+    def count_update(self, generation: int) -> None:
+        """One more update by the optimizer of this generation."""
+        if generation != self.generation:
+            self.generation, self.steps, self.written = generation, 0, None
+        self.steps += 1
 
     @property
     def quiet(self) -> bool:
@@ -197,7 +206,7 @@ class Piece:
         """Has it seen the same pushes as ``other``, in the same order?"""
         return (
             self.accepted == other.accepted
-            and self.written == other.written
+            and (self.generation, self.steps, self.written) == (other.generation, other.steps, other.written)
             and self.level.same_history(other.level)
         )
 
@@ -269,6 +278,7 @@ class Serving:
             return [_failed(rank, message, FencedError(f"rank {rank}: a newer worker took over this rank"))]
         if incarnation > known:
             self.gone.pop(rank, None)
+            self._forget_requests(rank)
         self.incarnations[rank] = incarnation
         self.heard[rank] = now
         if isinstance(message, Explain):
@@ -277,20 +287,20 @@ class Serving:
         try:
             if handler is None or rank < 0:
                 raise ProtocolError(f"a server does not take {type(message).__name__} from rank {rank}")
-            actions = self._gathered(handler(rank, message, payload))
+            actions = handler(rank, message, payload)
         except KVStoreError as error:
             actions = [_failed(rank, message, error)]
         moved, self._moved = self._moved, []
-        return [*moved, *actions] if moved else actions
+        return [*moved, *actions, *self._conclude()]
 
     def lost(self, rank: int, reason: str) -> list[Action]:
         """``rank`` died: whatever waits for it fails, and whatever would wait for it will."""
         self.gone[rank] = reason
-        self._gatherings.gone(rank)
+        self._forget_requests(rank)
         actions: list[Action] = []
         for piece_id, piece in self.counted():
             actions += self._fail_hopeless(piece_id, piece)
-        return self._gathered(actions) + self._fail_early()
+        return actions + self._conclude() + self._fail_early()
 
     def counted(self) -> Iterator[tuple[PieceId, Piece]]:
         """The pieces that are counted by themselves: all but the members of united bundles."""
@@ -365,10 +375,15 @@ class Serving:
         actions: list[Action] = []
         for piece_id in mine:
             self._part(piece_id)
-            del self.pieces[piece_id]
         for bundle in [bundle for bundle in self.bundles.values() if set(mine).intersection(bundle.members)]:
+            for asked in self._gatherings.of(bundle):
+                self._withdraw(asked, bundle)
+                error = UnknownKeyError(f"the bundle of {bundle}: key {message.key!r} has been dropped")
+                actions.append(Reply(asked[0], Failed(asked[1], *to_wire(error))))
             del self.bundles[bundle.id]
             actions.append(Forget(bundle.piece))
+        for piece_id in mine:
+            del self.pieces[piece_id]
         return [*actions, *(Forget(piece_id) for piece_id in mine), Reply(rank, Done(message.request_id))]
 
     def _find(self, key: Key | BundleId, number: int) -> tuple[PieceId, Piece]:
@@ -387,11 +402,10 @@ class Serving:
 
     def _bind(self, rank: int, message: Bind, payload: object) -> list[Action]:
         done: Action = Reply(rank, Done(message.request_id))
-        known = self.bundles.get(message.bundle)
         members = tuple((key, 0) for key in message.keys)
-        if known is not None:
-            if known.members != members:
-                raise DisagreementError("bind: expected the keys that this bundle has, got others")
+        if message.bundle != bundle_id(message.keys):
+            raise ProtocolError("bind: expected the id that follows from the keys, got another")
+        if message.bundle in self.bundles:
             return [done]
         if len(self.bundles) >= BUNDLES_MAX or len(set(members)) < max(1, len(members)):
             raise ProtocolError(f"bind: expected at most {BUNDLES_MAX} bundles, of at least one key, each key once")
@@ -407,19 +421,20 @@ class Serving:
         self.bundles[message.bundle] = Bundle(message.bundle, members, tuple(spans), whole)
         return [done]
 
-    def _unite(self, bundle: Bundle) -> bool:
-        """Count the bundle as one piece, if its members' histories allow it."""
+    def _unite(self, bundle: Bundle, pushed: tuple[int, int]) -> bool:
+        """Count the bundle as one piece from this push on (rank, round), if its members' histories allow it."""
         pieces = [self.pieces[piece_id] for piece_id in bundle.members]
-        first = pieces[0]
-        if self.settings and self.settings[-1].rule.whole_tensor:
-            return False
+        first, (rank, round) = pieces[0], pushed
+        if rank not in first.level.rounds or round != first.accepted.get(rank, 0) + 1:
+            return False  # it is a repeat, or comes too early
         if any(piece_id in self._united for piece_id in bundle.members):
             return False
         if not all(piece.quiet and piece.same_history(first) for piece in pieces):
             return False
-        if not all(_alike(setting.since, bundle) for setting in self.settings):
+        if not self._treats_alike(bundle, first.level):
             return False
-        whole = Piece(bundle.spec, first.level, first.accepted, written=first.written)
+        whole = Piece(bundle.spec, first.level, first.accepted)
+        whole.generation, whole.steps, whole.written = first.generation, first.steps, first.written
         for piece in pieces:
             piece.level, piece.accepted = whole.level, whole.accepted
             piece.held, piece.commits = whole.held, whole.commits
@@ -434,11 +449,6 @@ class Serving:
         if piece_id in self._united:
             self._split(self._united[piece_id][0])
 
-    def _part_all(self, bundle: Bundle) -> None:
-        """See that no member of a split bundle is counted with another one."""
-        for piece_id in bundle.members:
-            self._part(piece_id)
-
     def _split(self, bundle: Bundle) -> None:
         """Count the bundle's members one by one, from where they are."""
         whole = self.pieces.pop(bundle.piece)
@@ -449,82 +459,88 @@ class Serving:
             piece.level, piece.accepted = whole.level.copy(), dict(whole.accepted)
             piece.held = {pushed: Part(payload, span) for pushed, payload in whole.held.items()}
             piece.commits = dict(whole.commits)
-            piece.written = whole.written
+            piece.generation, piece.steps, piece.written = whole.generation, whole.steps, whole.written
         for pull in whole.level.waiting.values():
             ticket = _ticket(pull.ticket)
             for piece_id in bundle.members if ticket.piece == bundle.piece else (ticket.piece,):
                 own = Ticket(ticket.rank, ticket.request_id, False, piece_id)
                 self.pieces[piece_id].level.waiting[own] = Pull(own, pull.needs)
             if ticket.piece == bundle.piece:
-                self._gatherings.begin((ticket.rank, ticket.request_id), bundle, pull=True)
-        for (rank, _), request_id in whole.commits.items():
-            self._gatherings.begin((rank, request_id), bundle, pull=False)
+                self._gatherings.begin((ticket.rank, ticket.request_id), bundle, pull.needs[0][1], pull=True)
+        for (rank, round), request_id in whole.commits.items():
+            self._gatherings.begin((rank, request_id), bundle, round, pull=False)
         self._moved.append(Split(bundle))
 
     def _push_members(self, rank: int, message: Push, payload: object, bundle: Bundle) -> list[Action]:
         """A push of a split bundle is one of each member."""
-        self._part_all(bundle)
-        accepted = [self.pieces[piece_id].accepted.get(rank, 0) for piece_id in bundle.members]
-        if message.round > min(accepted) + 1:
+        pieces = [(piece_id, span, self.pieces[piece_id]) for piece_id, span in bundle]
+        accepted = min([piece.accepted.get(rank, 0) for _, _, piece in pieces])
+        if message.round > accepted + 1:
             return []
-        if payload is None and message.round > min(accepted):
+        if payload is None and message.round > accepted:
             return [Reply(rank, Missing(message.request_id))]
-        request = (rank, message.request_id)
-        self._gatherings.begin(request, bundle, pull=message.pull)
+        for piece_id, _, piece in pieces:
+            self._check_may_push(rank, message.round, piece_id, piece)
+        self._gatherings.begin((rank, message.request_id), bundle, message.round, pull=message.pull)
         actions: list[Action] = []
-        try:
-            for piece_id, span in bundle:
-                one = replace(message, key=piece_id[0], acknowledge=False, near=False, held=(), place=None)
-                actions += self._push(rank, one, Part.of(payload, span))
-        except KVStoreError:
-            self._gatherings.end(request)
-            raise
-        if message.acknowledge and not all(
-            self.pieces[piece_id].level.in_effect(rank, message.round) for piece_id in bundle.members
-        ):
+        for piece_id, span, _ in pieces:
+            one = replace(message, key=piece_id[0], acknowledge=False, near=False, held=(), place=None)
+            actions += self._push(rank, one, Part.of(payload, span))
+        if message.acknowledge and not all(piece.level.in_effect(rank, message.round) for _, _, piece in pieces):
             actions.append(Reply(rank, Accepted(message.request_id)))
         return actions
 
-    def _gathered(self, actions: list[Action]) -> list[Action]:
-        """The actions, with one reply for a request in place of one by each member of a bundle."""
-        if not self._gatherings:
-            return actions
-        kept: list[Action] = []
-        for action in actions:
-            match action:
-                case ReplyValue(rank, request_id, piece) if gathering := self._gatherings.get((rank, request_id)):
-                    if gathering.value(piece, action.version, action.staleness):
-                        self._gatherings.end((rank, request_id))
-                        value = Value(request_id, gathering.version or 0, gathering.staleness)
-                        kept.append(ReplyTogether(rank, value, gathering.bundle.members))
-                case ReplyAfter(rank, Committed() as message, piece) if gathering := self._gatherings.get(
-                    (rank, message.request_id)
-                ):
-                    if gathering.commit(piece):
-                        if not gathering.pull:
-                            self._gatherings.end((rank, message.request_id))
-                        kept.append(ReplyTogether(rank, message, gathering.bundle.members))
-                case Reply(rank, Failed() as message) if gathering := self._gatherings.get((rank, message.request_id)):
-                    if not gathering.failed:
-                        gathering.failed = True
-                        kept.append(action)
-                case _:
-                    kept.append(action)
-        return kept
+    def _fetch_members(self, rank: int, message: Fetch, bundle: Bundle) -> list[Action]:
+        self._gatherings.begin((rank, message.request_id), bundle, message.round, pull=True)
+        actions: list[Action] = []
+        for piece_id in bundle.members:
+            actions += self._fetch(rank, replace(message, key=piece_id[0], near=False, held=()), None)
+        return actions
+
+    def _conclude(self) -> list[Action]:
+        """One reply for each request for a split bundle in place of its members', where the time has come.
+
+        They come last: what they say holds after all the updates that the same message led to.
+        """
+        actions: list[Action] = []
+        for (rank, request_id), gathering in self._gatherings.changed():
+            members = gathering.bundle.members
+            places = tuple([self._place_of(piece_id) for piece_id in members])
+            if gathering.failed:
+                self._withdraw((rank, request_id), gathering.bundle)
+            elif gathering.complete and gathering.pull:
+                pull = Pull(request_id, ((rank, gathering.round),))
+                answers = [self.pieces[piece_id].level.answer(pull) for piece_id in members]
+                version = min([answer.version for answer in answers])
+                staleness = max([answer.staleness for answer in answers])
+                actions.append(ReplyTogether(rank, Value(request_id, version, staleness), places))
+                self._gatherings.end((rank, request_id))
+            elif gathering.committed and not gathering.told:
+                gathering.told = True
+                actions.append(ReplyTogether(rank, Committed(request_id), places))
+                if not gathering.pull:
+                    self._gatherings.end((rank, request_id))
+        return actions
+
+    def _withdraw(self, request: Request, bundle: Bundle) -> None:
+        """The members need not answer this request."""
+        self._gatherings.end(request)
+        rank, request_id = request
+        for piece_id in bundle.members:
+            piece = self.pieces[piece_id]
+            piece.level.waiting.pop(Ticket(rank, request_id, False, piece_id), None)
+            for pushed in [pushed for pushed, asked in piece.commits.items() if (pushed[0], asked) == request]:
+                del piece.commits[pushed]
 
     # --- push and pull ------------------------------------------------------------------------
 
     def _push(self, rank: int, message: Push, payload: object) -> list[Action]:
         if isinstance(message.key, bytes):
             bundle = self._bound(message.key, message.piece)
-            if not bundle.united and not self._unite(bundle):
+            if not bundle.united and (payload is None or not self._unite(bundle, (rank, message.round))):
                 return self._push_members(rank, message, payload, bundle)
         piece_id, piece = self._find(message.key, message.piece)
-        if rank not in piece.level.rounds:
-            raise DisagreementError(
-                f"push of key {message.key!r} by worker {rank}: expected a participant, "
-                f"one of {list(piece.level.participants)}"
-            )
+        self._check_may_push(rank, message.round, piece_id, piece)
         last = piece.accepted.get(rank, 0)
         if message.round > last + 1:
             return []  # a gap: the missing one will be sent again, and then this one
@@ -532,8 +548,6 @@ class Serving:
         if message.round == last + 1:
             if payload is None:
                 return [Reply(rank, Missing(message.request_id))]
-            if rank in piece.level.left:
-                raise DisagreementError(f"push of key {message.key!r} by worker {rank}: it has left")
             self._part(piece_id)
             piece.accepted[rank] = message.round
             piece.held[rank, message.round] = payload
@@ -544,13 +558,23 @@ class Serving:
             piece.commits[rank, message.round] = message.request_id
             actions += self._commits_due(piece_id, piece, [(rank, message.round)])
         if message.pull:
-            answered = self._pull(rank, message, piece_id, piece)
-            if not answered and piece.level.in_effect(rank, message.round):
-                answered.append(ReplyAfter(rank, Committed(message.request_id), self._place_of(piece_id)[0]))
-            actions += answered
+            answer = self._pull(rank, message, piece_id, piece)
+            if answer is not None:
+                actions += self._value(answer)
+            elif piece.level.in_effect(rank, message.round):
+                actions += self._commit(rank, message.request_id, piece_id)
         if message.acknowledge and not piece.level.in_effect(rank, message.round):
             actions.append(Reply(rank, Accepted(message.request_id)))
         return actions + self._fail_hopeless(piece_id, piece)
+
+    def _check_may_push(self, rank: int, round: int, piece_id: PieceId, piece: Piece) -> None:
+        if rank not in piece.level.rounds:
+            raise DisagreementError(
+                f"push of {self._called(piece_id)} by worker {rank}: expected a participant, "
+                f"one of {list(piece.level.participants)}"
+            )
+        if rank in piece.level.left and round > piece.accepted.get(rank, 0):
+            raise DisagreementError(f"push of {self._called(piece_id)} by worker {rank}: it has left")
 
     def _bound(self, key: BundleId, number: int) -> Bundle:
         bundle = self.bundles.get(key)
@@ -562,27 +586,40 @@ class Serving:
         if isinstance(message.key, bytes) and not (bundle := self._bound(message.key, message.piece)).united:
             return self._fetch_members(rank, message, bundle)
         piece_id, piece = self._find(message.key, message.piece)
-        actions = self._pull(rank, message, piece_id, piece)
+        answer = self._pull(rank, message, piece_id, piece)
+        actions = [] if answer is None else self._value(answer)
         return actions + self._fail_hopeless(piece_id, piece)
 
-    def _fetch_members(self, rank: int, message: Fetch, bundle: Bundle) -> list[Action]:
-        self._part_all(bundle)
-        self._gatherings.begin((rank, message.request_id), bundle, pull=True)
-        actions: list[Action] = []
-        for piece_id in bundle.members:
-            actions += self._fetch(rank, replace(message, key=piece_id[0], near=False, held=()), None)
-        return actions
-
-    def _pull(self, rank: int, message: Push | Fetch, piece_id: PieceId, piece: Piece) -> list[Action]:
+    def _pull(self, rank: int, message: Push | Fetch, piece_id: PieceId, piece: Piece) -> Answer | None:
         ticket = Ticket(rank, message.request_id, message.near, piece_id)
-        answer = piece.level.pull(Pull(ticket, ((rank, message.round),)))
-        return [] if answer is None else [self._value(answer)]
+        return piece.level.pull(Pull(ticket, ((rank, message.round),)))
 
-    def _value(self, answer: Answer) -> ReplyValue:
+    # --- replies: each to the sender, or to the gathering of its request ----------------------
+
+    def _value(self, answer: Answer) -> list[Action]:
         ticket = _ticket(answer.ticket)
+        gathering = self._gatherings.change((ticket.rank, ticket.request_id))
+        if gathering is not None:
+            gathering.values.add(ticket.piece)
+            return []
         piece, span = self._place_of(ticket.piece)
         near = ticket.near and span is None
-        return ReplyValue(ticket.rank, ticket.request_id, piece, answer.version, answer.staleness, near, span)
+        return [ReplyValue(ticket.rank, ticket.request_id, piece, answer.version, answer.staleness, near, span)]
+
+    def _commit(self, rank: int, request_id: int, piece_id: PieceId) -> list[Action]:
+        gathering = self._gatherings.change((rank, request_id))
+        if gathering is not None:
+            gathering.commits.add(piece_id)
+            return []
+        return [ReplyAfter(rank, Committed(request_id), self._place_of(piece_id)[0])]
+
+    def _refuse(self, rank: int, request_id: int, error: KVStoreError) -> list[Action]:
+        gathering = self._gatherings.change((rank, request_id))
+        if gathering is not None:
+            if gathering.failed:
+                return []
+            gathering.failed = True
+        return [Reply(rank, Failed(request_id, *to_wire(error)))]
 
     def _place_of(self, piece_id: PieceId) -> tuple[PieceId, Span | None]:
         """Where the piece's value is: its own, or in a united bundle's."""
@@ -595,21 +632,24 @@ class Serving:
         actions: list[Action] = []
         for update in updates:
             rule, generation = self._setting(self._key_of(piece_id), update.round)
+            if rule is not None:
+                piece.count_update(generation)
             payloads = tuple([piece.held.pop(contribution) for contribution in update.contributions])
             actions.append(Apply(piece_id, update.round, payloads, rule, generation))
             if piece.commits:
                 actions += self._commits_due(piece_id, piece, update.contributions)
-        actions += [self._value(answer) for answer in answers]
+        for answer in answers:
+            actions += self._value(answer)
         return actions
 
     def _commits_due(
         self, piece_id: PieceId, piece: Piece, pushes: tuple[tuple[int, int], ...] | list[tuple[int, int]]
     ) -> list[Action]:
-        return [
-            ReplyAfter(rank, Committed(piece.commits.pop((rank, round))), self._place_of(piece_id)[0])
-            for rank, round in pushes
-            if (rank, round) in piece.commits and piece.level.in_effect(rank, round)
-        ]
+        actions: list[Action] = []
+        for rank, round in pushes:
+            if (rank, round) in piece.commits and piece.level.in_effect(rank, round):
+                actions += self._commit(rank, piece.commits.pop((rank, round)), piece_id)
+        return actions
 
     # --- optimizer ----------------------------------------------------------------------------
 
@@ -635,7 +675,7 @@ class Serving:
                     f"got {rule}; replace=True replaces it"
                 )
             self.settings.append(Setting(message.since, rule, self.settings[-1].generation + 1))
-        self._split_unlike(self.settings[-1])
+        self._split_unlike()
         return [Reply(rank, Done(message.request_id))]
 
     def _set_hyperparameters(self, rank: int, message: SetHyperparameters, payload: object) -> list[Action]:
@@ -645,14 +685,25 @@ class Serving:
         rule = current.rule.with_hyperparameters(**message.changes)
         if rule != current.rule:
             self.settings.append(Setting(message.since, rule, current.generation))
-        self._split_unlike(self.settings[-1])
+        self._split_unlike()
         return [Reply(rank, Done(message.request_id))]
 
-    def _split_unlike(self, setting: Setting) -> None:
-        """Split the bundles whose members the setting does not treat alike."""
+    def _split_unlike(self) -> None:
+        """Split the bundles whose members the settings do not treat alike."""
         for bundle in self.bundles.values():
-            if bundle.united and (setting.rule.whole_tensor or not _alike(setting.since, bundle)):
+            if bundle.united and not self._treats_alike(bundle, self.pieces[bundle.piece].level):
                 self._split(bundle)
+
+    def _treats_alike(self, bundle: Bundle, level: Level) -> bool:
+        """Will every setting that may still take effect treat the bundle's keys alike, and not tensor by tensor?"""
+        done = level.slowest()  # no update will be of a round up to this one
+        for setting in reversed(self.settings):
+            begins = {max(done, setting.since.get(key, 0)) for key in bundle.keys}
+            if setting.rule.whole_tensor or len(begins) > 1:
+                return False
+            if done in begins:
+                break  # the settings before this one are over
+        return True
 
     def _read_state(self, rank: int, message: ReadState, payload: object) -> list[Action]:
         piece_id, _ = self._find(message.key, message.piece)
@@ -661,8 +712,9 @@ class Serving:
     def _write_state(self, rank: int, message: WriteState, payload: object) -> list[Action]:
         piece_id, piece = self._find(message.key, message.piece)
         self._part(piece_id)
-        piece.written = (message.step - piece.level.version, message.names)
-        return [StoreState(rank, message, payload)]
+        piece.generation = self.settings[-1].generation if self.settings else 0
+        piece.steps, piece.written = message.step, (message.names, message.dtypes)
+        return [StoreState(rank, message, payload, piece.generation)]
 
     # --- members ------------------------------------------------------------------------------
 
@@ -671,11 +723,22 @@ class Serving:
         if message.reason:
             return [reply, *self.lost(rank, message.reason)]
         self.gone[rank] = ""
-        self._gatherings.gone(rank)
+        self._forget_requests(rank)
         actions: list[Action] = [reply]
         for piece_id, piece in self.counted():
             actions += self._perform(piece_id, piece, *piece.level.leave(rank))
         return actions + self._fail_early()
+
+    def _forget_requests(self, rank: int) -> None:
+        """Nobody waits for what the worker asked for until now: it is gone, or has begun a new life."""
+        self._gatherings.gone(rank)
+        for inits in self._early.values():
+            inits.pop(rank, None)
+        for _, piece in self.counted():
+            for ticket in [ticket for ticket in piece.level.waiting if _ticket(ticket).rank == rank]:
+                del piece.level.waiting[ticket]
+            for pushed in [pushed for pushed in piece.commits if pushed[0] == rank]:
+                del piece.commits[pushed]
 
     def _fail_hopeless(self, piece_id: PieceId, piece: Piece) -> list[Action]:
         """Fail the parked requests of the piece that wait for a worker which is lost."""
@@ -688,14 +751,14 @@ class Serving:
             if missing:
                 del piece.level.waiting[pull.ticket]
                 ticket = _ticket(pull.ticket)
-                error = self._lost_error(piece_id, pull.needs[0][1], sorted(missing))
-                actions.append(Reply(ticket.rank, Failed(ticket.request_id, *to_wire(error))))
+                error = self._lost_error(ticket.piece, pull.needs[0][1], sorted(missing))
+                actions += self._refuse(ticket.rank, ticket.request_id, error)
         for (rank, round), request_id in list(piece.commits.items()):
             missing = lost.intersection(piece.level.behind(round))
             if missing and not piece.level.in_effect(rank, round):
                 del piece.commits[rank, round]
                 error = self._lost_error(piece_id, round, sorted(missing))
-                actions.append(Reply(rank, Failed(request_id, *to_wire(error))))
+                actions += self._refuse(rank, request_id, error)
         return actions
 
     def _lost_error(self, piece_id: PieceId, round: int, ranks: list[int]) -> WorkerLostError:
@@ -703,11 +766,11 @@ class Serving:
         return WorkerLostError(f"{self._called(piece_id)}, round {round}: waits for a worker that is gone ({why})")
 
     def _explain(self, rank: int, about: int, now: float) -> str:
-        for piece_id, piece in self.pieces.items():
-            tickets = (Ticket(rank, about, near, piece_id) for near in (False, True))
-            pull = next((piece.level.waiting[ticket] for ticket in tickets if ticket in piece.level.waiting), None)
-            if pull is not None:
-                round, missing = pull.needs[0][1], piece.level.blockers(pull)
+        for piece_id, piece in self.counted():
+            asked = ((pull, _ticket(ticket)) for ticket, pull in piece.level.waiting.items())
+            pull, ticket = next((p for p in asked if (p[1].rank, p[1].request_id) == (rank, about)), (None, None))
+            if pull is not None and ticket is not None:
+                piece_id, round, missing = ticket.piece, pull.needs[0][1], piece.level.blockers(pull)
             else:
                 rounds = [n for (r, n), request in piece.commits.items() if r == rank and request == about]
                 if not rounds:
@@ -731,11 +794,6 @@ class Serving:
 
 def _failed(rank: int, message: Message, error: KVStoreError) -> Reply:
     return Reply(rank, Failed(message.request_id, *to_wire(error)))
-
-
-def _alike(since: dict[Key, int], bundle: Bundle) -> bool:
-    """Does a setting begin at the same round of all the bundle's keys?"""
-    return len({since.get(key, 0) for key, _ in bundle.members if not isinstance(key, bytes)}) == 1
 
 
 def _ticket(ticket: Hashable) -> Ticket:

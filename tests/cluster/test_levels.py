@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -268,6 +269,56 @@ def test_a_worker_that_raises_ends_the_waits_of_the_others():
     assert "worker 1" in reasons[0]
 
 
+def push_without_the_other(kv, value):
+    """Once the other is lost: its last round, and one more."""
+    while not kv.dead_workers():
+        time.sleep(0.01)  # between looks
+    while True:
+        kv.push("w", value).result()
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared memory", "sockets"])
+def test_who_leaves_in_the_middle_ends_its_own_waits_too(shared):
+    """What it has asked for fails, and its threads end."""
+    handles: list[kvstore.Handle] = []
+
+    def work(kv):
+        value = np.ones(300_000, np.float32)
+        kv.init("w", value)
+        kv.barrier()
+        if kv.rank == 1:
+            handles.extend([kv.push("w", value), kv.pull("w"), kv.pushpull("w", value)])
+            raise RuntimeError("out of coffee")
+        with pytest.raises(errors.WorkerLostError, match="out of coffee"):
+            push_without_the_other(kv, value)
+
+    with cluster() as c, pytest.raises(RuntimeError, match="out of coffee"):
+        c.run(work, shared_memory=shared)
+    for handle in handles:
+        assert isinstance(handle.exception(DEADLINE_S), errors.ClosedError)
+
+
+def test_a_close_that_is_interrupted_closes_all_the_same():
+    def work(kv):
+        kv.init("w", np.zeros(1, np.float32))
+        if kv.rank == 0:
+            with pytest.raises(errors.WorkerLostError, match=r"worker 1.*KeyboardInterrupt"):
+                push_without_the_other(kv, ONE)
+            return None
+        left = kv.push("w", ONE)
+
+        def interrupted(timeout=None):
+            raise KeyboardInterrupt
+
+        kv.wait_for_commits = interrupted
+        with pytest.raises(KeyboardInterrupt):
+            kv.close()
+        return left.exception(DEADLINE_S)
+
+    with cluster() as c:
+        assert isinstance(c.run(work)[1], errors.ClosedError)
+
+
 def test_barrier_names_who_is_missing():
     released = threading.Event()
 
@@ -332,3 +383,30 @@ def test_sequential_bits_do_not_depend_on_the_number_of_servers():
             results += c.run(work)
     for other in results[1:]:
         np.testing.assert_array_equal(results[0], other)
+
+
+def test_an_update_that_fails_is_told_to_those_who_wait_for_it_and_to_those_who_ask_later(monkeypatch):
+    """Also for a value so small that the server updates it without an engine op."""
+    broken = threading.Event()
+    update = optim.SGD.update
+
+    def maybe(self, *arguments):
+        if broken.is_set():
+            raise RuntimeError("the update broke")
+        update(self, *arguments)
+
+    monkeypatch.setattr(optim.SGD, "update", maybe)
+
+    def work(kv):
+        kv.init("w", ONE)
+        kv.set_optimizer(optim.SGD(lr=0.5))
+        kv.barrier()
+        broken.set()
+        with pytest.raises(kvstore.KVStoreError, match="the update broke"):
+            kv.pushpull("w", ONE, np.empty(1, np.float32)).result()
+        with pytest.raises(kvstore.KVStoreError, match="the update broke"):
+            kv.pull("w").result()
+        kv.barrier()
+
+    with cluster(workers=2, servers=1) as c:
+        c.run(work)

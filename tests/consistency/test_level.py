@@ -252,3 +252,14 @@ def test_participants_of():
     assert consistency.participants_of(None, 3) == (0, 1, 2)
     assert consistency.participants_of([2, 0, 2], 3) == (0, 2)
     assert consistency.participants_of([], 3) == ()
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_only_participant_need_not_be_asked(model):
+    general, alone = Level(parse(model), (0,)), Level(parse(model), (0,))
+    for number in range(1, 4):
+        updates, _ = general.push(0)
+        alone.push_alone()
+        assert [update.contributions for update in updates] == [((0, number),)]
+        assert (alone.rounds, alone.closed, alone.version) == (general.rounds, general.closed, general.version)
+        assert general.pull(Pull("mine", ((0, number),))) == Answer("mine", alone.version, 0)

@@ -113,6 +113,19 @@ def test_inline_runs_in_the_calling_thread_when_nothing_is_in_the_way(runtime):
     assert runtime.push(threading.get_ident, inline=True).result(0) == here
 
 
+def test_a_var_is_free_while_nothing_uses_it_and_no_error_marks_it(runtime):
+    idle, used, marked = engine.Var("idle"), engine.Var("used"), engine.Var("marked")
+    begun: list[engine.Completion] = []
+    runtime.push_async(begun.append, reads=[used], inline=True)
+    failing = runtime.push(lambda: 1 / 0, writes=[marked])
+    assert isinstance(failing.exception(LIMIT_S), ZeroDivisionError)
+    assert runtime.free(idle)
+    assert not runtime.free(idle, used)
+    assert not runtime.free(marked)
+    begun[0].set_result(None)
+    assert runtime.free(idle, used)
+
+
 def test_reads_share_and_disjoint_ops_overlap(threaded):
     meet = threading.Barrier(2)
     var = engine.Var()

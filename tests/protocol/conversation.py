@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvstore.errors import OptimizerError
-from kvstore.protocol.messages import Message, Spec
+from kvstore.protocol.bundles import Part
+from kvstore.protocol.messages import Message, Spec, Value
+from kvstore.protocol.pieces import PieceId, Span
 from kvstore.protocol.serving import (
     Action,
     Apply,
@@ -14,10 +16,13 @@ from kvstore.protocol.serving import (
     Forget,
     Reply,
     ReplyAfter,
+    ReplyTogether,
     ReplyValue,
     SendState,
     Serving,
+    Split,
     StoreState,
+    Unite,
 )
 
 
@@ -27,6 +32,10 @@ class Rule:
 
     name: str
     lr: float = 0.1
+
+    @property
+    def whole_tensor(self) -> bool:
+        return self.name == "lars"
 
     def with_hyperparameters(self, **changes: Any) -> Rule:
         return Rule(self.name, **{"lr": self.lr, **changes})
@@ -63,19 +72,50 @@ class Conversation:
         match action:
             case Create(piece, _, payload):
                 return f"create {piece} = {payload}"
-            case Apply(_, round, payloads, rule, generation):
+            case Apply(piece, round, payloads, rule, generation):
                 how = "" if rule is None else f" by {rule.name} lr={rule.lr:g} #{generation}"  # type: ignore[attr-defined]
-                return f"apply round {round}: {' + '.join(map(str, payloads))}{how}"
+                which = "" if piece == self.only else f" of {self._name(piece)}"
+                return f"apply round {round}{which}: {' + '.join(map(_payload, payloads))}{how}"
             case Reply(rank, message):
                 return f"{rank} < {message}"
             case ReplyAfter(rank, message, _):
                 return f"{rank} < {message} when applied"
-            case ReplyValue(rank, request_id, _, version, staleness):
-                return f"{rank} < value({request_id}) version {version} staleness {staleness}"
-            case SendState(rank, request_id, _):
-                return f"{rank} < state({request_id})"
-            case StoreState(rank, message, payload):
+            case ReplyValue(rank, request_id, piece, version, staleness, _, span):
+                which = "" if piece == self.only else f" of {self._name(piece, span)}"
+                return f"{rank} < value({request_id}){which} version {version} staleness {staleness}"
+            case ReplyTogether(rank, Value(request_id, version, staleness), places):
+                names = ", ".join(self._name(*place) for place in places)
+                return f"{rank} < value({request_id}) of {names} version {version} staleness {staleness}"
+            case ReplyTogether(rank, message, places):
+                return f"{rank} < {message} when {', '.join(self._name(*place) for place in places)} are applied"
+            case SendState(rank, request_id, piece, span):
+                which = "" if piece == self.only else f" of {self._name(piece, span)}"
+                return f"{rank} < state({request_id}){which}"
+            case StoreState(rank, message, payload, _):
                 return f"store state {payload}, then {rank} < Done({message.request_id})"
             case Forget(piece):
-                return f"forget {piece}"
+                return f"forget {self._name(piece)}"
+            case Unite(bundle):
+                return f"unite {' '.join(map(str, bundle.keys))}"
+            case Split(bundle):
+                return f"split {' '.join(map(str, bundle.keys))}"
         raise AssertionError(action)
+
+    @property
+    def only(self) -> PieceId | None:
+        """The piece that need not be named, if there is but one."""
+        return next(iter(self.serving.pieces)) if len(self.serving.pieces) == 1 else None
+
+    def _name(self, piece: PieceId, span: Span | None = None) -> str:
+        key = piece[0]
+        bundle = self.serving.bundles.get(key) if isinstance(key, bytes) else None
+        name = "+".join(map(str, bundle.keys)) if bundle is not None else "a bundle" if isinstance(key, bytes) else key
+        return f"{name}" if span is None else f"{name}[{span[0]}:{span[1]}]"
+
+
+def _payload(payload: object) -> str:
+    return (
+        f"{_payload(payload.payload)}[{payload.span[0]}:{payload.span[1]}]"
+        if isinstance(payload, Part)
+        else str(payload)
+    )

@@ -3,7 +3,10 @@
 What is real: :class:`Requesting` in every worker, :class:`Serving` in every server, the headers. What is
 simulated: the network (it delays, drops, repeats and reorders, and its connections break), the clock, and the
 arithmetic: the value of a piece is the tuple of its updates, each the tuple of the (rank, round) merged into
-it, in their order. So a push that is lost, applied twice or out of turn stays visible for ever.
+it, in their order. So a push that is lost, applied twice or out of turn stays visible for ever. (A piece has one
+element here, so that this is what :mod:`tests.protocol.shell` keeps for it.)
+
+A program's calls are of one key or of several; those it makes as bundles or one by one.
 
 Everything follows from the seed. ``python -m tests.protocol.simulation --seed 17`` replays one run,
 ``--seeds 2000`` runs many.
@@ -24,10 +27,23 @@ from typing import Any
 from kvstore import consistency
 from kvstore.consistency import Bounded, Model, Sequential
 from kvstore.protocol import messages
-from kvstore.protocol.messages import Fetch, Init, Leave, Message, Push, Sender, Spec, Value
-from kvstore.protocol.pieces import owner
+from kvstore.protocol.messages import Bind, Done, Fetch, Init, Leave, Message, Push, Sender, Spec, Value
+from kvstore.protocol.pieces import bundle_id, owner
 from kvstore.protocol.requesting import CREDIT_FREE_BYTES, Answered, Request, Requesting
-from kvstore.protocol.serving import Action, Apply, Create, PieceId, Reply, ReplyAfter, ReplyValue, Serving
+from kvstore.protocol.serving import (
+    Action,
+    Apply,
+    Create,
+    PieceId,
+    Reply,
+    ReplyAfter,
+    ReplyTogether,
+    ReplyValue,
+    Serving,
+    Split,
+    Unite,
+)
+from tests.protocol.shell import Shell
 
 CREDIT_BYTES = 200_000
 RESEND_S = 0.5
@@ -37,6 +53,7 @@ END_S = 400.0
 MODELS = ("sequential", "bounded(0)", "bounded(1)", "bounded(3)", "eventual")
 
 Merged = tuple[tuple[Any, ...], ...]  # a piece's value
+Keys = tuple[str, ...]
 
 
 class Violation(AssertionError):
@@ -48,7 +65,8 @@ class Op:
     """One call of a worker's program."""
 
     kind: str  # push, pull, pushpull
-    key: str
+    keys: Keys
+    together: bool  # as a bundle, if that may be
     sync: bool  # the program goes on when it is done
     priority: int
     pause_s: float
@@ -59,9 +77,9 @@ class Asked:
     """What a checker knows of one request."""
 
     rank: int
-    key: str
+    keys: Keys  # one, or those of a bundle
     piece: int
-    own: int  # the worker's pushes of the key before its reply
+    own: int  # the worker's pushes of the keys before its reply
 
 
 @dataclass(slots=True)
@@ -82,16 +100,30 @@ class Plan:
 
     @classmethod
     def of(cls, rng: random.Random, model: str | None) -> Plan:
-        workers, servers = rng.randint(1, 4), rng.randint(1, 3)
-        keys = [f"key{i}" for i in range(rng.randint(1, 3))]
+        workers, servers = rng.randint(1, 4), rng.choice((1, 1, 2, 3))
+        keys = [f"key{i}" for i in range(rng.choice((1, 2, 3, 3, 5)))]
         participants: dict[str, tuple[int, ...] | None] = {}
         for key in keys:
             few = workers > 1 and rng.random() < 0.2
             participants[key] = tuple(sorted(rng.sample(range(workers), rng.randint(1, workers)))) if few else None
         chosen = model or rng.choice(MODELS)
+        cut = rng.choice((1, 1, 4))
+        pieces = {key: rng.randint(1, cut) for key in keys}
+        alike: dict[object, list[str]] = {}  # what can be in a bundle
+        for key in keys:
+            if pieces[key] == 1:
+                alike.setdefault((owner(key, 0, servers), participants[key]), []).append(key)
+        calls: list[Keys] = [(key,) for key in keys]
+        lists = [
+            tuple(rng.sample(some, rng.randint(2, len(some))))
+            for some in alike.values()
+            if len(some) > 1
+            for _ in range(rng.choice((1, 1, 3)))
+        ]
+        calls += lists * rng.choice((1, 5, 20))
         # A worker that waits inside its program could wait for one that waits for it. Two ways exclude this:
         # all push in one common order (then some may end early), or nobody waits before the end.
-        common = [rng.choice(keys) for _ in range(rng.randint(1, 14))]
+        common = [rng.choice(calls) for _ in range(rng.randint(1, 14))]
         in_order = rng.random() < 0.6
         programs = []
         for rank in range(workers):
@@ -100,20 +132,23 @@ class Plan:
                 order = order[: rng.randint(0, len(order))]
             elif not in_order:
                 rng.shuffle(order)
+            together = rng.choice((0.0, 0.5, 1.0, 1.0, 1.0))
             program: list[Op] = []
-            for key in order:
-                takes_part = rank in (participants[key] or range(workers))
+            for call in order:
+                takes_part = rank in (participants[call[0]] or range(workers))
                 kind = rng.choice(("push", "pushpull")) if takes_part else "pull"
-                program.append(_op(rng, kind, key, in_order))
+                if len(call) > 1 and rng.random() < 0.1:
+                    call = tuple(rng.sample(call, len(call)))  # another bundle
+                program.append(_op(rng, kind, call, in_order, together))
                 while rng.random() < 0.4:
-                    program.append(_op(rng, "pull", rng.choice(keys), in_order))
+                    program.append(_op(rng, "pull", rng.choice(calls), in_order, together))
             programs.append(program)
         kind_network = rng.random() < 0.15
         return cls(
             model=chosen,
             workers=workers,
             servers=servers,
-            pieces={key: rng.randint(1, 4) for key in keys},
+            pieces=pieces,
             nbytes={key: rng.choice((8, 60_000, 90_000, 150_000, 300_000)) for key in keys},
             participants=participants,
             programs=programs,
@@ -124,23 +159,60 @@ class Plan:
         )
 
 
-def _op(rng: random.Random, kind: str, key: str, may_wait: bool) -> Op:
+def _op(rng: random.Random, kind: str, keys: Keys, may_wait: bool, together: float) -> Op:
     sync = may_wait and rng.random() < 0.4
-    return Op(kind, key, sync, rng.choice((0, 0, 1, 5)), rng.choice((0.0, 0.0, 0.01, 1.0)))
+    return Op(
+        kind,
+        keys,
+        len(keys) > 1 and rng.random() < together,
+        sync,
+        rng.choice((0, 0, 1, 5)),
+        rng.choice((0.0, 0.0, 0.01, 1.0)),
+    )
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """Requests of one op for one key, or for one bundle, in the order of their keys."""
+
+    op: Op
+    keys: Keys
+    own: int  # the worker's pushes of these keys, this one included
+    token: int  # awaited until it is over
 
 
 @dataclass(slots=True)
 class Worker:
-    """A program and the real core that carries it out."""
+    """A program and the real core that carries it out; requests share channels as in kvstore.cluster.bundles."""
 
     rank: int
     core: Requesting
     program: list[Op]
     at: int = 0
     rounds: Counter[str] = field(default_factory=Counter)
-    awaited: set[int] = field(default_factory=set)  # request ids before the program goes on
+    awaited: set[int] = field(default_factory=set)  # request ids and tokens before the program goes on
     state: str = "init"  # init, running, ending, leaving, gone
     first_sent: Counter[tuple[str, int]] = field(default_factory=Counter)
+    bundled: dict[str, Keys] = field(default_factory=dict)  # by the calls so far
+    counted: dict[str, Keys] = field(default_factory=dict)  # by those handed over: the bundle in whose channel a key is
+    bound: dict[Keys, bool] = field(default_factory=dict)  # asked for; and there
+    waiting: list[Call] = field(default_factory=list)  # not handed over yet, in program order
+    open: dict[int, Call] = field(default_factory=dict)  # by request id
+    left: Counter[int] = field(default_factory=Counter)  # requests of a token that are not answered
+
+    def channel(self, key: str) -> Keys:
+        return self.counted.get(key, (key,))
+
+    def quiet(self, channel: Keys) -> bool:
+        """Is nothing of it on its way?"""
+        return not any(set(call.keys) <= set(channel) for call in self.open.values())
+
+
+def _leave(bundles: dict[str, Keys], keys: Keys) -> None:
+    """A bundle ends for all its keys."""
+    for key in keys:
+        for member in bundles.get(key, ()):
+            del bundles[member]
 
 
 @dataclass(slots=True)
@@ -148,7 +220,7 @@ class Server:
     """The real core and the values that a shell would hold."""
 
     core: Serving
-    values: dict[PieceId, Merged] = field(default_factory=dict)
+    shell: Shell = field(default_factory=Shell)
     left: set[int] = field(default_factory=set)
 
 
@@ -172,7 +244,8 @@ class Simulation:
         self.events = 0
         self.trace: list[str] = []
         self.asked: dict[tuple[int, int], Asked] = {}
-        self.pulled: list[tuple[Asked, Merged, int, int]] = []
+        self.pulled: list[tuple[Asked, str, Merged]] = []
+        self.moves: Counter[str] = Counter()  # of bundles
         self._performed = performed
         self._agenda: list[tuple[float, int, Callable[[], None]]] = []
         self._order = 0
@@ -229,12 +302,14 @@ class Simulation:
         return Spec((pieces,), "float32", 1, "sequential", self.plan.model, participants)
 
     def _submit(
-        self, worker: Worker, make: Callable[[int], Message], key: str, piece: int, own: int, **kind: Any
+        self, worker: Worker, make: Callable[[int], Message], keys: Keys, piece: int, own: int, **kind: Any
     ) -> int:
         self._ids += 1
-        self.asked[worker.rank, self._ids] = Asked(worker.rank, key, piece, own)
+        self.asked[worker.rank, self._ids] = Asked(worker.rank, keys, piece, own)
         server = kind.pop("server", None)
-        request = Request(owner(key, piece, self.plan.servers) if server is None else server, make(self._ids), **kind)
+        if server is None:
+            server = owner(keys[0], piece, self.plan.servers)
+        request = Request(server, make(self._ids), **kind)
         worker.core.submit(request, pulls_first=self.model.pull_before_next_push)
         return self._ids
 
@@ -246,10 +321,10 @@ class Simulation:
                     self._submit(
                         worker,
                         lambda i, k=key, p=piece: Init(i, k, p, self._spec(k)),  # type: ignore[misc]
-                        key,
+                        (key,),
                         piece,
                         0,
-                        payload=() if first else None,
+                        payload=((),) if first else None,
                         nbytes=self.plan.nbytes[key] if first else 0,
                     )
                 )
@@ -264,49 +339,90 @@ class Simulation:
         if worker.state == "running" and worker.at < len(worker.program):
             op = worker.program[worker.at]
             worker.at += 1
-            ids = self._perform_op(worker, op)
+            tokens = self._perform_op(worker, op)
             if op.sync:
-                worker.awaited |= ids
+                worker.awaited |= tokens & worker.left.keys()
             self._later(op.pause_s, lambda: self._advance(worker))
-        elif worker.state == "running" and not worker.core.open:
+        elif worker.state == "running" and not worker.core.open and not worker.waiting:
             worker.state = "leaving"
             for number in range(self.plan.servers):
-                worker.awaited.add(self._submit(worker, lambda i: Leave(i, ""), "", 0, 0, server=number))
+                worker.awaited.add(self._submit(worker, lambda i: Leave(i, ""), (), 0, 0, server=number))
         elif worker.state == "leaving":
             worker.state = "gone"
         self._pump(worker)
 
     def _perform_op(self, worker: Worker, op: Op) -> set[int]:
+        """Its requests are handed over as soon as their channels allow it."""
+        together = op.together and len({worker.rounds[key] for key in op.keys}) == 1
+        if op.kind == "pull":  # it makes no bundle
+            together = together and all(worker.bundled.get(key) == op.keys for key in op.keys)
+        else:
+            _leave(worker.bundled, op.keys)
+            worker.bundled.update(dict.fromkeys(op.keys, op.keys) if together else {})
+            for key in op.keys:
+                worker.rounds[key] += 1
+        tokens = set()
+        for keys in [op.keys] if together else [(key,) for key in op.keys]:
+            self._ids += 1
+            call = Call(op, keys, worker.rounds[keys[0]], self._ids)
+            worker.waiting.append(call)
+            worker.left[call.token] = len(range(self.plan.pieces[keys[0]]))
+            tokens.add(call.token)
+        self._hand_over(worker)
+        return tokens
+
+    def _hand_over(self, worker: Worker) -> None:
+        """Submit what need not wait: for an earlier call of its keys, for their channel to be quiet, or for Bind."""
+        held_up: set[str] = set()
+        for call in list(worker.waiting):
+            if held_up.intersection(call.keys) or not self._may_go(worker, call):
+                held_up.update(call.keys)
+                continue
+            worker.waiting.remove(call)
+            if call.op.kind != "pull":
+                _leave(worker.counted, call.keys)
+                worker.counted.update(dict.fromkeys(call.keys, call.keys))
+            self._request(worker, call)
+
+    def _may_go(self, worker: Worker, call: Call) -> bool:
+        channels = {worker.channel(key) for key in call.keys}
+        if call.op.kind == "pull" or channels == {call.keys}:
+            return True  # in the channel where its keys are
+        if len(call.keys) > 1 and not worker.bound.get(call.keys):
+            if call.keys not in worker.bound:
+                worker.bound[call.keys] = False
+                self._submit(worker, lambda i: Bind(i, bundle_id(call.keys), call.keys), call.keys, 0, 0)
+            return False
+        return all(worker.quiet(channel) for channel in channels)
+
+    def _request(self, worker: Worker, call: Call) -> None:
+        op, keys, own = call.op, call.keys, call.own
         pushes, pulls = op.kind != "pull", op.kind != "push"
-        if pushes:
-            worker.rounds[op.key] += 1
-        own = worker.rounds[op.key]
-        nbytes = self.plan.nbytes[op.key] if pushes else 0
-        self._note(f"worker {worker.rank}: {op.kind} {op.key} round {own}")
-        ids = set()
-        for piece in range(self.plan.pieces[op.key]):
+        nbytes = sum(self.plan.nbytes[key] for key in keys) if pushes else 0
+        self._note(f"worker {worker.rank}: {op.kind} {' '.join(keys)} round {own}")
+        name = bundle_id(keys) if len(keys) > 1 else keys[0]
+        channel = worker.channel(keys[0])
+        for piece in range(self.plan.pieces[keys[0]]):
 
             def make(request_id: int, piece: int = piece) -> Message:
                 if pushes:
-                    return Push(request_id, op.key, piece, own, pulls, nbytes > CREDIT_FREE_BYTES)
-                return Fetch(request_id, op.key, piece, own)
+                    return Push(request_id, name, piece, own, pulls, nbytes > CREDIT_FREE_BYTES)
+                return Fetch(request_id, name, piece, own)
 
-            ids.add(
-                self._submit(
-                    worker,
-                    make,
-                    op.key,
-                    piece,
-                    own,
-                    payload=(worker.rank, own) if pushes else None,
-                    nbytes=nbytes,
-                    priority=op.priority,
-                    channel=(op.key, piece),
-                    is_push=pushes,
-                    is_pull=pulls,
-                )
+            number = self._submit(
+                worker,
+                make,
+                keys,
+                piece,
+                own,
+                payload=((worker.rank, own),) * len(keys) if pushes else None,
+                nbytes=nbytes,
+                priority=op.priority,
+                channel=(channel, piece),
+                is_push=pushes,
+                is_pull=pulls,
             )
-        return ids
+            worker.open[number] = call
 
     def _tick(self, worker: Worker) -> None:
         if worker.state == "gone":
@@ -316,11 +432,15 @@ class Simulation:
         self._later(TICK_S, lambda: self._tick(worker))
 
     def _pump(self, worker: Worker) -> None:
+        stirred = worker.core.stirred
         for number in range(self.plan.servers):
             for message, payload in worker.core.outgoing(number, self.now):
+                if number not in stirred:
+                    self.fail(f"worker {worker.rank}: {message} may go, but server {number} is not among {stirred}")
                 self._check_order(worker, message)
                 self._travel(worker.rank, number, True, message, payload)
             self._check_credit(worker, number)
+        stirred.clear()
 
     def _answer(self, rank: int, message: Message, payload: Any) -> None:
         worker = self.workers[rank]
@@ -331,8 +451,17 @@ class Simulation:
             if outcome.request.is_pull:
                 if not isinstance(message, Value):
                     self.fail(f"worker {rank}: a pull was answered with {message}")
-                self._check_pull(self.asked[rank, message.request_id], payload, message.version, message.staleness)
+                self._check_pull(self.asked[rank, message.request_id], payload, message.version)
+            if isinstance(message, Done) and isinstance(outcome.request.message, Bind):
+                worker.bound[self.asked[rank, message.request_id].keys] = True
             worker.awaited.discard(message.request_id)
+            call = worker.open.pop(message.request_id, None)
+            if call is not None:
+                worker.left[call.token] -= 1
+                if not worker.left[call.token]:
+                    del worker.left[call.token]
+                    worker.awaited.discard(call.token)
+            self._hand_over(worker)
         self._pump(worker)
         if worker.state != "gone" and (outcome is not None):
             self._advance_when_paused(worker)
@@ -381,19 +510,20 @@ class Simulation:
             server.left.add(rank)
         for action in self._performed(actions):
             match action:
-                case Create(piece, _, first):
-                    if piece in server.values:
-                        self.fail(f"{piece} is created twice")
-                    server.values[piece] = first  # type: ignore[assignment]
-                case Apply(piece, _, payloads):
-                    server.values[piece] += (tuple(payloads),)
-                case Reply(to, reply) | ReplyAfter(to, reply, _):
-                    self._travel(to, number, False, reply, None)
-                case ReplyValue(to, request_id, piece, version, staleness):
-                    self._check_staleness(server, to, request_id, piece, staleness)
-                    self._travel(to, number, False, Value(request_id, version, staleness), server.values[piece])
+                case Create(piece, _, _) if piece in server.shell.stored:
+                    self.fail(f"{piece} is created twice")
+                case Unite() | Split():
+                    self.moves[type(action).__name__] += 1
+                case Create() | Apply() | Reply() | ReplyAfter() | ReplyValue() | ReplyTogether():
+                    pass
                 case _:
                     self.fail(f"an action that nobody asked for: {action}")
+            sent = server.shell.perform(action)
+            if sent is not None:
+                to, reply, value = sent
+                if isinstance(reply, Value):
+                    self._check_staleness(server, self.asked[to, reply.request_id], reply, value)
+                self._travel(to, number, False, reply, value)
 
     # --- the checkers ---------------------------------------------------------------------------
 
@@ -401,7 +531,7 @@ class Simulation:
         return list(self.plan.participants[key] or range(self.plan.workers))
 
     def _total(self, rank: int, key: str) -> int:
-        return sum(op.key == key and op.kind != "pull" for op in self.plan.programs[rank])
+        return sum(key in op.keys and op.kind != "pull" for op in self.plan.programs[rank])
 
     def _rounds_of(self, key: str, last: int) -> Merged:
         """What a sequential key holds after ``last`` rounds."""
@@ -409,10 +539,11 @@ class Simulation:
 
     def _check_order(self, worker: Worker, message: Message) -> None:
         if isinstance(message, Push):
-            seen = worker.first_sent[message.key, message.piece]  # type: ignore[index]
-            if message.round > seen + 1:
-                self.fail(f"worker {worker.rank} sent {message} after round {seen}")
-            worker.first_sent[message.key, message.piece] = max(seen, message.round)  # type: ignore[index]
+            for key in self.asked[worker.rank, message.request_id].keys:
+                seen = worker.first_sent[key, message.piece]
+                if message.round > seen + 1:
+                    self.fail(f"worker {worker.rank} sent {message} after round {seen}")
+                worker.first_sent[key, message.piece] = max(seen, message.round)
 
     def _check_credit(self, worker: Worker, number: int) -> None:
         holders = [r.nbytes for r in worker.core.open.values() if r.holds_credit and r.server == number]
@@ -422,24 +553,31 @@ class Simulation:
         if used > CREDIT_BYTES and len(holders) > 1:
             self.fail(f"worker {worker.rank}: {used} bytes in flight to server {number}, credit {CREDIT_BYTES}")
 
-    def _check_staleness(self, server: Server, rank: int, request_id: int, piece: PieceId, told: int) -> None:
+    def _check_staleness(self, server: Server, asked: Asked, reply: Value, values: tuple[Merged, ...]) -> None:
         """The number a reply carries is the one that its value shows."""
-        asked, members = self.asked[rank, request_id], self._members(str(piece[0]))
-        merged = Counter(p for update in server.values[piece] for p, _ in update)
-        here = [merged[p] for p in members if p not in server.left]  # when all have left, nobody is behind
-        right = max(0, asked.own - min(here)) if rank in members and here else 0
+        rank, told, right = asked.rank, reply.staleness, 0
+        for key, value in zip(asked.keys, values, strict=True):
+            members = self._members(key)
+            merged = Counter(p for update in value for p, _ in update)
+            here = [merged[p] for p in members if p not in server.left]  # when all have left, nobody is behind
+            if rank in members and here:
+                right = max(right, asked.own - min(here))
         exact = not isinstance(self.model, Sequential)  # there, pushes count before they are merged
         if (exact and told != right) or (isinstance(self.model, Bounded) and told > self.model.staleness):
-            self.fail(f"pull by worker {rank} of {piece} after round {asked.own}: staleness {told}, it is {right}")
+            self.fail(f"pull by worker {rank} of {asked.keys} after round {asked.own}: staleness {told}, it is {right}")
         if not exact and told:
-            self.fail(f"pull by worker {rank} of {piece}: staleness {told} in a sequential key")
+            self.fail(f"pull by worker {rank} of {asked.keys}: staleness {told} in a sequential key")
 
-    def _check_pull(self, asked: Asked, value: Merged, version: int, staleness: int) -> None:
-        key, own, members = asked.key, asked.own, self._members(asked.key)
+    def _check_pull(self, asked: Asked, values: tuple[Merged, ...], version: int) -> None:
+        if min(map(len, values)) != version:
+            self.fail(f"{asked}: version {version}, but {list(map(len, values))} updates: {values}")
+        for key, value in zip(asked.keys, values, strict=True):
+            self._check_value(asked, key, value)
+
+    def _check_value(self, asked: Asked, key: str, value: Merged) -> None:
+        own, members = asked.own, self._members(key)
         who = f"pull by worker {asked.rank} of {key!r}[{asked.piece}] after round {own}"
-        self.pulled.append((asked, value, version, staleness))
-        if len(value) != version:
-            self.fail(f"{who}: version {version}, but {len(value)} updates: {value}")
+        self.pulled.append((asked, key, value))
         if isinstance(self.model, Sequential):
             expected = self._rounds_of(key, own if asked.rank in members else len(value))
             if value != expected:
@@ -456,10 +594,12 @@ class Simulation:
                 self.fail(f"{who}: it misses {sorted(needed - held)}, got {value}")
 
     def _check_end(self) -> None:
-        final: dict[tuple[str, int], Merged] = {}
+        final: dict[PieceId, Merged] = {}
         for server in self.servers:
-            for (key, piece), value in server.values.items():
-                final[str(key), piece] = value
+            for piece_id in server.core.pieces:
+                if isinstance(piece_id[0], str):
+                    whole, span = server.core._place_of(piece_id)
+                    (final[piece_id],) = server.shell.stored[whole].part(span).value
         for key, pieces in self.plan.pieces.items():
             totals = {p: self._total(p, key) for p in self._members(key)}
             everything = Counter((p, n) for p, total in totals.items() for n in range(1, total + 1))
@@ -476,8 +616,8 @@ class Simulation:
                     self.fail(f"{key!r}[{piece}]: merged in another order: {value}")
                 if not isinstance(self.model, Sequential) and any(len(update) != 1 for update in value):
                     self.fail(f"{key!r}[{piece}]: pushes were merged that take effect one by one: {value}")
-        for asked, value, _, _ in self.pulled:
-            if final[asked.key, asked.piece][: len(value)] != value:
+        for asked, key, value in self.pulled:
+            if final[key, asked.piece][: len(value)] != value:
                 self.fail(f"{asked}: read {value}, which never was the value")
         for server in self.servers:
             for piece_id, piece in server.core.pieces.items():
@@ -488,7 +628,7 @@ class Simulation:
                 ):
                     self.fail(f"{piece_id}: left over: held {piece.held}, commits {piece.commits}")
         for worker in self.workers:
-            if worker.core.open or any(worker.core.in_flight.values()):
+            if worker.core.open or worker.open or worker.left or any(worker.core.in_flight.values()):
                 self.fail(f"worker {worker.rank}: left over: {worker.core}")
 
 

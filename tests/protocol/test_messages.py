@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import random
 from pathlib import Path
@@ -12,8 +13,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstore.errors import KVStoreError, ProtocolError, ProtocolVersionError, from_wire, to_wire
-from kvstore.protocol import messages
-from kvstore.protocol.messages import FORMS, PROTOCOL, Done, Failed, Place, Push, Sender, Spec, Value, decode, encode
+from kvstore.protocol import bundles, messages
+from kvstore.protocol.messages import (
+    FORMS,
+    PROTOCOL,
+    Bind,
+    Done,
+    Failed,
+    Fetch,
+    Place,
+    Push,
+    Sender,
+    Spec,
+    Value,
+    decode,
+    encode,
+)
+from kvstore.protocol.pieces import BUNDLE_ID_BYTES, bundle_id
 
 SENDER = Sender(7, 1, 0, 1)
 
@@ -38,8 +54,12 @@ spec = st.builds(
 )
 texts = st.lists(text, max_size=4).map(tuple)
 place = st.builds(Place, text, natural)
+bundle = st.binary(min_size=BUNDLE_ID_BYTES, max_size=BUNDLE_ID_BYTES)
 FIELDS = {
     messages.key: key,
+    messages._bundle: bundle,
+    messages._target: st.one_of(key, bundle),
+    messages._key_list: st.lists(key, max_size=4).map(tuple),
     messages._natural: natural,
     messages._rank: rank,
     messages._flag: st.booleans(),
@@ -49,6 +69,7 @@ FIELDS = {
     messages._since: st.dictionaries(key, natural, max_size=3),
     messages._spec: spec,
     messages._name_list: texts,
+    messages._address_list: texts,
     messages._priority: st.integers(-messages.PRIORITY_MAX, messages.PRIORITY_MAX),
     messages._held: st.lists(natural, max_size=4).map(tuple),
     messages._place: place,
@@ -63,7 +84,7 @@ def _depth(value) -> int:
 
 def of_kind(number: int) -> st.SearchStrategy:
     kind, checks = FORMS[number]
-    return st.builds(kind, natural, *(FIELDS.get(check, texts) for check in checks))
+    return st.builds(kind, natural, *(FIELDS[check] for check in checks))
 
 
 any_message = st.sampled_from(sorted(FORMS)).flatmap(of_kind)
@@ -189,6 +210,13 @@ def test_another_version_may_look_otherwise():
         (packed([11, 1, ["1.2." + "0" * 64, 0], 0]), 0, "a segment's address"),
         (packed([11, 1, ["1.2.3", -1], 0]), 0, "a whole number"),
         (packed([11, 1, None, 0]), 0, "a segment's address"),
+        (packed([3, 1, b"x" * 15, 0, 0, 0, False, [], 0]), 0, "a bundle's id of 16 bytes"),
+        (packed([2, 1, b"x" * 17, 0, 1, False, False, 0, False, [], None, 0]), 0, "a bundle's id of 16 bytes"),
+        (packed([1, 1, b"x" * 16, 0, [[1], "f", 1, "", "", None], 0]), 0, "a str of 1-1024"),
+        (packed([7, 1, b"x" * 16, 0, 0]), 0, "a str of 1-1024"),
+        (packed([12, 1, "x" * 16, ["a"], 0]), 0, "a bundle's id of 16 bytes"),
+        (packed([12, 1, b"x" * 16, [b"x" * 16], 0]), 0, "a str of 1-1024"),
+        (packed([12, 1, b"x" * 16, "ab", 0]), 0, "a list of at most"),
         (b"\x91" * 5000, 0, "msgpack"),
         (bytes(messages.HEADER_BYTES_MAX + 1), 0, "at most"),
         (packed(*[[38, 1, 0]] * (messages.MESSAGES_MAX + 1)), 0, "expected .protocol"),
@@ -232,9 +260,29 @@ def test_the_document_names_every_kind_with_its_number():
     for number, (kind, _) in FORMS.items():
         fields = ", ".join(name for name in kind.__dataclass_fields__ if name != "request_id")
         assert f"| {number} | {kind.__name__} | {fields} |" in document, (number, kind.__name__, fields)
-    limits = [name for name in vars(messages) if name.endswith("_MAX")]
-    for name in ("PROTOCOL", *limits):
-        assert f"| {name} | {getattr(messages, name)} |" in document
+    limits = [(name, value) for name, value in vars(messages).items() if name.endswith("_MAX")]
+    limits += [("BUNDLE_ID_BYTES", BUNDLE_ID_BYTES), ("BUNDLES_MAX", bundles.BUNDLES_MAX)]
+    for name, value in [("PROTOCOL", PROTOCOL), *limits]:
+        assert f"| {name} | {value} |" in document
+
+
+def test_the_id_of_a_bundle_is_as_the_document_says():
+    keys = ("a", "b", -5)
+    digest = hashlib.blake2b(digest_size=16)
+    for name in (b"sa", b"sb", b"i" + (-5).to_bytes(8, "big", signed=True)):
+        digest.update(len(name).to_bytes(4, "big"))
+        digest.update(name)
+    assert bundle_id(keys) == digest.digest()
+    document = (Path(__file__).parents[2] / "docs" / "protocol.md").read_text()
+    assert f"`{digest.hexdigest()}`" in document
+    different = [keys, keys[::-1], keys[:2], ("ab", -5), (1, 2), ("1", "2"), (12,), ("1", 2)]
+    assert len({bundle_id(some) for some in different}) == len(different)
+
+
+def test_a_bundle_may_stand_where_a_key_does():
+    name = bundle_id(("a", "b"))
+    rows = [(Bind(1, name, ("a", "b")), 0), (Push(2, name, 0, 1, True, False), 1), (Fetch(3, name, 0, 1), 0)]
+    assert decode(encode(SENDER, rows), 1)[1] == rows
 
 
 def test_the_document_s_example_in_bytes():

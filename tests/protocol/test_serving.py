@@ -198,7 +198,7 @@ def test_unknown_keys_and_strangers():
 
 def test_drop():
     talk = begun()
-    assert talk.say(0, Drop(1, "w")) == ["forget ('w', 0)", "0 < Done(request_id=1)"]
+    assert talk.say(0, Drop(1, "w")) == ["forget w", "0 < Done(request_id=1)"]
     assert talk.say(0, Drop(2, "w")) == ["0 < Done(request_id=2)"]
     assert talk.say(0, Init(3, "w", 0, spec("eventual")), "new")[0] == "create ('w', 0) = new"
 
@@ -261,7 +261,7 @@ def test_who_leaves_is_waited_for_no_longer():
     assert talk.say(1, Leave(9, "")) == ["1 < Done(request_id=9)"]
     assert "it has left" in talk.say(1, push(3, 1), "b")[0]
     assert talk.say(0, Init(6, "v", 0, spec()), "v0")[0] == "create ('v', 0) = v0"
-    assert talk.say(0, Push(7, "v", 0, 1, False, False), "x")[0] == "apply round 1: x"  # alone there, too
+    assert talk.say(0, Push(7, "v", 0, 1, False, False), "x")[0] == "apply round 1 of v: x"  # alone there, too
 
 
 def test_who_waits_for_a_lost_worker_fails():

@@ -473,6 +473,36 @@ def test_updater_of_a_local_store():
             kv.push("w", np.ones((2, 2), np.float32)).result()
 
 
+def test_an_updater_and_an_optimizer_are_not_both_in_effect():
+    one = np.ones(1, np.float32)
+    with kvstore.create("local", timeout=30) as kv:
+        kv.init("w", np.zeros(1, np.float32))
+        kv.set_optimizer(optim.Accumulate())
+        kv.set_updater(lambda key, merged, stored: np.add(stored, 10 * merged, out=stored))
+        assert kv.pushpull("w", one.copy()).result().tolist() == [10]
+        with pytest.raises(errors.OptimizerError):
+            kv.set_hyperparameters(lr=1)
+        with pytest.raises(errors.OptimizerError, match=r"an updater.*replace=True"):
+            kv.set_optimizer(optim.SGD(lr=1.0))
+        kv.set_optimizer(optim.SGD(lr=1.0), replace=True)
+        assert kv.pushpull("w", one.copy()).result().tolist() == [9]
+
+
+def test_an_interrupt_in_the_middle_of_a_call_leaves_nothing_to_wait_for():
+    """Small updates run in the caller's thread, and there Ctrl-C finds them."""
+
+    def interrupted(key, merged, stored):
+        raise KeyboardInterrupt
+
+    kv = kvstore.create("local", timeout=30)
+    kv.init(["w", "v"], [np.zeros(1, np.float32)] * 2)
+    kv.set_updater(interrupted)
+    for key, call in (("w", kv.push), ("v", kv.pushpull)):
+        with pytest.raises(KeyboardInterrupt):
+            call(key, np.ones(1, np.float32))
+    kv.close()
+
+
 def test_an_error_nobody_looked_at_is_raised_by_the_next_call_on_that_key():
     with kvstore.create("local", timeout=30) as kv:
         kv.init(["w", "v"], [np.zeros(1, np.float32)] * 2)
