@@ -74,6 +74,7 @@ log = logging.getLogger(__name__)
 
 INLINE_BYTES = 64 << 10
 JOIN_TIMEOUT_S = 300.0
+KERNELS_S = 5.0  # more than the first start on a machine needs to compile what the first round needs
 
 
 class Server:
@@ -145,6 +146,7 @@ class Server:
         name = f"server {session.sender.rank} at {self.address}"
         self._serving = Serving(session.num_workers, optim.from_wire, name)
         self._values = SharedValues(self._neighbourhood.arena, len(session.servers))
+        kernels.wait(KERNELS_S)
         self._reactor.start()
 
     def wait(self, timeout: float | None = None) -> bool:
