@@ -145,6 +145,7 @@ class Eventual(_AtOnce):
         return "eventual"
 
 
+_SEQUENTIAL = Sequential()
 _FORM = re.compile(r"(sequential|eventual)|bounded\((\d{1,9})\)")
 
 
@@ -164,7 +165,7 @@ def parse(text: str | Model) -> Model:
         )
     if match[2] is not None:
         return Bounded(int(match[2]))
-    return Sequential() if match[1] == "sequential" else Eventual()
+    return _SEQUENTIAL if match[1] == "sequential" else Eventual()
 
 
 @dataclass(slots=True)

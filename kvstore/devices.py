@@ -11,7 +11,7 @@ the home sees them in the level's order.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -54,8 +54,8 @@ class Request:
 class Bundle(Protocol):
     """Keys that are moved together; see :mod:`kvstore.lists`."""
 
-    def dissolve(self) -> None:
-        """From here on its keys are moved by themselves."""
+    def dissolve(self, blamed: Collection[Entry]) -> None:
+        """From here on its keys are moved by themselves, because these are."""
 
 
 @dataclass(eq=False, slots=True)
@@ -120,7 +120,7 @@ class _Alone:
         entry.lock.acquire()
         while (bundle := entry.bundle) is not None:
             entry.lock.release()
-            bundle.dissolve()  # without the lock: it takes those of all its keys
+            bundle.dissolve((entry,))  # without the lock: it takes those of all its keys
             entry.lock.acquire()
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
@@ -317,7 +317,7 @@ class Devices:
                 handle.version = answered.version if source.version is None else source.version
                 behind = source.staleness
                 handle.staleness = answered.staleness if behind is None else (answered.staleness, behind)
-            handle.finish(result, _translated(error, entry.key))
+            handle.finish(result, translated(error, f"key {entry.key!r}"))
 
         def shown(held: Held | BaseException) -> None:
             if isinstance(held, Held):
@@ -344,10 +344,10 @@ def _all(parts: list[_Contribution]) -> Ended:
     return ended
 
 
-def _translated(error: BaseException | None, key: Key) -> BaseException | None:
+def translated(error: BaseException | None, what: str) -> BaseException | None:
     """Errors of the engine's own, in this package's words."""
     if isinstance(error, engine.EngineError) and not isinstance(error, KVStoreError):
-        wrapped = CallerError(f"key {key!r}: {error}")
+        wrapped = CallerError(f"{what}: {error}")
         wrapped.__cause__ = error
         return wrapped
     return error

@@ -74,10 +74,14 @@ class Source(ABC):
 class Bundle(Protocol):
     """Keys whose values are moved as one: their concatenation, flat, in the order of ``keys``.
 
-    They may still be pulled by themselves; to be pushed by themselves they have to be dissolved first.
+    It is in force from :meth:`begin` on. Its keys may still be pulled by themselves; to be pushed by themselves they
+    have to be let go first. Calls for one of its keys are calls for it: they come one after another.
     """
 
     keys: tuple[Key, ...]
+
+    def begin(self) -> bool:
+        """From here on its keys are moved together. False, with nothing done, if one of them is on its way."""
 
     def push(self, gradient: Gradient, ended: Ended) -> Reading:
         """As :meth:`Home.push`."""
@@ -91,8 +95,12 @@ class Bundle(Protocol):
     def explain(self) -> str:
         """As :meth:`Home.explain`."""
 
-    def dissolve(self) -> None:
-        """The keys are moved by themselves again; the bundle is not used any more."""
+    def let_go(self, key: Key, *, blamed: bool) -> None:
+        """The key is moved by itself again; called for all of them, and then the bundle is not used any more.
+
+        Args:
+            blamed: it is this key's fault. It will be in no bundle any more if it is so again and again.
+        """
 
 
 class Home(Protocol):
@@ -114,7 +122,7 @@ class Home(Protocol):
         """A push and the pull right after it."""
 
     def bundle(self, keys: Sequence[Key], timeout_s: float) -> list[Bundle]:
-        """Those of ``keys`` that will be moved together from now on, because it pays."""
+        """Those of ``keys`` that could be moved together, because it pays; may ask whoever has to agree."""
 
     def staging(self, key: Key, timeout_s: float) -> Array:
         """Memory for the caller to fill; pushed as the only array of a gradient it is not copied again.

@@ -10,11 +10,13 @@ leaves.
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from itertools import accumulate
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -22,31 +24,34 @@ import engine
 from kvstore import comm
 from kvstore.arrays import Array
 from kvstore.consistency import Sequential
-from kvstore.devices import Entry
+from kvstore.devices import Entry, translated
 from kvstore.handle import Ended, Handle, when_ended
 from kvstore.home import Bundle as HomeBundle
 from kvstore.home import Gradient, Held, Home, Source
 from kvstore.protocol.pieces import Key
 
 PLANS_MAX = 64
-TRIES = 8  # to make bundles for one list
+TRIES = 8  # to make bundles for one list; after these only now and then
+
+Arrays = Array | list[Array]  # of one key: an array, or one for each of several devices
+
+_T = TypeVar("_T")
 
 
 class Bundle:
     """Keys of one store that are moved together until one of them is pushed by itself."""
 
-    def __init__(self, entries: Sequence[Entry], moved: HomeBundle, runtime: engine.Engine, devices: int) -> None:
+    def __init__(self, entries: Sequence[Entry], moved: HomeBundle, runtime: engine.Engine) -> None:
         self.entries = tuple(entries)
-        self.alive = True
+        self.alive = False
         self.rounds = 0  # that the entries have to catch up with
         self.lock = threading.RLock()  # held while a round is counted and handed over
         self._moved = moved
         self._engine = runtime
-        self._devices = devices
         self._shapes = [entry.shape for entry in entries]
         self._plain = all(len(shape) == 1 for shape in self._shapes)
-        sizes = [int(np.prod(shape)) for shape in self._shapes]
-        ends = np.cumsum(sizes).tolist()
+        sizes = [math.prod(shape) for shape in self._shapes]
+        ends = accumulate(sizes)
         self._spans = [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
         self._group: engine.ArrayGroup | None = None  # of the arrays that were written last
         self._views: tuple[Array, list[Array]] | None = None  # of the value that was read last, by key
@@ -54,22 +59,48 @@ class Bundle:
     def __repr__(self) -> str:
         return f"<Bundle of {len(self.entries)} keys: {self.rounds} rounds, {'alive' if self.alive else 'over'}>"
 
+    # --- beginning and end ------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """From here on its keys are moved together, if nobody has begun to move one of them by itself."""
+        with ExitStack() as stack:
+            for entry in self.entries:
+                stack.enter_context(entry.lock)
+            if all(map(_can_join, self.entries)) and self._moved.begin():
+                self.alive = True
+                for entry in self.entries:
+                    entry.bundle = self
+
+    def dissolve(self, blamed: Collection[Entry]) -> None:
+        """From here on its keys are moved by themselves, because these are."""
+        with self.lock:
+            if not self.alive:
+                return
+            self.alive, blamed = False, set(blamed)
+            self._group = self._views = None
+            for entry in self.entries:
+                with entry.lock:
+                    entry.bundle = None
+                    self._moved.let_go(entry.key, blamed=entry in blamed)
+                    assert entry.level is not None  # or it could not have joined
+                    entry.level.push_together(self.rounds)
+
     # --- moving it --------------------------------------------------------------------------------
 
-    def push(self, arrays: list[list[Array]], priority: int, ended: Ended) -> None:
-        """One round: ``arrays`` has for each key one array per device, which are read now."""
+    def push(self, arrays: list[Arrays], priority: int, ended: Ended) -> None:
+        """One round: ``arrays`` has for each key what the devices push, which is read now."""
         self.rounds += 1
         self._moved.push(self._gradient(arrays, priority), ended)
 
-    def pull(self, outs: list[list[Array]], result: list[Any], priority: int, handle: Handle) -> None:
+    def pull(self, outs: list[Arrays], result: list[Any], priority: int, handle: Handle) -> None:
         """Copy every key's value to each of its ``outs``; then the handle's result is ``result``."""
         self._deliver(self._moved.pull(priority), outs, result, priority, handle)
 
     def pushpull(
         self,
-        arrays: list[list[Array]],
+        arrays: list[Arrays],
         ended: Ended,
-        outs: list[list[Array]],
+        outs: list[Arrays],
         result: list[Any],
         priority: int,
         handle: Handle,
@@ -83,33 +114,17 @@ class Bundle:
         """What the open operations wait for."""
         return self._moved.explain()
 
-    def dissolve(self) -> None:
-        """From here on its keys are moved by themselves."""
-        with self.lock:
-            if not self.alive:
-                return
-            self.alive = False
-            self._moved.dissolve()
-            for entry in self.entries:
-                with entry.lock:
-                    entry.bundle = None
-                    if self.rounds:
-                        if entry.level is None:
-                            entry.count(self._devices)
-                        assert entry.level is not None
-                        entry.level.push_together(self.rounds)
-
     # --- arrays -----------------------------------------------------------------------------------
 
-    def _gradient(self, arrays: list[list[Array]], priority: int) -> Gradient:
+    def _gradient(self, arrays: list[Arrays], priority: int) -> Gradient:
         reads: list[Any] = []
         if self._engine.uses_arrays():
-            reads.append(engine.ArrayGroup(array for some in arrays for array in some))
+            reads.append(engine.ArrayGroup(_flat(arrays)))
         return _Concatenated(arrays, self._spans, priority, reads)
 
-    def _group_of(self, outs: list[list[Array]]) -> engine.ArrayGroup:
+    def _group_of(self, outs: list[Arrays]) -> engine.ArrayGroup:
         """The outs as one thing to write; training loops pass the same ones in every round."""
-        arrays = [array for some in outs for array in some]
+        arrays = _flat(outs)
         known = self._group
         if known is None or len(known.arrays) != len(arrays) or any(map(_is_other, known.arrays, arrays)):
             known = self._group = engine.ArrayGroup(arrays)
@@ -126,7 +141,7 @@ class Bundle:
         return known[1]
 
     def _deliver(
-        self, source: Source, outs: list[list[Array]], result: list[Any], priority: int, handle: Handle
+        self, source: Source, outs: list[Arrays], result: list[Any], priority: int, handle: Handle
     ) -> None:
         def start(completion: engine.Completion) -> None:
             def come(held: Held | BaseException) -> None:
@@ -141,20 +156,23 @@ class Bundle:
         def copy(held: Held) -> None:
             handle.version = held.version
             handle.staleness = 0 if held.staleness is None else (0, held.staleness)
-            for part, targets in zip(self._parts(held.array), outs, strict=True):
-                for target in targets:
+            for part, out in zip(self._parts(held.array), outs, strict=True):
+                for target in out if isinstance(out, list) else (out,):
                     np.copyto(target, part)
             held.give_back()
 
-        writes = [self._group_of(outs)]
+        for entry in self.entries:
+            if entry.view is not None:
+                entry.view_is_latest = False
+        writes, what = [self._group_of(outs)], f"{len(self.entries)} keys, {self.entries[0].key!r} ..."
         delivered = self._engine.push_async(start, writes=writes, priority=priority, name="pull", inline=True)
-        when_ended(delivered, lambda error: handle.finish(result, error))
+        when_ended(delivered, lambda error: handle.finish(result, translated(error, what)))
 
 
 class _Concatenated(Gradient):
     """The sums of many small arrays, one after another."""
 
-    def __init__(self, arrays: list[list[Array]], spans: list[slice], priority: int, reads: list[Any]) -> None:
+    def __init__(self, arrays: list[Arrays], spans: list[slice], priority: int, reads: list[Any]) -> None:
         super().__init__([], priority)
         self._parts = arrays
         self._spans = spans
@@ -165,11 +183,22 @@ class _Concatenated(Gradient):
         return self._reads
 
     def write(self, out: Array) -> None:
-        if len(self._parts[0]) == 1:
-            np.concatenate([array.reshape(-1) for (array,) in self._parts], out=out)
+        if not isinstance(self._parts[0], list):
+            np.concatenate([array.reshape(-1) for array in _flat(self._parts)], out=out)
             return
         for arrays, span in zip(self._parts, self._spans, strict=True):
+            assert isinstance(arrays, list)
             comm.merge(arrays, out[span].reshape(arrays[0].shape))
+
+
+def _flat(arrays: list[Arrays]) -> list[Array]:
+    flat: list[Array] = []
+    for some in arrays:
+        if isinstance(some, list):
+            flat += some
+        else:
+            flat.append(some)
+    return flat
 
 
 def _is_other(one: object, other: object) -> bool:
@@ -180,6 +209,7 @@ def _is_other(one: object, other: object) -> bool:
 class Plan:
     """How the keys of one list are moved: which together, and which one by one; by their positions in the list."""
 
+    entries: tuple[Entry, ...]
     bundles: list[tuple[Bundle, list[int]]]
     singles: list[int]
 
@@ -187,6 +217,11 @@ class Plan:
     def alive(self) -> bool:
         """Do all of its bundles still exist?"""
         return all(bundle.alive for bundle, _ in self.bundles)
+
+    @property
+    def is_latest(self) -> bool:
+        """Is this how they are in bundles now?"""
+        return self.alive and all(self.entries[position].bundle is None for position in self.singles)
 
     @contextmanager
     def held(self) -> Iterator[bool]:
@@ -204,70 +239,87 @@ class Lists:
         self._home = home
         self._engine = runtime
         self._plans: dict[tuple[Key, ...], Plan] = {}
-        self._fruitless: dict[tuple[Key, ...], int] = {}  # lists for which no bundle was to be had, and how often
-        self._lock = threading.Lock()
+        self._tried: dict[tuple[Key, ...], int] = {}  # by list, how often all of it should have been in bundles
+        self._making = threading.Lock()  # held while bundles are made
+        self._lock = threading.Lock()  # held while plans are looked at
 
     def __repr__(self) -> str:
         return f"<Lists: {len(self._plans)} plans>"
 
-    def known(self, keys: tuple[Key, ...]) -> Plan | None:
-        """The plan for this list, if there is one."""
-        plan = self._plans.get(keys)
-        return plan if plan is not None and plan.alive else None
+    def known(self, keys: tuple[Key, ...], *, pushed: bool) -> Plan | None:
+        """The plan for this list, if there is one that need not be made better by a push."""
+        with self._lock:
+            plan = self._plans.get(keys)
+            if plan is None or not plan.is_latest:
+                return None
+            return None if pushed and len(plan.singles) > 1 and self._is_due(keys) else plan
 
     def for_pull(self, keys: tuple[Key, ...], entries: Sequence[Entry]) -> Plan | None:
-        """A plan by the bundles that there are."""
+        """A plan by the bundles that there are; None if it would be to move all keys one by one."""
+        plan = _plan_of(entries)
+        if not plan.bundles:
+            return None
         with self._lock:
-            return self._remember(keys, entries)
+            _put(self._plans, keys, plan)
+        return plan
 
-    def for_push(self, keys: tuple[Key, ...], entries: Sequence[Entry], devices: int, timeout_s: float) -> Plan | None:
+    def for_push(self, keys: tuple[Key, ...], entries: Sequence[Entry], timeout_s: float) -> Plan | None:
         """A plan by the bundles that there are and those that can be made, with the servers' consent.
 
         Args:
-            entries: of the keys.
-            devices: that push them.
+            entries: of the keys; how many devices push them is known.
         """
-        with self._lock:
-            if self._fruitless.get(keys, 0) >= TRIES:
-                return None
-            alone = {entry.key: entry for entry in entries if _can_join(entry, devices)}
-            for made in self._home.bundle(list(alone), timeout_s):
-                members = [alone[key] for key in made.keys]
-                bundle = Bundle(members, made, self._engine, devices)
-                for entry in members:
-                    with entry.lock:
-                        entry.bundle = bundle
-            plan = self._remember(keys, entries)
-            if plan is None:
-                while len(self._fruitless) >= PLANS_MAX:
-                    self._fruitless.pop(next(iter(self._fruitless)))  # the oldest
-                self._fruitless[keys] = self._fruitless.get(keys, 0) + 1
-            return plan
+        with self._making:
+            for bundle, some in _bundles_of(entries).items():
+                if len(some) < len(bundle.entries):
+                    bundle.dissolve([entries[position] for position in some])
+            with self._lock:
+                plan = self._plans.get(keys)
+                due = self._is_due(keys) if plan is None or not plan.is_latest else True
+            if due:
+                alone = {entry.key: entry for entry in entries if _can_join(entry)}
+                for made in self._home.bundle(list(alone), timeout_s):
+                    Bundle([alone[key] for key in made.keys], made, self._engine).begin()
+        return self.for_pull(keys, entries)
 
-    def _remember(self, keys: tuple[Key, ...], entries: Sequence[Entry]) -> Plan | None:
-        """The plan by the bundles that exist and that the list names whole."""
-        positions: dict[Bundle, list[int]] = {}
-        for position, entry in enumerate(entries):
-            if isinstance(entry.bundle, Bundle):
-                positions.setdefault(entry.bundle, []).append(position)
-        bundles = []
-        for bundle, some in positions.items():
-            if len(some) == len(bundle.entries):
-                place = {entries[position].key: position for position in some}
-                bundles.append((bundle, [place[entry.key] for entry in bundle.entries]))
-        if not bundles:
-            return None
-        while len(self._plans) >= PLANS_MAX:
-            self._plans.pop(next(iter(self._plans)))  # the oldest
-        together = {position for _, some in bundles for position in some}
-        plan = self._plans[keys] = Plan(bundles, [p for p in range(len(keys)) if p not in together])
-        return plan
+    def _is_due(self, keys: tuple[Key, ...]) -> bool:
+        """Shall bundles be made for this list now? Not every time, if there are none to be had."""
+        tried = self._tried.get(keys, 0) + 1
+        _put(self._tried, keys, tried)
+        return tried <= TRIES or tried & (tried - 1) == 0
 
 
-def _can_join(entry: Entry, devices: int) -> bool:
+def _bundles_of(entries: Sequence[Entry]) -> dict[Bundle, list[int]]:
+    """The bundles that these are in, and at which positions."""
+    positions: dict[Bundle, list[int]] = {}
+    for position, entry in enumerate(entries):
+        if isinstance(entry.bundle, Bundle):
+            positions.setdefault(entry.bundle, []).append(position)
+    return positions
+
+
+def _plan_of(entries: Sequence[Entry]) -> Plan:
+    """The plan by those bundles whose keys are all here."""
+    bundles = []
+    for bundle, some in _bundles_of(entries).items():
+        if len(some) == len(bundle.entries):
+            place = {entries[position].key: position for position in some}
+            bundles.append((bundle, [place[entry.key] for entry in bundle.entries]))
+    together = {position for _, some in bundles for position in some}
+    return Plan(tuple(entries), bundles, [p for p in range(len(entries)) if p not in together])
+
+
+def _put(latest: dict[tuple[Key, ...], _T], keys: tuple[Key, ...], item: _T) -> None:
+    """Keep it, but only for the lists that came last."""
+    latest.pop(keys, None)
+    while len(latest) >= PLANS_MAX:
+        latest.pop(next(iter(latest)))
+    latest[keys] = item
+
+
+def _can_join(entry: Entry) -> bool:
     """May the key be moved together with others, from here on?"""
-    if entry.bundle is not None or entry.lent:
+    level = entry.level
+    if entry.bundle is not None or entry.lent or level is None or not level.in_step:
         return False
-    if entry.level is not None and not entry.level.in_step:
-        return False
-    return devices == 1 or isinstance(entry.device_model, Sequential)
+    return len(level.participants) == 1 or isinstance(entry.device_model, Sequential)

@@ -16,7 +16,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 
@@ -40,7 +40,7 @@ from kvstore.errors import (
 )
 from kvstore.handle import Handle, countdown, gather
 from kvstore.home import Home, Reading, Updater
-from kvstore.lists import Bundle, Lists, Plan
+from kvstore.lists import Arrays, Bundle, Lists, Plan
 from kvstore.local import LocalHome
 from kvstore.optim import Optimizer
 from kvstore.protocol import messages
@@ -50,6 +50,10 @@ from kvstore.protocol.pieces import PIECE_BYTES, Cut, Key
 Keys = Key | Sequence[Key]
 _Push = tuple[Entry, dict[int, list[Array]]]  # by device the arrays whose sum it pushes
 _Target = tuple[list[Array] | None, Any]  # the arrays to write (None: in place), and the result
+# A list call makes no tuple or list per key that lives longer than a moment: ten thousand of them make the garbage
+# collector look at everything.
+
+_T = TypeVar("_T")
 
 _stores: weakref.WeakSet[KVStore] = weakref.WeakSet()
 
@@ -172,8 +176,9 @@ class KVStore:
         if self._optimizer is not None:
             for array in arrays:
                 self._optimizer.check_dtype(array.dtype)
-        for array in arrays:
-            self._engine.wait(array, timeout=self._limit(None))
+        if self._engine.uses_arrays():
+            for array in arrays:
+                self._engine.wait(array, timeout=self._limit(None))
         with self._being_initialised(keys):
             whole = self._optimizer is not None and self._optimizer.whole_tensor
             waiting = []
@@ -332,7 +337,7 @@ class KVStore:
             raise DuplicateKeyError("pushpull: expected each key once in a call")
         values = self._as_many(keys, value, "values") if many else [value]
         if out is None:
-            outs = [self._own_out(k, v) for k, v in zip(keys, values, strict=True)]
+            outs = [self._own_out(self._entries.get(k), v) for k, v in zip(keys, values, strict=True)]
         else:
             outs = self._as_many(keys, out, "outs") if many else [out]
         pushes = self._check_push(keys, values, device)
@@ -357,9 +362,8 @@ class KVStore:
         _wait_for(reading)
         return handles
 
-    def _own_out(self, key: Key, value: Any) -> Any:
+    def _own_out(self, entry: Entry | None, value: Any) -> Any:
         """Where a pushpull without ``out`` puts the value."""
-        entry = self._entries.get(key)
         if entry is not None and any(value is lent for lent in entry.lent):
             return IN_PLACE
         arrays = value if isinstance(value, list) else [value]
@@ -368,115 +372,120 @@ class KVStore:
     # --- list calls -------------------------------------------------------------------------------
 
     def _together(self, what: str, key: Keys, value: Any, out: Any, priority: int) -> Handle | None:
-        """A list call some of whose keys are moved together; None for another one, with nothing done."""
+        """A list call some of whose keys are moved together: checked whole, then bundle by bundle, the rest one by one.
+
+        Returns:
+            None for any other call, with nothing done; also if another thread has just ended one of the bundles.
+        """
         self._check_open()
         assert isinstance(key, list | tuple)
         if len(key) < 2 or not self._in_cluster:
             return None
         values = None if what == "pull" else self._as_many(key, value, "values")
         outs = None if out is None else self._as_many(key, out, "outs")
-        if outs is not None and any(out is IN_PLACE for out in outs):
-            return None
         plan = self._plan(key, values)
-        return None if plan is None else self._by_plan(what, plan, key, values, outs, priority)
-
-    def _plan(self, keys: Sequence[Key], values: list[Any] | None) -> Plan | None:
-        """How the keys of a list call are moved, if some of them together. ``values``: what is to be pushed."""
-        listed = tuple(keys)
-        try:
-            plan = self._lists.known(listed)
-            entries = [] if plan else [entry for entry in map(self._entries.get, listed) if entry is not None]
-        except TypeError:  # what cannot be hashed is no key: it will be said
+        if plan is None or (outs is not None and any(out is IN_PLACE for out in outs)):
             return None
-        if plan is not None or len(entries) < len(listed) or len(set(listed)) < len(listed):
-            return plan
-        if values is None:
-            return self._lists.for_pull(listed, entries)
-        counts = {self._devices} if self._devices else {len(v) if isinstance(v, list | tuple) else 1 for v in values}
-        return self._lists.for_push(listed, entries, counts.pop(), self._limit(None)) if len(counts) == 1 else None
-
-    def _by_plan(
-        self,
-        what: str,
-        plan: Plan,
-        keys: Sequence[Key],
-        values: list[Any] | None,
-        outs: list[Any] | None,
-        priority: int,
-    ) -> Handle | None:
-        """A list call by its plan: checked whole, then bundle by bundle, and the rest one by one.
-
-        Returns:
-            None, with nothing done, if another thread has just ended one of the bundles.
-        """
-        if what == "pushpull" and outs is None and values is not None:
-            outs = [self._own_out(key, value) for key, value in zip(keys, values, strict=True)]
-        arrays = [self._arrays_of(bundle, values and [values[p] for p in some]) for bundle, some in plan.bundles]
-        targets = [
-            [] if what == "push" else self._targets_of(bundle, outs and [outs[p] for p in some])
-            for bundle, some in plan.bundles
-        ]
-        rest = [keys[p] for p in plan.singles]
-        pushes = self._check_push(self._keys(rest), [values[p] for p in plan.singles], None) if values else []
-        entries = self._known(self._keys(rest))
-        rest_targets = [
-            self._check_out(entry, outs[p] if outs else None, None)
-            for entry, p in zip(entries, plan.singles if what != "push" else [], strict=False)
-        ]
-        if values:
-            self._fix_devices(len(arrays[0][0]))
+        entries = plan.entries
+        for entry in entries:
+            self._raise_unseen(entry)
+        arrays: list[Arrays] = []
+        targets: list[Arrays | None] = []
+        results: list[Any] = []
+        if values is not None:
+            arrays = self._arrays_of(entries, values)
+            if outs is None and what == "pushpull":
+                outs = [self._own_out(entry, value) for entry, value in zip(entries, values, strict=True)]
+        if what != "push":
+            targets, results = self._targets_of(entries, outs or [None] * len(entries))
         with plan.held() as alive:
             if not alive:
                 return None
             parts = [
-                self._move(what, bundle, pushed, wanted, priority)
-                for (bundle, _), pushed, wanted in zip(plan.bundles, arrays, targets, strict=True)
+                self._move(what, bundle, _at(some, arrays), _at(some, targets), _at(some, results), priority)
+                for bundle, some in plan.bundles
             ]
-        each = {
-            "push": lambda: self._push_each(pushes, priority),
-            "pull": lambda: self._pull_each(entries, rest_targets, priority, None),
-            "pushpull": lambda: self._pushpull_each(pushes, rest_targets, priority, None),
-        }[what]()
-        positions = [some for _, some in plan.bundles]
-        if each:
-            parts.append(self._one_or_all(rest, each, what))
-            positions.append(plan.singles)
-        return gather(f"{what} of {len(keys)} keys", self.timeout, parts, self._home.drive, positions)
+        positions, rest = [some for _, some in plan.bundles], plan.singles
+        if rest:
+            singles = self._one_by_one(
+                what, _at(rest, entries), _at(rest, arrays), _at(rest, targets), _at(rest, results), priority
+            )
+            parts.append(gather(f"{what} of {len(rest)} keys", self.timeout, singles, self._home.drive))
+            positions.append(rest)
+        return gather(f"{what} of {len(entries)} keys", self.timeout, parts, self._home.drive, positions)
 
-    def _arrays_of(self, bundle: Bundle, values: list[Any] | None) -> list[list[Array]]:
-        """For each key of the bundle what each device pushes, checked."""
+    def _plan(self, keys: Sequence[Key], values: list[Any] | None) -> Plan | None:
+        """How the keys of a list call are moved, if some of them together. ``values``: what is to be pushed."""
+        listed = tuple(keys)
+        if not {str, int}.issuperset(map(type, listed)):
+            listed = tuple(self._keys(keys))  # which NumPy's numbers and texts may be
+        plan = self._lists.known(listed, pushed=values is not None)
+        if plan is not None:
+            return plan
+        entries = [entry for entry in map(self._entries.get, listed) if entry is not None]
+        if len(entries) < len(listed) or len(set(listed)) < len(listed):
+            return None
         if values is None:
-            return []
-        arrays: list[list[Array]] = []
-        count = self._devices or (len(values[0]) if isinstance(values[0], list | tuple) else 1)
-        for entry, value in zip(bundle.entries, values, strict=True):
-            self._raise_unseen(entry)
-            arrays.append(self._of_devices(entry, value, count))
-        return arrays
+            return self._lists.for_pull(listed, entries)
+        self._arrays_of(entries, values)  # before bundles are made for a call that is wrong
+        return self._lists.for_push(listed, entries, self._limit(None))
 
-    def _targets_of(self, bundle: Bundle, outs: list[Any] | None) -> list[_Target]:
-        """For each key of the bundle where its value goes, checked."""
-        targets: list[_Target] = []
-        for entry, out in zip(bundle.entries, outs or [None] * len(bundle.entries), strict=True):
-            self._raise_unseen(entry)
-            targets.append(self._check_out(entry, out, None))
-        return targets
+    def _targets_of(self, entries: Sequence[Entry], outs: list[Any]) -> tuple[list[Arrays | None], list[Any]]:
+        """For each key where its value goes (None: in place), checked; and what the handle's result is."""
+        targets: list[Arrays | None] = []
+        results = []
+        for entry, out in zip(entries, outs, strict=True):
+            arrays, result = self._check_out(entry, out, None)
+            targets.append(arrays[0] if arrays is not None and len(arrays) == 1 else arrays)
+            results.append(result)
+        return targets, results
 
     def _move(
-        self, what: str, bundle: Bundle, arrays: list[list[Array]], targets: list[_Target], priority: int
+        self,
+        what: str,
+        bundle: Bundle,
+        arrays: list[Arrays],
+        targets: list[Arrays | None],
+        results: list[Any],
+        priority: int,
     ) -> Handle:
         """Push, pull or both, the bundle's lock being held."""
         handle = self._handle(bundle.entries, what, bundle.explain)
-        outs, results = [outs or [] for outs, _ in targets], [result for _, result in targets]
-        if what == "push":
-            bundle.push(arrays, priority, countdown(handle, 1))
-        elif what == "pull":
-            bundle.pull(outs, results, priority, handle)
-        else:
-            pushed = self._handle(bundle.entries, "push", bundle.explain)
-            pushed.observed = True  # the pull's handle fails with it
-            bundle.pushpull(arrays, countdown(pushed, 1), outs, results, priority, handle)
+        pushed = handle
+        outs = [target for target in targets if target is not None]  # a key of a bundle is never read in place
+        try:
+            if what == "push":
+                bundle.push(arrays, priority, countdown(handle, 1))
+            elif what == "pull":
+                bundle.pull(outs, results, priority, handle)
+            else:
+                pushed = self._handle(bundle.entries, "push", bundle.explain)
+                pushed.observed = True  # the pull's handle fails with it
+                bundle.pushpull(arrays, countdown(pushed, 1), outs, results, priority, handle)
+        except BaseException as error:
+            _interrupted(error, pushed, handle)
+            raise
         return handle
+
+    def _one_by_one(
+        self,
+        what: str,
+        entries: list[Entry],
+        arrays: list[Arrays],
+        targets: list[Arrays | None],
+        results: list[Any],
+        priority: int,
+    ) -> list[Handle]:
+        wanted = [(None if t is None else _listed(t), result) for t, result in zip(targets, results, strict=True)]
+        if what == "pull":
+            return self._pull_each(entries, wanted, priority, None)
+        pushes = [
+            (entry, {d: [array] for d, array in enumerate(_listed(some))})
+            for entry, some in zip(entries, arrays, strict=True)
+        ]
+        if what == "push":
+            return self._push_each(pushes, priority)
+        return self._pushpull_each(pushes, wanted, priority, None)
 
     # --- memory of the store's own ----------------------------------------------------------------
 
@@ -495,10 +504,8 @@ class KVStore:
             DeadlineError: both were on their way for ``timeout`` seconds (None: the store's).
         """
         entry = self._one(key, "staging")
-        with entry.alone():
-            pass  # it belongs to no bundle as long as the caller has memory of its own
         array = self._home.staging(entry.key, self._limit(timeout))
-        with entry.lock:
+        with entry.alone():  # and so it stays as long as the caller has memory of its own
             if not any(array is lent for lent in entry.lent):
                 entry.lent.append(array)
         return array
@@ -615,29 +622,42 @@ class KVStore:
         """The whole call, checked: per entry and device the arrays to be summed."""
         entries = self._known(keys)
         device = self._check_device(device)
-        pushes: dict[Key, tuple[Entry, dict[int, list[Array]]]] = {}
-        count = self._devices
-        for entry, given in zip(entries, values, strict=True):
-            devices: Sequence[int]
-            if device is not None:
-                if isinstance(given, list | tuple):
-                    raise DeviceCountError(
-                        f"push of key {entry.key!r} by device {device}: expected one array, got a list"
-                    )
-                arrays, devices = self._of_devices(entry, given, 1), [device]
-            else:
-                if count is None:
-                    count = len(given) if isinstance(given, list | tuple) else 1
-                arrays, devices = self._of_devices(entry, given, count), range(count)
+        devices: Sequence[int]
+        if device is None:
+            arrays, devices = self._arrays_of(entries, values), range(self.num_devices)
+        else:
+            devices = [device]
+            arrays = [self._of_one_device(entry, given, device) for entry, given in zip(entries, values, strict=True)]
+        pushes: dict[Key, _Push] = {}
+        for entry, some in zip(entries, arrays, strict=True):
             per_device = pushes.setdefault(entry.key, (entry, {}))[1]
-            for d, array in zip(devices, arrays, strict=True):
+            for d, array in zip(devices, _listed(some), strict=True):
                 per_device.setdefault(d, []).append(array)
+        return list(pushes.values())
+
+    def _arrays_of(self, entries: Sequence[Entry], values: list[Any]) -> list[Arrays]:
+        """For each key what each device pushes, checked; the first push says how many devices there are."""
+        if not entries:
+            return []
+        count = self._devices
+        if count is None:
+            count = len(values[0]) if isinstance(values[0], list | tuple) else 1
+        arrays: list[Arrays] = []
+        for entry, value in zip(entries, values, strict=True):
+            some = self._of_devices(entry, value, count)
+            arrays.append(some[0] if count == 1 else some)
         self._fix_devices(count)
         for entry in entries:
             if entry.level is None:
                 with entry.lock:
-                    entry.count(self.num_devices)
-        return list(pushes.values())
+                    if entry.level is None:
+                        entry.count(self.num_devices)
+        return arrays
+
+    def _of_one_device(self, entry: Entry, given: Any, device: int) -> Arrays:
+        if isinstance(given, list | tuple):
+            raise DeviceCountError(f"push of key {entry.key!r} by device {device}: expected one array, got a list")
+        return self._of_devices(entry, given, 1)
 
     def _of_devices(self, entry: Entry, given: Any, count: int) -> list[Array]:
         """What each of ``count`` devices pushes, checked."""
@@ -650,8 +670,7 @@ class KVStore:
             )
         return [self._fits(entry, view(array, f"push of key {entry.key!r}"), "push") for array in arrays]
 
-    def _fix_devices(self, count: int | None) -> None:
-        """The first push says how many devices there are."""
+    def _fix_devices(self, count: int) -> None:
         if self._devices is None:
             with self._lock:
                 if self._devices is None:
@@ -904,6 +923,15 @@ def _priority(priority: int) -> int:
 def type_of(key: Key) -> str:
     """The kind of a key."""
     return "str" if isinstance(key, str) else "int"
+
+
+def _listed(arrays: Arrays) -> list[Array]:
+    return arrays if isinstance(arrays, list) else [arrays]
+
+
+def _at(positions: Sequence[int], items: Sequence[_T]) -> list[_T]:
+    """The items at these positions; none if there are no items."""
+    return [items[position] for position in positions] if items else []
 
 
 def _interrupted(error: BaseException, *handles: Handle) -> None:

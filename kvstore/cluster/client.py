@@ -17,7 +17,6 @@ from kvstore.arrays import Array, dtype_named
 from kvstore.cluster.bundles import Bundles
 from kvstore.cluster.exchange import Arrivals, Exchange, Remote, near_pieces
 from kvstore.cluster.session import SCHEDULER, Session
-from kvstore.cluster.staging import Staging
 from kvstore.errors import DeadlineError, OptimizerError, ServerLostError, ShapeError
 from kvstore.handle import Ended, when_ended
 from kvstore.home import Bundle, Gradient, Home, Reading, Source
@@ -112,7 +111,7 @@ class ClusterHome(Home):
         return exists
 
     def bundle(self, keys: Sequence[Key], timeout_s: float) -> list[Bundle]:
-        return list(self._bundles.make([self._remotes[key] for key in keys], timeout_s))
+        return self._bundles.make([self._remotes[key] for key in keys], timeout_s)
 
     def remote(self, key: Key | BundleId, spec: Spec, owners: tuple[int, ...]) -> Remote:
         """What is to be known of a key or bundle whose pieces lie on these servers."""
@@ -127,7 +126,7 @@ class ClusterHome(Home):
             owners,
             near,
             consistency.parse(spec.cluster_model).pull_before_next_push,
-            Staging(spec.shape, cut.items, dtype, arena),
+            arena,
             engine.Var(f"order of {key!r}"),
         )
 
@@ -287,8 +286,8 @@ class ClusterHome(Home):
 
     def _since(self) -> dict[Key, int]:
         """This worker's rounds, those included whose gradients are still being computed."""
-        self._engine.wait(*{(remote.bundle or remote.former or remote).order for remote in self._remotes.values()})
-        pushed = {key: (remote.bundle or remote.former or remote).round for key, remote in self._remotes.items()}
+        self._engine.wait(*{remote.latest.order for remote in self._remotes.values()})
+        pushed = {key: remote.latest.round for key, remote in self._remotes.items()}
         return {key: round for key, round in pushed.items() if round}
 
     def set_optimizer(self, optimizer: Optimizer, replace: bool, timeout_s: float) -> None:

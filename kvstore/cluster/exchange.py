@@ -16,7 +16,7 @@ import numpy as np
 import engine
 from kvstore import comm
 from kvstore.arrays import Array
-from kvstore.cluster.near import NEAR_BYTES, Neighbourhood
+from kvstore.cluster.near import NEAR_BYTES, Arena, Neighbourhood
 from kvstore.cluster.staging import Slot, Staging
 from kvstore.errors import KVStoreError
 from kvstore.handle import Ended, when_ended
@@ -39,15 +39,16 @@ class Remote:
     owners: tuple[int, ...]  # server of each piece
     near: tuple[bool, ...]  # may the piece be read in place, both ways?
     pulls_first: bool
-    staging: Staging
+    arena: Arena | None  # where its gradients are staged; None: in private memory
     order: engine.Var  # ops that hand requests of this key to the session
     cut: Cut = field(init=False)
     bundle: Remote | None = None  # that it is a member of
     former: Remote | None = None  # that it was a member of; its rounds have not been taken over yet
-    bundled: int = 0  # how often it became a member
-    round: int = 0  # pushes handed over
+    blamed: int = 0  # how often a bundle ended because of it
+    round: int = 0  # pushes handed over, as far as it is counted by itself
     open: dict[int, int] = field(default_factory=dict)  # request id -> server
     lock: threading.Lock = field(default_factory=threading.Lock)
+    _staging: Staging | None = None
     _when_quiet: list[Callable[[], None]] = field(default_factory=list)
     _holding: dict[int, Holding] = field(default_factory=dict)  # by piece
     _spares: list[Array] = field(default_factory=list)  # memory for values that cannot be read in place
@@ -56,14 +57,27 @@ class Remote:
         self.cut = self.spec.cut
 
     @property
+    def staging(self) -> Staging:
+        """Its gradients on their way; made when needed, which for the keys of a bundle is never."""
+        with self.lock:
+            if self._staging is None:
+                self._staging = Staging(self.spec.shape, self.cut.items, self.dtype, self.arena)
+            return self._staging
+
+    @property
     def counted(self) -> Remote:
         """Where its rounds are counted and its requests kept in order: itself, or its bundle."""
         return self.bundle or self
 
     @property
+    def latest(self) -> Remote:
+        """Whose ``round`` is its own: itself, or the bundle that it is or was a member of."""
+        return self.bundle or self.former or self
+
+    @property
     def quiet(self) -> bool:
         """Is nothing of it on its way?"""
-        return self.order.idle and not self.open and self.former is None
+        return self.order.idle and not self.open and (self.former is None or self.former.quiet)
 
     def channel(self, piece: int) -> tuple[Key | BundleId, int]:
         """The name of the order that requests for this piece keep."""
@@ -333,5 +347,5 @@ class Exchange:
 def near_pieces(cut: Cut, owners: Sequence[int], itemsize: int, near_servers: set[int]) -> tuple[bool, ...]:
     """Which pieces are worth reading in place: those of a server of this host that are not small."""
     return tuple(
-        owner in near_servers and cut.size(piece) * itemsize >= NEAR_BYTES for piece, owner in enumerate(owners)
+        [owner in near_servers and cut.size(piece) * itemsize >= NEAR_BYTES for piece, owner in enumerate(owners)]
     )

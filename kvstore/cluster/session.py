@@ -161,6 +161,11 @@ class Session:
         """While this thread waits for ``awaited``, let it work the sockets, if no other does."""
         self._reactor.drive(awaited, timeout_s)
 
+    @property
+    def may_wait(self) -> bool:
+        """May the calling thread wait for an answer, or does it work in the loop that would bring it?"""
+        return not self._reactor.is_here
+
     def next_id(self) -> int:
         """A fresh request id."""
         with self._lock:
@@ -176,10 +181,12 @@ class Session:
         with self._lock:
             if self._closed is not None:
                 raise self._closed
+            announced = bool(self._inbox)  # and not taken yet
             for request, on_outcome in requests:
                 self._unanswered[request.request_id] = request, on_outcome
                 self._inbox.append((request, pulls_first))
-        self._reactor.post(self._take_inbox)
+        if not announced:
+            self._reactor.post(self._take_inbox)
 
     def ask(
         self, server: int, make: Callable[[int], Message], payload: object = None, *, whole: bool = False

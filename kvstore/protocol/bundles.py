@@ -99,6 +99,10 @@ class Gatherings:
         self._open: dict[Request, Gathering] = {}
         self._changed: dict[Request, None] = {}
 
+    def __bool__(self) -> bool:
+        """Has one of them a new answer?"""
+        return bool(self._changed)
+
     def __repr__(self) -> str:
         return f"<Gatherings: {len(self._open)} open>"
 

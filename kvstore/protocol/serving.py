@@ -271,8 +271,10 @@ class Serving:
             actions = handler(rank, message, payload)
         except KVStoreError as error:
             actions = [_failed(rank, message, error)]
+        if self._gatherings:
+            actions += self._conclude()
         moved, self._moved = self._moved, []
-        return [*moved, *actions, *self._conclude()]
+        return [*moved, *actions] if moved else actions
 
     def lost(self, rank: int, reason: str) -> list[Action]:
         """``rank`` died: whatever waits for it fails, and whatever would wait for it will."""

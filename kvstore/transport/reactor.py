@@ -61,6 +61,7 @@ class Reactor:
         self._driver: int | None = None  # the thread that drives, or wants to
         self._parked = False  # the own thread has stepped back
         self._others_wait = False  # for something else than the driver does
+        self._works_on: int | None = None  # the thread that is handling an event
         self._driven_at = -math.inf
         self._stopping = False
         self._on_tick = on_tick
@@ -74,6 +75,11 @@ class Reactor:
     def __repr__(self) -> str:
         state = "alive" if self.thread.is_alive() else "stopped"
         return f"<Reactor {self.thread.name}: {state}, {len(self._sockets)} sockets>"
+
+    @property
+    def is_here(self) -> bool:
+        """Is the caller called from within the loop?"""
+        return self._works_on == threading.get_ident()
 
     def start(self) -> None:
         """Start the thread; endpoints are bound before."""
@@ -236,7 +242,10 @@ class Reactor:
         self.context.term()
 
     def _guarded(self, work: Callable[..., object], *args: Any) -> None:
+        self._works_on = threading.get_ident()
         try:
             work(*args)
         except Exception:
             log.exception("%r: an event handler failed", self)
+        finally:
+            self._works_on = None
