@@ -219,7 +219,7 @@ class Arrivals(Source):
             self._took()
 
         def take(piece: _Piece) -> None:
-            if piece.array.nbytes * len(outs) <= INLINE_BYTES:
+            if piece.place is None or piece.array.nbytes * len(outs) <= INLINE_BYTES:
                 copy(piece)
             else:
                 info = {"key": remote.key, "bytes": piece.array.nbytes * len(outs), "piece": piece.number}
