@@ -31,8 +31,8 @@ from engine.errors import (
     EngineError,
     ForkedError,
 )
+from engine.groups import ArrayGroup
 from engine.handle import Completion, Handle
-from engine.memory import ArrayGroup
 from engine.serial import SerialEngine
 from engine.threaded import ThreadedEngine
 from engine.var import Var

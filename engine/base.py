@@ -104,7 +104,24 @@ class Engine(ABC):
         Raises:
             ArgumentError, ClosedError, ForkedError: nothing was submitted.
         """
-        return self._submit(fn, reads, writes, priority, lane, name, inline, info, deadline, False)
+        handle = self._submit(fn, reads, writes, priority, lane, name, inline, info, deadline, False)
+        assert handle is not None
+        return handle
+
+    def push_if_free(
+        self,
+        fn: Callable[[], Any],
+        reads: Iterable[Any] = (),
+        writes: Iterable[Any] = (),
+        priority: int = 0,
+        lane: str | None = None,
+        name: str | None = None,
+        *,
+        inline: bool = False,
+        info: dict[str, Any] | None = None,
+    ) -> Handle | None:
+        """Like :meth:`push` if nothing is in the op's way. Else nothing is submitted, and the answer is None."""
+        return self._submit(fn, reads, writes, priority, lane, name, inline, info, None, False, if_free=True)
 
     def push_async(
         self,
@@ -120,7 +137,9 @@ class Engine(ABC):
         deadline: float | None = None,
     ) -> Handle:
         """Like :meth:`push` for an op that ends later: ``fn(completion)`` starts it."""
-        return self._submit(fn, reads, writes, priority, lane, name, inline, info, deadline, True)
+        handle = self._submit(fn, reads, writes, priority, lane, name, inline, info, deadline, True)
+        assert handle is not None
+        return handle
 
     def _submit(
         self,
@@ -134,7 +153,8 @@ class Engine(ABC):
         info: dict[str, Any] | None,
         deadline: float | None,
         is_async: bool,
-    ) -> Handle:
+        if_free: bool = False,
+    ) -> Handle | None:
         self._check_process()
         if not callable(fn):
             raise ArgumentError(f"push: expected a function, got {type(fn).__name__}")
@@ -153,6 +173,8 @@ class Engine(ABC):
                 op = Op(name, reads, writes, priority)
             else:
                 op = self._op_on_arrays(name, reads, writes, priority)
+            if if_free and not self._scheduler.free(op):
+                return None
             op.fn = fn
             op.caller, op.caller_at = caller.f_code, caller.f_lasti
             op.handle = handle = Handle(self, op)
@@ -354,14 +376,12 @@ class Engine(ABC):
     def _help(self, timeout: float | None) -> None:
         """Before this thread waits for all: run ready ops here, while that pays."""
 
-    def pending(self, *items: Any, reads: bool = False) -> bool:
-        """Is there an unfinished op that writes any of these arrays or vars; with ``reads``, or reads them?"""
+    def pending(self, *items: Any) -> bool:
+        """Is there an unfinished op that writes any of these arrays or vars?"""
         with self._lock:
             for item in items:
                 for var in self._vars_of(item):
-                    if var.writer is not None or any(reads or writes for _, writes in var.queue):
-                        return True
-                    if reads and var.readers:
+                    if var.writer is not None or any(writes for _, writes in var.queue):
                         return True
         return False
 
@@ -371,10 +391,13 @@ class Engine(ABC):
             self._memory.tidy()
             return self._memory.in_use()
 
-    def free(self, var: Var) -> bool:
-        """Does no op hold ``var`` or wait for it, and does it carry no error?"""
+    def free(self, *vars: Var) -> bool:
+        """Does no op hold these or wait for them, and do they carry no error?"""
         with self._lock:
-            return var.idle and var.poison is None
+            for var in vars:
+                if var.writer is not None or var.readers or var.queue or var.poison is not None:
+                    return False
+        return True
 
     def _await(self, handle: Handle, timeout: float | None) -> None:
         """Until the handle is done: run its op here if it is ready, else wait."""

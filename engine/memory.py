@@ -12,78 +12,17 @@ from __future__ import annotations
 
 import weakref
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Iterable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from engine.errors import ArgumentError
+from engine.groups import ArrayGroup, Range, range_of
 from engine.var import Var
 
-try:
-    from numpy.lib.array_utils import byte_bounds
-except ImportError:  # NumPy 1
-    from numpy import byte_bounds  # type: ignore[attr-defined,no-redef]
-
-
-Range = tuple[int, int]  # the first byte, and the one after the last
-
-
-class ArrayGroup:
-    """Arrays that ops read or write together: as an item of ``reads`` or ``writes`` it stands for all of them.
-
-    Making it costs as much as one op on all its arrays; each op on it then costs as much as one on a single array.
-
-    Args:
-        arrays: NumPy arrays; they are kept as long as the group.
-
-    Raises:
-        ArgumentError: something else.
-    """
-
-    __slots__ = ("__weakref__", "arrays", "ranges")
-
-    def __init__(self, arrays: Iterable[Any]) -> None:
-        self.arrays = tuple(arrays)
-        self.ranges: list[Range] = _joined(sorted(_range_of(array) for array in self.arrays if _is_array(array).size))
-
-    def __repr__(self) -> str:
-        return f"<ArrayGroup of {len(self.arrays)} arrays>"
-
-    def overlaps(self, range_: Range) -> bool:
-        """Has ``range_`` a byte of any of the arrays?"""
-        index = bisect_left(self.ranges, (range_[1], 0)) - 1
-        return index >= 0 and self.ranges[index][1] > range_[0]
-
-    def covers(self, range_: Range) -> bool:
-        """Is every byte of ``range_`` one of the arrays'?"""
-        index = bisect_right(self.ranges, (range_[0], 1 << 64)) - 1
-        return index >= 0 and self.ranges[index][1] >= range_[1]
-
-
-def _is_array(item: Any) -> np.ndarray[Any, Any]:
-    if not isinstance(item, np.ndarray):
-        raise ArgumentError(f"a group: expected NumPy arrays, got {type(item).__name__}")
-    return item
-
-
-def _range_of(array: np.ndarray[Any, Any]) -> Range:
-    if array.flags.forc:  # as a rule
-        start: int = array.__array_interface__["data"][0]
-        return start, start + array.nbytes
-    low, high = byte_bounds(array)
-    return int(low), int(high)
-
-
-def _joined(ranges: list[Range]) -> list[Range]:
-    """Sorted ranges without overlaps: those that touch or overlap become one."""
-    joined: list[Range] = []
-    for low, high in ranges:
-        if joined and low <= joined[-1][1]:
-            joined[-1] = (joined[-1][0], max(high, joined[-1][1]))
-        else:
-            joined.append((low, high))
-    return joined
+MANY = 2048  # ranges that are known before the idle ones are forgotten: arrays come again
+FEW = 64  # so many if some overlap, or there are groups, since then many are looked at for each array
 
 
 class Memory:
@@ -93,8 +32,10 @@ class Memory:
         self._vars: dict[Range, Var] = {}
         self._ranges: list[Range] = []  # sorted
         self._groups: dict[ArrayGroup, Var] = {}
+        self._arrays: dict[int, tuple[weakref.ref[Any], int, Range]] = {}  # by id: to ask for a range takes long
         self._longest = 0
-        self._crowded = 64
+        self._disjoint = True  # no two ranges overlap, as a rule
+        self._kept = 0  # ranges, when they were looked through last
         self._owners: dict[Range, weakref.ref[Any]] = {}
         self._freed: list[Range] = []  # filled by weakref callbacks, emptied under the lock
 
@@ -109,28 +50,31 @@ class Memory:
         """
         if isinstance(array, ArrayGroup):
             return self._vars_of_group(array)
-        if not isinstance(array, np.ndarray):
-            if not hasattr(array, "__array_interface__"):
-                raise ArgumentError(f"reads and writes: expected Vars or arrays, got {type(array).__name__}")
-            array = np.asarray(array)
-        if array.size == 0:
+        known = self._arrays.get(id(array))
+        live = known is not None and known[0]() is not None and known[1] == array.nbytes
+        range_ = known[2] if known is not None and live else self._learn(array)
+        if range_ is None:
             return [], []
-        range_ = _range_of(array)
         own = self._vars.get(range_)
+        if own is not None and self._disjoint and not self._groups:
+            return [own], []
         if own is None:
-            own = self._vars[range_] = Var(f"array of {array.nbytes} bytes")  # a dtype's name takes long to make
+            own = self._vars[range_] = Var(f"array of {range_[1] - range_[0]} bytes")
             insort(self._ranges, range_)
             self._longest = max(self._longest, range_[1] - range_[0])
             self._watch(range_, array)
         whole: list[Var] = [own]
         part: list[Var] = []
-        if len(self._ranges) > 1:
+        if self._disjoint:  # then of those that begin before this one only the last can reach into it
+            first = max(0, bisect_left(self._ranges, (range_[0], 0)) - 1)
+        else:
             first = bisect_left(self._ranges, (range_[0] - self._longest, 0))
-            last = bisect_right(self._ranges, (range_[1], 0))
-            for other in self._ranges[first:last]:
-                if other != range_ and other[1] > range_[0] and other[0] < range_[1]:
-                    covered = range_[0] <= other[0] and other[1] <= range_[1]
-                    (whole if covered else part).append(self._vars[other])
+        last = bisect_right(self._ranges, (range_[1], 0))
+        for other in self._ranges[first:last]:
+            if other != range_ and other[1] > range_[0] and other[0] < range_[1]:
+                self._disjoint = False
+                covered = range_[0] <= other[0] and other[1] <= range_[1]
+                (whole if covered else part).append(self._vars[other])
         for group, var in self._groups.items():
             if group.overlaps(range_):
                 covered = range_[0] <= group.ranges[0][0] and group.ranges[-1][1] <= range_[1]
@@ -145,13 +89,27 @@ class Memory:
             own = self._groups[group] = Var(f"group of {len(group.arrays)} arrays")
         whole: list[Var] = [own]
         part: list[Var] = []
-        for range_ in self._ranges:
-            if group.overlaps(range_):
-                (whole if group.covers(range_) else part).append(self._vars[range_])
+        for range_, var in self._vars.items():
+            if not (var.idle and var.poison is None) and group.overlaps(range_):
+                (whole if group.covers(range_) else part).append(var)
         for other, var in self._groups.items():
             if other is not group and any(map(group.overlaps, other.ranges)):
                 (whole if all(map(group.covers, other.ranges)) else part).append(var)
         return whole, part
+
+    def _learn(self, array: Any) -> Range | None:
+        """The array's range, from now on known; None: it has no bytes."""
+        if not isinstance(array, np.ndarray):
+            if not hasattr(array, "__array_interface__"):
+                raise ArgumentError(f"reads and writes: expected Vars or arrays, got {type(array).__name__}")
+            array = np.asarray(array)
+        if array.size == 0:
+            return None
+        range_ = range_of(array)
+        if len(self._arrays) > MANY:
+            self._arrays.clear()
+        self._arrays[id(array)] = weakref.ref(array), array.nbytes, range_
+        return range_
 
     def tidy(self) -> None:
         """Now and then, forget the ranges that no op uses and no error marks.
@@ -163,9 +121,9 @@ class Memory:
             self._forget_freed()
         if self._groups:
             self._groups = {g: var for g, var in self._groups.items() if not (var.idle and var.poison is None)}
-        if len(self._ranges) > self._crowded:
+        if len(self._ranges) > 2 * self._kept + (MANY if self._disjoint and not self._groups else FEW):
             self._keep([r for r in self._ranges if not (self._vars[r].idle and self._vars[r].poison is None)])
-            self._crowded = 64 + 2 * len(self._ranges)
+            self._kept = len(self._ranges)
 
     def in_use(self) -> bool:
         """Does an op use any range or group, or an error mark one?"""
@@ -181,19 +139,16 @@ class Memory:
         self._owners[range_] = weakref.ref(owner, lambda _: freed.append(range_))
 
     def _forget_freed(self) -> None:
-        gone = set()
         in_use = []
         while self._freed:
             range_ = self._freed.pop()
             owner = self._owners.get(range_)
             if owner is not None and owner() is None:
                 if self._vars[range_].idle:
-                    gone.add(range_)
+                    del self._vars[range_], self._owners[range_], self._ranges[bisect_left(self._ranges, range_)]
                 else:
                     in_use.append(range_)
         self._freed.extend(in_use)
-        if gone:
-            self._keep([r for r in self._ranges if r not in gone])
 
     def _keep(self, ranges: list[Range]) -> None:
         for gone in set(self._ranges).difference(ranges):
@@ -201,3 +156,4 @@ class Memory:
             self._owners.pop(gone, None)
         self._ranges = ranges
         self._longest = max((high - low for low, high in ranges), default=0)
+        self._disjoint = all(one[1] <= other[0] for one, other in pairwise(ranges))

@@ -72,6 +72,16 @@ class Scheduler:
     def __repr__(self) -> str:
         return f"<Scheduler: {self._submitted} submitted, {len(self.pending)} pending>"
 
+    def free(self, op: Op) -> bool:
+        """Could an op that has not been submitted run at once?"""
+        for var in op.writes:
+            if not var.idle:
+                return False
+        for var in op.reads:  # noqa: SIM110  # loops, since a generator costs more
+            if var.writer is not None or var.queue:
+                return False
+        return True
+
     def submit(self, op: Op) -> bool:
         """Take an op; True if it may run now."""
         self._submitted += 1

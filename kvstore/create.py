@@ -40,6 +40,12 @@ def create(
 ) -> KVStore:
     """Make a store.
 
+    >>> import numpy as np, kvstore
+    >>> with kvstore.create("local", devices=2) as kv:
+    ...     kv.init("w", np.zeros(3))
+    ...     kv.pushpull("w", [np.ones(3), np.ones(3)], out=np.empty(3)).result()
+    array([2., 2., 2.])
+
     Args:
         type: ``local`` or ``device`` (this process alone), ``dist``, ``dist_sync``, ``dist_async`` (a
             cluster), and MXNet's other names for these. Without a GPU the ``device`` types equal the plain ones.

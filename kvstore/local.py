@@ -71,38 +71,40 @@ class LocalHome(Home):
         return done
 
     def push(self, key: Key, gradient: Gradient, ended: Ended) -> Reading:
-        stored = self._stored[key]
-        if stored.var.idle:
-            reading, applied = self._apply(key, gradient, gradient.arrays, gradient.arrays, ())
-        else:  # it will be applied later, but must be read now
-            staged, var = np.empty(stored.value.shape, stored.value.dtype), engine.Var(f"staged {key!r}")
-            self._engine.push(
-                lambda: comm.merge(gradient.arrays, staged),
-                reads=gradient.arrays, writes=[var], name="stage", inline=True,
-            )  # fmt: skip
-            reading, applied = self._apply(key, gradient, [staged], [var], ())
-        when_ended(applied, ended)
-        return reading
+        applied = self._apply(key, gradient, ())
+        if applied is not None:
+            when_ended(applied, ended)
+            return None if applied.done() else applied
+        # It will be applied later, but must be read now; unless an array has still to be written.
+        staged, var = np.empty(self._specs[key].shape, self._stored[key].value.dtype), engine.Var(f"staged {key!r}")
+        self._engine.push(
+            lambda: comm.merge(gradient.arrays, staged), reads=gradient.arrays, writes=[var], name="stage", inline=True
+        )
+        op = self._op(key, gradient.priority, [staged], [var], ())
+        when_ended(self._engine.push(**op), ended)
+        return None
 
     def pull(self, key: Key, priority: int) -> Source:
         return _LocalSource(key, self._stored[key], self._engine)
 
     def pushpull(self, key: Key, gradient: Gradient, ended: Ended) -> tuple[Reading, Source]:
-        outs = gradient.outs
-        if not outs or not self._stored[key].var.idle or self._engine.pending(*outs, reads=True):
+        # One op if that can be, so that what was just merged goes on from the processor's cache.
+        applied = self._apply(key, gradient, gradient.outs) if gradient.outs else None
+        if applied is None:
             return self.push(key, gradient, ended), self.pull(key, gradient.priority)
-        # One op, so that what was just merged goes on from the processor's cache.
-        reading, applied = self._apply(key, gradient, gradient.arrays, gradient.arrays, outs)
         when_ended(applied, ended)
-        return reading, _Delivered(applied)
+        return None if applied.done() else applied, _Delivered(applied)
 
-    def _apply(
-        self, key: Key, gradient: Gradient, arrays: list[Array], reads: Sequence[Any], outs: Sequence[Array]
-    ) -> tuple[Reading, engine.Handle]:
-        """Let the arrays' sum change the value, and copy that to ``outs``: the op, twice if it still reads arrays."""
+    def _apply(self, key: Key, gradient: Gradient, outs: Sequence[Array]) -> engine.Handle | None:
+        """Let the gradient change the value, which then goes to ``outs``. None: something else is under way there."""
+        return self._engine.push_if_free(**self._op(key, gradient.priority, gradient.arrays, gradient.arrays, outs))
+
+    def _op(
+        self, key: Key, priority: int, arrays: list[Array], reads: Sequence[Any], outs: Sequence[Array]
+    ) -> dict[str, Any]:
+        """What the engine is told of such a change."""
         stored, rule, generation = self._stored[key], self._rule(key), self._generation
         nbytes = stored.value.nbytes
-        inline = nbytes * (len(arrays) + len(outs)) <= INLINE_BYTES
 
         def apply() -> None:
             if rule is None:
@@ -112,14 +114,15 @@ class LocalHome(Home):
             if outs:
                 comm.broadcast(stored.value.reshape(-1), outs)
 
-        applied = self._engine.push(
-            apply,
-            reads=reads if rule is None else [*reads, stored.var], writes=[stored.var, *outs],
-            priority=gradient.priority, name="assign" if rule is None else "update", inline=inline,
-            info={"key": key, "bytes": nbytes},
-        )  # fmt: skip
-        read = inline or reads is not gradient.arrays or self._engine.pending(*arrays)
-        return None if read else applied, applied
+        return {
+            "fn": apply,
+            "reads": reads if rule is None else [*reads, stored.var],
+            "writes": [stored.var, *outs],
+            "priority": priority,
+            "name": "assign" if rule is None else "update",
+            "inline": nbytes * (len(arrays) + len(outs)) <= INLINE_BYTES,
+            "info": {"key": key, "bytes": nbytes},
+        }
 
     def bundle(self, keys: Sequence[Key], timeout_s: float) -> list[Bundle]:
         return []

@@ -259,9 +259,11 @@ class KVStore:
             UnknownKeyError, ShapeError, DtypeError, DeviceCountError: before anything is sent.
         """
         priority = _priority(priority)
-        if device is None and (whole := self._together("push", key, value, None, priority)) is not None:
+        many = isinstance(key, list | tuple)
+        if many and device is None and (whole := self._together("push", key, value, None, priority)) is not None:
             return whole
-        pushes = self._check_push(key, value, device)
+        keys = self._keys(key)
+        pushes = self._check_push(keys, self._as_many(keys, value, "values") if many else [value], device)
         return self._one_or_all(key, self._push_each(pushes, priority), "push")
 
     def _push_each(self, pushes: list[_Push], priority: int) -> list[Handle]:
@@ -293,11 +295,12 @@ class KVStore:
             UnknownKeyError, ShapeError, DtypeError, DeviceCountError, ReadOnlyError: at once.
         """
         priority = _priority(priority)
-        if device is None and (whole := self._together("pull", key, None, out, priority)) is not None:
+        many = isinstance(key, list | tuple)
+        if many and device is None and (whole := self._together("pull", key, None, out, priority)) is not None:
             return whole
         entries = self._known(self._keys(key))
         device = self._check_device(device)
-        outs = [out] if not isinstance(key, list | tuple) else self._as_many(entries, out, "outs")
+        outs = self._as_many(entries, out, "outs") if many else [out]
         targets = [self._check_out(entry, o, device) for entry, o in zip(entries, outs, strict=True)]
         return self._one_or_all(key, self._pull_each(entries, targets, priority, device), "pull")
 
@@ -326,18 +329,18 @@ class KVStore:
                 belongs to the store until the handle is done.
         """
         priority = _priority(priority)
-        if device is None and (whole := self._together("pushpull", key, value, out, priority)) is not None:
+        many = isinstance(key, list | tuple)
+        if many and device is None and (whole := self._together("pushpull", key, value, out, priority)) is not None:
             return whole
         keys = self._keys(key)
-        many = isinstance(key, list | tuple)
         if many and len(set(keys)) != len(keys):
             raise DuplicateKeyError("pushpull: expected each key once in a call")
+        values = self._as_many(keys, value, "values") if many else [value]
         if out is None:
-            values = self._as_many(keys, value, "values") if many else [value]
             outs = [self._own_out(self._entries.get(k), v) for k, v in zip(keys, values, strict=True)]
         else:
             outs = self._as_many(keys, out, "outs") if many else [out]
-        pushes = self._check_push(key, value, device)
+        pushes = self._check_push(keys, values, device)
         targets = [self._check_out(entry, o, device) for (entry, _), o in zip(pushes, outs, strict=True)]
         return self._one_or_all(key, self._pushpull_each(pushes, targets, priority, device), "pushpull")
 
@@ -375,7 +378,8 @@ class KVStore:
             None for any other call, with nothing done; also if another thread has just ended one of the bundles.
         """
         self._check_open()
-        if not isinstance(key, list | tuple) or len(key) < 2 or not self._in_cluster:
+        assert isinstance(key, list | tuple)
+        if len(key) < 2 or not self._in_cluster:
             return None
         values = None if what == "pull" else self._as_many(key, value, "values")
         outs = None if out is None else self._as_many(key, out, "outs")
@@ -614,12 +618,10 @@ class KVStore:
             raise DeviceCountError(f"device={device!r}: expected 0..{self._devices - 1}")
         return number
 
-    def _check_push(self, key: Keys, value: Any, device: int | None) -> list[_Push]:
+    def _check_push(self, keys: list[Key], values: list[Any], device: int | None) -> list[_Push]:
         """The whole call, checked: per entry and device the arrays to be summed."""
-        keys = self._keys(key)
         entries = self._known(keys)
         device = self._check_device(device)
-        values = self._as_many(keys, value, "values") if isinstance(key, list | tuple) else [value]
         devices: Sequence[int]
         if device is None:
             arrays, devices = self._arrays_of(entries, values), range(self.num_devices)

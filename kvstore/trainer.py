@@ -23,6 +23,14 @@ from kvstore.store import KVStore
 class Trainer:
     """Keeps ``params`` in step through ``store``.
 
+    >>> import numpy as np, kvstore
+    >>> weights = {"w": np.ones(2, np.float32)}
+    >>> with kvstore.create("local") as kv:
+    ...     trainer = kvstore.Trainer(weights, kvstore.optim.SGD(lr=0.5), kv)
+    ...     pulls = trainer.step({"w": np.ones(2, np.float32)})
+    >>> weights["w"], pulls[0].version
+    (array([0.5, 0.5], dtype=float32), 1)
+
     Args:
         params: by key, in the order of the forward pass: an array, or a list with one per device. They
             are initialised with rank 0's (first device's) values and then written in place.

@@ -275,6 +275,14 @@ def engine(options: Options) -> list[Step]:
     return [lambda driver: engine_ops.measure(driver.repeats)]
 
 
+def kernels(options: Options) -> list[Step]:
+    """The arithmetic alone, beside the memory's rate."""
+    from kvstore.bench import kernel_rates
+
+    elements = min(25_000_000, options.max_bytes // 4, 1_000_000 if options.quick else options.max_bytes)
+    return [lambda driver: kernel_rates.measure(elements, driver.repeats)]
+
+
 def memory(options: Options) -> list[Step]:
     """What a round needs beside time."""
     size = options.some(1 << 20, 64 << 20)[-1]
@@ -305,6 +313,7 @@ SUITES: dict[str, Callable[[Options], list[Step]]] = {
     "priority": priority,
     "local": local,
     "engine": engine,
+    "kernels": kernels,
     "memory": memory,
     "start": start,
 }

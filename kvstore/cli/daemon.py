@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import threading
 from typing import Protocol
@@ -42,6 +43,7 @@ def serve(daemon: Daemon, beside: Daemon | None = None) -> int:
             failed.append(error)
         wake.set()
 
+    gc.freeze()  # what is there now stays: the collector need not look at it again and again
     thread = threading.Thread(target=start, name="kvstore-daemon", daemon=True)
     thread.start()
     wake.wait()

@@ -17,11 +17,12 @@ from kvstore.arrays import Array, dtype_named
 from kvstore.cluster.bundles import Bundles
 from kvstore.cluster.exchange import Arrivals, Exchange, Remote, near_pieces
 from kvstore.cluster.session import SCHEDULER, Session
-from kvstore.errors import DeadlineError, OptimizerError, ServerLostError
+from kvstore.errors import DeadlineError, OptimizerError, ServerLostError, ShapeError
 from kvstore.handle import Ended, when_ended
 from kvstore.home import Bundle, Gradient, Home, Reading, Source
 from kvstore.optim import Optimizer
 from kvstore.protocol.messages import (
+    FRAME_BYTES_MAX,
     PRIORITY_MAX,
     Barrier,
     Drop,
@@ -70,6 +71,11 @@ class ClusterHome(Home):
         if known is not None and known.spec == spec:  # by an earlier call, whose deadline passed too soon
             exists.set_result(None)
             return exists
+        if spec.cut.size(0) * value.itemsize > FRAME_BYTES_MAX:
+            raise ShapeError(
+                f"key {key!r}: expected at most {FRAME_BYTES_MAX} bytes on one server, where an optimizer that needs "
+                f"the whole tensor has it; got shape {spec.shape} of {spec.dtype}"
+            )
         owners = tuple(owner(key, piece, len(self._servers)) for piece in range(len(spec.cut)))
         remote = self.remote(key, spec, owners)
         value = value if self.rank else value.copy()  # the caller may overwrite it at once

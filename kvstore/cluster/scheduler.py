@@ -9,7 +9,7 @@ import time
 
 from kvstore.cluster.address import advertised, split
 from kvstore.errors import OptionError, ProtocolError, to_wire
-from kvstore.protocol.messages import NOBODY, Failed, Message, Sender, decode, envelope
+from kvstore.protocol.messages import HEADER_BYTES_MAX, NOBODY, Failed, Message, Sender, decode, envelope
 from kvstore.protocol.roster import Membership
 from kvstore.transport.reactor import Reactor
 from kvstore.transport.zeromq import Endpoint, Frames
@@ -38,7 +38,7 @@ class Scheduler:
             )
         self.membership = Membership(secrets.randbits(62) | 1, num_workers, num_servers)
         self._reactor = Reactor("kvstore-scheduler", self._tick)
-        self._endpoint: Endpoint = Endpoint(self._reactor, self._receive, watch=True)
+        self._endpoint: Endpoint = Endpoint(self._reactor, self._receive, frame_bytes_max=HEADER_BYTES_MAX, watch=True)
         self._endpoint.on_disconnect = self._disconnected
         try:
             split(bind)  # for ZeroMQ port 70000 is port 4464

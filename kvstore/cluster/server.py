@@ -28,6 +28,7 @@ from kvstore.handle import when_ended
 from kvstore.protocol.bundles import Bundle, Part
 from kvstore.protocol.leases import Lending, Reader
 from kvstore.protocol.messages import (
+    FRAME_BYTES_MAX,
     NOBODY,
     Departed,
     Done,
@@ -99,7 +100,7 @@ class Server:
         self._wanted = NOBODY if rank is None else rank
         self._engine = engine.default()
         self._reactor = Reactor("kvstore-server")
-        self._endpoint = Endpoint(self._reactor, self._receive)
+        self._endpoint = Endpoint(self._reactor, self._receive, frame_bytes_max=FRAME_BYTES_MAX)
         try:
             split(bind)  # for ZeroMQ port 70000 is port 4464
             self.address = advertised(self._endpoint.bind(bind), advertise)
@@ -244,9 +245,7 @@ class Server:
             raise ProtocolError(f"{type(message).__name__}: expected no value frame, got {len(payload)}")
         return None
 
-    def _one_frame(
-        self, message: Init | Push, expected: int, dtype: np.dtype[Any], payload: Frames
-    ) -> Array | None:
+    def _one_frame(self, message: Init | Push, expected: int, dtype: np.dtype[Any], payload: Frames) -> Array | None:
         if not payload:
             return None
         if len(payload) != 1 or len(payload[0]) != expected:
@@ -333,7 +332,7 @@ class Server:
         Small work is done at once if they are free, which they stay meanwhile: no other thread submits ops on them.
         """
         inline = sum([stored.value.nbytes for stored in pieces]) <= INLINE_BYTES
-        if inline and all(self._engine.free(stored.var) for stored in pieces):
+        if inline and self._engine.free(*[stored.var for stored in pieces]):
             try:
                 work()
                 return None

@@ -30,6 +30,9 @@ _SEEN: dict[np.dtype[Any], np.dtype[Any]] = {  # as what kernels see the memory 
     np.dtype(np.complex128): _FLOAT64,
     **{np.dtype(f"{sign}{size}"): _UNSIGNED[size] for sign in "iu" for size in (1, 4, 8)},  # what wraps needs no sign
 }
+_PUSHED = {(value, value): value for value in (_FLOAT32, _FLOAT64)} | {  # by the types of value and pushes, the same
+    (_FLOAT32, half): _SEEN[half] for half in reference.HALVES
+}
 _NOTHING = {dtype: np.empty(0, dtype) for dtype in (_FLOAT32, _FLOAT64)}
 _ONE_PUSH = np.empty(0, np.int64)
 
@@ -102,30 +105,22 @@ def _optimizer(plain: Callable[..., None]) -> Callable[..., None]:
 
     def kernel(change: Change, states: States, *numbers: float) -> None:
         value, target, pushes, scale, clip = change
-        dtype, pushed = target.dtype, pushes[0].dtype
-        nothing, seen = _NOTHING.get(dtype), _SEEN.get(pushed)
-        if nothing is not None and seen is not None and (pushed == dtype or pushed in reference.HALVES):
-            loaded = LOADER.get(name, dtype, seen)
-            if loaded is not None and _contiguous(value, target, states):
-                taken = _pushes(pushes, seen)
-                if taken is not None:
-                    flat = _flat(target, dtype)
-                    before = flat if value is target else _flat(value, dtype)
-                    flats = [nothing if state is None else _flat(state, dtype) for state in states]
-                    loaded(flat, before, *taken, scale, clip, *flats, *numbers)
-                    return
+        dtype = target.dtype
+        seen = _PUSHED.get((dtype, pushes[0].dtype))
+        loaded = None if seen is None else LOADER.get(name, dtype, seen)
+        if seen is not None and loaded is not None and target.flags.c_contiguous and value.flags.c_contiguous:
+            taken = _pushes(pushes, seen)
+            flats = [
+                _NOTHING[dtype] if s is None else _flat(s, dtype) for s in states if s is None or s.flags.c_contiguous
+            ]
+            if taken is not None and len(flats) == len(states):
+                loaded(_flat(target, dtype), _flat(value, dtype), *taken, scale, clip, *flats, *numbers)
+                return
         plain(change, states, *numbers)
 
     kernel.__name__ = kernel.__qualname__ = name
     kernel.__doc__ = f"See :func:`kvstore.kernels.reference.{name}`."
     return kernel
-
-
-def _contiguous(value: Array, target: Array, states: States) -> bool:
-    for state in states:
-        if state is not None and not state.flags.c_contiguous:
-            return False
-    return target.flags.c_contiguous and (value is target or value.flags.c_contiguous)
 
 
 accumulate = _optimizer(reference.accumulate)

@@ -31,6 +31,9 @@ from numba.np.numpy_support import from_dtype
 BLOCK = 1024  # elements: measured, with larger ones the processor is less far ahead of the loops
 LANES = 1024  # as in the reference
 
+LINE = 64  # bytes that the caches handle as one
+STREAMED = 1 << 20  # bytes: smaller copies stay in the caches for whoever reads them
+
 inlined = register_jitable(error_model="numpy")
 
 
@@ -87,6 +90,34 @@ def _pointer(context: Any, address: Any, like: Any) -> Any:
         return builder.inttoptr(arguments[0], context.get_value_type(pointer))
 
     return pointer(types.int64, like), generate
+
+
+@intrinsic
+def _stream(context: Any, source: Any, target: Any) -> Any:
+    """Copy 64 bytes past the caches: memory is not read before it is overwritten. ``target`` is a multiple of 64."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        line = ir.VectorType(ir.IntType(8), LINE)
+        source, target = (builder.inttoptr(address, line.as_pointer()) for address in arguments)
+        loaded = builder.load(source)
+        loaded.align = 1
+        store = builder.store(loaded, target)
+        store.align = LINE
+        store.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)]))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), generate
+
+
+@intrinsic
+def _fence(context: Any) -> Any:
+    """What was streamed is there for all to see."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), generate
 
 
 def _wide(x: Any) -> Any:
@@ -212,18 +243,31 @@ def norm(first: Any, table: Any) -> Any:
 # --- optimizers ---------------------------------------------------------------------------------
 
 
+def _pick(first: Any, scratch: Any, start: Any, size: Any, as_it_came: Any) -> Any:
+    """The gradient: a block of the only push, if it can be used as it came, or what was made in the scratch."""
+
+
+@overload(_pick, strict=False)
+def _pick_from(first: Any, scratch: Any, start: Any, size: Any, as_it_came: Any) -> Any:
+    if first.dtype != scratch.dtype:
+        return lambda first, scratch, start, size, as_it_came: scratch[:size]
+    return lambda first, scratch, start, size, as_it_came: first[start : start + size] if as_it_came else scratch[:size]
+
+
 @inlined
 def _begin(
     target: Any, value: Any, first: Any, table: Any, scale: Any, clip: Any, decay: Any, scratch: Any, start: Any
 ) -> Any:
-    """A block of the target, which holds the value, and the gradient there."""
+    """A block of the target, which holds the value, and the gradient there, to be read only."""
     real = target.dtype.type
     size = min(BLOCK, target.size - start)
     w, old, g = target[start : start + size], value[start : start + size], scratch[:size]
     if old.ctypes.data != w.ctypes.data:
         for i in range(size):
             w[i] = old[i]
-    _merged(first, table, start, g)
+    as_it_came = table.size == 0 and scale == 1.0 and clip == math.inf and decay == 0.0
+    if not (as_it_came and first.itemsize == target.itemsize):
+        _merged(first, table, start, g)
     if scale != 1.0:
         factor = real(scale)
         for i in range(size):
@@ -237,7 +281,7 @@ def _begin(
         share = real(decay)
         for i in range(size):
             g[i] += share * w[i]
-    return w, g
+    return w, _pick(first, scratch, start, size, as_it_came)
 
 
 def accumulate(target: Any, value: Any, first: Any, table: Any, scale: Any, clip: Any) -> None:
@@ -300,10 +344,9 @@ def adam(
             for i in range(w.size):
                 m[i] = m[i] * b1 + c1 * g[i]
                 v[i] = v[i] * b2 + g[i] * g[i] * c2
-                g[i] = m[i]
             for i in range(w.size):
                 top[i] = v[i] if v[i] > top[i] or v[i] != v[i] else top[i]
-                w[i] = w[i] * kept - g[i] / (math.sqrt(top[i]) / divisor + small) * lr
+                w[i] = w[i] * kept - m[i] / (math.sqrt(top[i]) / divisor + small) * lr
 
 
 def adagrad(
@@ -326,26 +369,27 @@ def rmsprop(
 ) -> None:  # fmt: skip
     real, scratch = target.dtype.type, _scratch(target)
     rate, small, mu, a, b = real(lr), real(eps), real(keep), real(alpha), real(1 - alpha)
+    ways = _scratch(target)
     for start in range(0, target.size, BLOCK):
         w, g = _begin(target, value, first, table, scale, clip, decay, scratch, start)
-        s = square[start : start + w.size]
+        s, way = square[start : start + w.size], ways[: w.size]
         if mean.size == 0:
             for i in range(w.size):
                 s[i] = s[i] * a + b * g[i] * g[i]
-                g[i] /= math.sqrt(s[i]) + small
+                way[i] = g[i] / (math.sqrt(s[i]) + small)
         else:
             c = mean[start : start + w.size]
             for i in range(w.size):
                 s[i] = s[i] * a + b * g[i] * g[i]
                 c[i] += b * (g[i] - c[i])
-                g[i] /= math.sqrt(s[i] - c[i] * c[i]) + small
+                way[i] = g[i] / (math.sqrt(s[i] - c[i] * c[i]) + small)
         if momentum.size == 0:
             for i in range(w.size):
-                w[i] -= rate * g[i]
+                w[i] -= rate * way[i]
         else:
             m = momentum[start : start + w.size]
             for i in range(w.size):
-                m[i] = m[i] * mu + g[i]
+                m[i] = m[i] * mu + way[i]
                 w[i] -= rate * m[i]
 
 
@@ -414,16 +458,16 @@ def lamb(
     real, scratch = target.dtype.type, _scratch(target)
     bias, divisor, small, share = real(unbias), real(root), real(eps), real(decay)
     b1, b2, c1, c2 = real(beta1), real(beta2), real(1 - beta1), real(1 - beta2)
-    weights, steps = np.zeros(LANES), np.zeros(LANES)
+    weights, steps, ways = np.zeros(LANES), np.zeros(LANES), _scratch(target)
     for start in range(0, target.size, BLOCK):
         w, g = _begin(target, value, first, table, scale, clip, 0.0, scratch, start)
-        m, v = mean[start : start + w.size], square[start : start + w.size]
+        m, v, u = mean[start : start + w.size], square[start : start + w.size], ways[: w.size]
         for i in range(w.size):
             m[i] = m[i] * b1 + c1 * g[i]
             v[i] = v[i] * b2 + c2 * g[i] * g[i]
-            g[i] = m[i] / bias / (math.sqrt(v[i]) / divisor + small) + share * w[i]
+            u[i] = m[i] / bias / (math.sqrt(v[i]) / divisor + small) + share * w[i]
         _add_squares(weights, w)
-        _add_squares(steps, g)
+        _add_squares(steps, u)
     length, way = _root(weights), _root(steps)
     if length > 0 and way > 0:
         lr = lr * (length / way)
@@ -449,10 +493,25 @@ def narrow(source: Any, target: Any) -> None:
 
 
 def broadcast(source: Any, table: Any) -> None:
+    size, lines = source.size, 0
     for k in range(table.size):
-        target = _block(table[k], source, 0, source.size)
-        for i in range(source.size):
-            target[i] = source[i]
+        target = _block(table[k], source, 0, size)
+        head = -table[k] % LINE
+        if size >= STREAMED:
+            lines = (size - head) // LINE
+            for i in range(head):
+                target[i] = source[i]
+            for line in range(lines):
+                at = head + line * LINE
+                _stream(source.ctypes.data + at, table[k] + at)
+            done = head + lines * LINE
+            rest, left = source[done:], target[done:]
+        else:
+            rest, left = source, target
+        for i in range(rest.size):
+            left[i] = rest[i]
+    if lines:
+        _fence()
 
 
 def locate(table: Any, at: Any, a: Any, b: Any, c: Any, d: Any) -> None:
@@ -548,7 +607,7 @@ def build(name: str, dtype: np.dtype[Any], pushed: np.dtype[Any]) -> Callable[..
     if pushed == np.uint16 and not _has_halves():
         raise NotImplementedError("no instructions for float16")
     function, types_ = signature(name, dtype, pushed)
-    options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
+    options: dict[str, Any] = {"nogil": name != "locate", "error_model": "numpy"}  # that one is quicker than the GIL
     try:
         compiled: Callable[..., Any] = njit(types_, cache=True, **options)(function)
     except RuntimeError:  # there is no place for the cache

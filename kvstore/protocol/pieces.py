@@ -47,7 +47,7 @@ class Cut:
 
 def owner(key: Key, piece: int, num_servers: int) -> int:
     """The server of a piece: a stable hash of the key, then in turn, so that big values spread evenly."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(_bytes(key), digest_size=8).digest()
     return (int.from_bytes(digest, "big") + piece) % num_servers
 
 
@@ -55,6 +55,10 @@ def bundle_id(keys: Sequence[Key]) -> BundleId:
     """The name of these keys in this order, the same in every process."""
     digest = hashlib.blake2b(digest_size=BUNDLE_ID_BYTES)
     for key in keys:
-        text = repr(key).encode()
-        digest.update(len(text).to_bytes(4, "big") + text)
+        name = _bytes(key)
+        digest.update(len(name).to_bytes(4, "big") + name)
     return digest.digest()
+
+
+def _bytes(key: Key) -> bytes:
+    return b"s" + key.encode() if isinstance(key, str) else b"i" + key.to_bytes(8, "big", signed=True)

@@ -95,11 +95,17 @@ class Connection:
 class Endpoint:
     """A ROUTER. ``on_receive(peer, frames, fd)``; ``peer`` addresses a reply.
 
-    With ``watch``, ``on_disconnect(fd)`` tells that the connection behind ``fd`` ended.
+    A frame of more than ``frame_bytes_max`` costs its sender the connection before it is read. With ``watch``,
+    ``on_disconnect(fd)`` tells that the connection behind ``fd`` ended.
     """
 
     def __init__(
-        self, reactor: Reactor, on_receive: Callable[[bytes, Frames, int], None], *, watch: bool = False
+        self,
+        reactor: Reactor,
+        on_receive: Callable[[bytes, Frames, int], None],
+        *,
+        frame_bytes_max: int,
+        watch: bool = False,
     ) -> None:
         self.address = ""
         self.on_disconnect: Callable[[int], None] | None = None
@@ -110,6 +116,7 @@ class Endpoint:
         self._socket = reactor.context.socket(zmq.ROUTER)
         _tune(self._socket)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, frame_bytes_max)
         reactor.add(self._socket, self._receive)
         if watch:
             monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)

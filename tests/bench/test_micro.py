@@ -32,6 +32,7 @@ ROWS = {
     "optimizers": "Adam, 1 MB",
     "models": "mlp, 2 servers",
     "local": "mlp, 4 devices, SGD momentum",
+    "kernels": "SGD momentum, 64 elements",
     "memory": "private memory of the server, 1 MB, tcp",
     "start": "first round, 1 MB, shared memory",
 }

@@ -96,6 +96,37 @@ def test_garbage_costs_a_server_nothing():
     context.term()
 
 
+def test_an_oversized_frame_costs_its_sender_the_connection(monkeypatch):
+    """Before it is read; and the server nothing."""
+    monkeypatch.setattr("kvstore.cluster.server.FRAME_BYTES_MAX", 1 << 20)
+    context = zmq.Context()
+
+    def work(kv: kvstore.KVStore) -> float:
+        kv.init("w", np.zeros(100, np.float32))
+        for address in (c.servers[0].address, c.address):
+            with context.socket(zmq.DEALER) as dealer:
+                dealer.linger = 0
+                with dealer.get_monitor_socket(zmq.EVENT_DISCONNECTED) as ended:
+                    dealer.connect(address)
+                    dealer.send(bytes(9 << 20))
+                    assert ended.poll(30_000)
+                    dealer.disable_monitor()
+        return float(kv.pushpull("w", np.ones(100, np.float32)).result().sum())
+
+    with cluster(workers=1, servers=1) as c:
+        assert c.run(work) == [100.0]
+    context.term()
+
+
+def test_a_value_that_is_too_large_for_one_frame_is_refused(monkeypatch):
+    monkeypatch.setattr("kvstore.cluster.client.FRAME_BYTES_MAX", 8 << 20)
+    with cluster(workers=1, servers=1) as c, kvstore.create("dist", address=c.address, timeout=30) as kv:
+        kv.set_optimizer(kvstore.optim.LARS())
+        with pytest.raises(errors.ShapeError, match=r"'w'.*8388608 bytes.*\(3145728,\) of float32"):
+            kv.init("w", np.zeros(3 << 20, np.float32))
+        kv.init("v", np.zeros(2 << 20, np.float32))
+
+
 def test_a_forked_child_may_not_use_the_store_but_create_its_own():
     with kvstore.create("local", timeout=30) as kv:
         kv.init("w", np.zeros(1, np.float32))

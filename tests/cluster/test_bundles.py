@@ -159,7 +159,7 @@ def sequential_program(kv, seed: int, waits: bool) -> list[bytes]:
         arrays = [numbers.standard_normal(shapes[key]).astype(dtype) for _ in range(devices)]
         return arrays if devices > 1 else np.asarray(arrays[0])
 
-    at = {key: 0 for key in keys}
+    at = dict.fromkeys(keys, 0)
     for round in range(12):
         if round == common.randrange(12):
             kv.set_optimizer(common.choice([optim.Adam(lr=0.1), optim.SGD(lr=0.5, momentum=0.9)]), replace=True)
@@ -191,8 +191,7 @@ def sequential_program(kv, seed: int, waits: bool) -> list[bytes]:
     seen = {}
     for where, handle in read:
         result = handle.result()
-        arrays = result if isinstance(result, list) and not isinstance(where[0], str) and len(where[1]) > 1 else result
-        listed = arrays if isinstance(arrays, list) else [arrays]
+        listed = result if isinstance(result, list) else [result]
         flat = [array for some in listed for array in (some if isinstance(some, list) else [some])]
         seen.setdefault(where, []).append([np.asarray(a).tobytes() for a in flat])
         assert handle.staleness in ((0, 0), None)

@@ -383,3 +383,30 @@ def test_sequential_bits_do_not_depend_on_the_number_of_servers():
             results += c.run(work)
     for other in results[1:]:
         np.testing.assert_array_equal(results[0], other)
+
+
+def test_an_update_that_fails_is_told_to_those_who_wait_for_it_and_to_those_who_ask_later(monkeypatch):
+    """Also for a value so small that the server updates it without an engine op."""
+    broken = threading.Event()
+    update = optim.SGD.update
+
+    def maybe(self, *arguments):
+        if broken.is_set():
+            raise RuntimeError("the update broke")
+        update(self, *arguments)
+
+    monkeypatch.setattr(optim.SGD, "update", maybe)
+
+    def work(kv):
+        kv.init("w", ONE)
+        kv.set_optimizer(optim.SGD(lr=0.5))
+        kv.barrier()
+        broken.set()
+        with pytest.raises(kvstore.KVStoreError, match="the update broke"):
+            kv.pushpull("w", ONE, np.empty(1, np.float32)).result()
+        with pytest.raises(kvstore.KVStoreError, match="the update broke"):
+            kv.pull("w").result()
+        kv.barrier()
+
+    with cluster(workers=2, servers=1) as c:
+        c.run(work)

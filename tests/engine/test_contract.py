@@ -113,6 +113,19 @@ def test_inline_runs_in_the_calling_thread_when_nothing_is_in_the_way(runtime):
     assert runtime.push(threading.get_ident, inline=True).result(0) == here
 
 
+def test_a_var_is_free_while_nothing_uses_it_and_no_error_marks_it(runtime):
+    idle, used, marked = engine.Var("idle"), engine.Var("used"), engine.Var("marked")
+    begun: list[engine.Completion] = []
+    runtime.push_async(begun.append, reads=[used], inline=True)
+    failing = runtime.push(lambda: 1 / 0, writes=[marked])
+    assert isinstance(failing.exception(LIMIT_S), ZeroDivisionError)
+    assert runtime.free(idle)
+    assert not runtime.free(idle, used)
+    assert not runtime.free(marked)
+    begun[0].set_result(None)
+    assert runtime.free(idle, used)
+
+
 def test_reads_share_and_disjoint_ops_overlap(threaded):
     meet = threading.Barrier(2)
     var = engine.Var()
@@ -281,3 +294,27 @@ def test_one_op_may_hold_any_number_of_arrays(runtime):
         completions[0].set_result(None)
     for handle in readers:
         handle.result(LIMIT_S)
+
+
+def test_push_if_free_submits_all_or_nothing(runtime):
+    array, other = np.zeros(4), np.zeros(4)
+    begun = []
+    blocking = runtime.push_async(begun.append, writes=[array])
+    while not begun:
+        runtime.wait(other)
+    assert runtime.push_if_free(lambda: 1, writes=[array[1:]]) is None
+    assert runtime.push_if_free(lambda: 1, reads=[array], writes=[other]) is None
+    handle = runtime.push_if_free(lambda: 2, writes=[other], inline=True)
+    assert handle is not None
+    assert handle.done()
+    begun[0].set_result(None)
+    blocking.result(LIMIT_S)
+    reading = runtime.push_async(begun.append, reads=[array])
+    while len(begun) < 2:
+        runtime.wait(other)
+    assert runtime.push_if_free(lambda: 3, writes=[array]) is None
+    free = runtime.push_if_free(lambda: 4, reads=[array])
+    assert free is not None
+    assert free.result(LIMIT_S) == 4
+    begun[1].set_result(None)
+    reading.result(LIMIT_S)

@@ -255,6 +255,24 @@ def test_cast(form: Form, half):
     assert form.name == "numpy" or form.used >= {"widen", "narrow"}
 
 
+@pytest.mark.parametrize("shape", [(), (0,), (7,), (1000,), (3, 700), (300_007,)], ids=str)
+def test_broadcast(form: Form, shape):
+    source = numbers(np.random.default_rng(3), shape, "float32")
+    room = np.zeros((5, source.size + 32), np.float32)
+    outs = [row[at : at + source.size].reshape(shape) for at, row in zip((0, 1, 15, 16, 31), room, strict=True)]
+    for layout in LAYOUTS:
+        room[:] = -1
+        kernels.broadcast(layout(source), outs)
+        for out in outs:
+            same(out, source)
+        assert np.count_nonzero(room == -1) == 5 * 32 + 5 * np.count_nonzero(source == -1)  # nothing beside them
+    holes = [strided(np.zeros(shape, np.float32)) for _ in range(3)]
+    kernels.broadcast(source, holes)
+    for out in holes:
+        same(out, source)
+    assert ("broadcast" in form.used) == (form.name == "numba" and source.size >= 1000)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16", BFLOAT16, "int16", "complex64"], ids=str)
 @pytest.mark.parametrize("row", [(), (1,), (3,), (2, 8)], ids=str)
 def test_rows(form: Form, dtype, row):

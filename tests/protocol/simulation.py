@@ -432,11 +432,15 @@ class Simulation:
         self._later(TICK_S, lambda: self._tick(worker))
 
     def _pump(self, worker: Worker) -> None:
+        stirred = worker.core.stirred
         for number in range(self.plan.servers):
             for message, payload in worker.core.outgoing(number, self.now):
+                if number not in stirred:
+                    self.fail(f"worker {worker.rank}: {message} may go, but server {number} is not among {stirred}")
                 self._check_order(worker, message)
                 self._travel(worker.rank, number, True, message, payload)
             self._check_credit(worker, number)
+        stirred.clear()
 
     def _answer(self, rank: int, message: Message, payload: Any) -> None:
         worker = self.workers[rank]
