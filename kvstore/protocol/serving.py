@@ -457,13 +457,13 @@ class Serving:
     def _push_members(self, rank: int, message: Push, payload: object, bundle: Bundle) -> list[Action]:
         """A push of a split bundle is one of each member."""
         pieces = [(piece_id, span, self.pieces[piece_id]) for piece_id, span in bundle]
+        for piece_id, _, piece in pieces:
+            self._check_may_push(rank, message.round, piece_id, piece)
         accepted = min([piece.accepted.get(rank, 0) for _, _, piece in pieces])
         if message.round > accepted + 1:
             return []
         if payload is None and message.round > accepted:
             return [Reply(rank, Missing(message.request_id))]
-        for piece_id, _, piece in pieces:
-            self._check_may_push(rank, message.round, piece_id, piece)
         self._gatherings.begin((rank, message.request_id), bundle, message.round, pull=message.pull)
         actions: list[Action] = []
         for piece_id, span, _ in pieces:

@@ -469,7 +469,8 @@ def test_strangers_and_those_who_have_left():
     assert "push of the bundle of 2 keys, 'a' ... 'b' by worker 2: expected a participant, one of [0, 1]" in line
     assert talk.say(2, fetch(3, AB, 0)) == ["2 < value(3) of a+b version 1 staleness 0"]
     talk.say(1, push(4, "a", 1), "y")
-    assert "push of key 'a' by worker 2" in talk.say(2, push(5, AB, 1), "x")[0]
+    for round in (1, 2):
+        assert "push of key 'a' by worker 2" in talk.say(2, push(5, AB, round), "x")[0]
     talk.say(1, Leave(6, ""))
     assert talk.serving.pieces["b", 0].level.left == {1: 0}
     assert "it has left" in talk.say(1, push(7, AB, 1), "z")[0]
