@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
 from typing import Any
@@ -27,10 +28,30 @@ def range_of(array: np.ndarray[Any, Any]) -> Range:
     return int(low), int(high)
 
 
-class ArrayGroup:
+class Ranges:
+    """Some memory, as sorted ranges that do not touch."""
+
+    __slots__ = ("ranges",)
+
+    def __init__(self, ranges: Iterable[Range]) -> None:
+        self.ranges = _joined(sorted(ranges))
+
+    def overlaps(self, range_: Range) -> bool:
+        """Has ``range_`` a byte of it?"""
+        index = bisect_left(self.ranges, (range_[1], 0)) - 1
+        return index >= 0 and self.ranges[index][1] > range_[0]
+
+    def covers(self, range_: Range) -> bool:
+        """Is every byte of ``range_`` in it?"""
+        index = bisect_right(self.ranges, (range_[0], 1 << 64)) - 1
+        return index >= 0 and self.ranges[index][1] >= range_[1]
+
+
+class ArrayGroup(Ranges):
     """Arrays that ops read or write together: as an item of ``reads`` or ``writes`` it stands for all of them.
 
     Making it costs as much as one op on all its arrays; each op on it then costs as much as one on a single array.
+    They share an error, too: when an op that writes them fails, all of them carry it until one op has written them all.
 
     Args:
         arrays: NumPy arrays; they are kept as long as the group.
@@ -39,24 +60,38 @@ class ArrayGroup:
         ArgumentError: something else.
     """
 
-    __slots__ = ("__weakref__", "arrays", "ranges")
+    __slots__ = ("arrays",)
 
     def __init__(self, arrays: Iterable[Any]) -> None:
         self.arrays = tuple(arrays)
-        self.ranges: list[Range] = _joined(sorted(range_of(array) for array in self.arrays if _is_array(array).size))
+        super().__init__([range_of(array) for array in self.arrays if _is_array(array).size])
 
     def __repr__(self) -> str:
         return f"<ArrayGroup of {len(self.arrays)} arrays>"
 
-    def overlaps(self, range_: Range) -> bool:
-        """Has ``range_`` a byte of any of the arrays?"""
-        index = bisect_left(self.ranges, (range_[1], 0)) - 1
-        return index >= 0 and self.ranges[index][1] > range_[0]
 
-    def covers(self, range_: Range) -> bool:
-        """Is every byte of ``range_`` one of the arrays'?"""
-        index = bisect_right(self.ranges, (range_[0], 1 << 64)) - 1
-        return index >= 0 and self.ranges[index][1] >= range_[1]
+class Scar(Ranges):
+    """What is left of a group that no op uses but an error marks: the memory, as far as it has not been freed."""
+
+    __slots__ = ("_owners",)
+
+    def __init__(self, group: ArrayGroup) -> None:
+        self._owners = [(range_of(array), weakref.ref(owner_of(array))) for array in group.arrays if array.size]
+        super().__init__(group.ranges)
+
+    def forget_freed(self) -> None:
+        left = [(range_, owner) for range_, owner in self._owners if owner() is not None]
+        if len(left) < len(self._owners):
+            self._owners = left
+            self.ranges = _joined(sorted(range_ for range_, _ in left))
+
+
+def owner_of(array: np.ndarray[Any, Any]) -> Any:
+    """The object whose memory the array is in."""
+    owner: Any = array
+    while isinstance(owner.base, np.ndarray):
+        owner = owner.base
+    return owner
 
 
 def _is_array(item: Any) -> np.ndarray[Any, Any]:

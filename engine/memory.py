@@ -5,7 +5,7 @@ in one buffer conflict; that is safe, and cheap to decide. A range stays known w
 and after a failed write until it is written whole or its memory is freed.
 
 Arrays that are always read or written together can be an :class:`ArrayGroup`: it has one var, and is known while an
-op uses it.
+op uses it. After a failed write its memory stays known, like that of arrays.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from engine.errors import ArgumentError
-from engine.groups import ArrayGroup, Range, range_of
+from engine.groups import ArrayGroup, Range, Scar, owner_of, range_of
 from engine.var import Var
 
 MANY = 2048  # ranges that are known before the idle ones are forgotten: arrays come again
@@ -31,7 +31,7 @@ class Memory:
     def __init__(self) -> None:
         self._vars: dict[Range, Var] = {}
         self._ranges: list[Range] = []  # sorted
-        self._groups: dict[ArrayGroup, Var] = {}
+        self._groups: dict[ArrayGroup | Scar, Var] = {}
         self._arrays: dict[int, tuple[weakref.ref[Any], int, Range]] = {}  # by id: to ask for a range takes long
         self._longest = 0
         self._disjoint = True  # no two ranges overlap, as a rule
@@ -120,10 +120,22 @@ class Memory:
         if self._freed:
             self._forget_freed()
         if self._groups:
-            self._groups = {g: var for g, var in self._groups.items() if not (var.idle and var.poison is None)}
+            self._tidy_groups()
         if len(self._ranges) > 2 * self._kept + (MANY if self._disjoint and not self._groups else FEW):
             self._keep([r for r in self._ranges if not (self._vars[r].idle and self._vars[r].poison is None)])
             self._kept = len(self._ranges)
+
+    def _tidy_groups(self) -> None:
+        groups: dict[ArrayGroup | Scar, Var] = {}
+        for group, var in self._groups.items():
+            if not var.idle:
+                groups[group] = var
+            elif var.poison is not None:
+                scar = Scar(group) if isinstance(group, ArrayGroup) else group
+                scar.forget_freed()
+                if scar.ranges:
+                    groups[scar] = var
+        self._groups = groups
 
     def in_use(self) -> bool:
         """Does an op use any range or group, or an error mark one?"""
@@ -132,11 +144,8 @@ class Memory:
         )
 
     def _watch(self, range_: Range, array: np.ndarray[Any, Any]) -> None:
-        owner: Any = array
-        while isinstance(owner.base, np.ndarray):
-            owner = owner.base
         freed = self._freed
-        self._owners[range_] = weakref.ref(owner, lambda _: freed.append(range_))
+        self._owners[range_] = weakref.ref(owner_of(array), lambda _: freed.append(range_))
 
     def _forget_freed(self) -> None:
         in_use = []

@@ -263,3 +263,72 @@ def test_the_only_participant_need_not_be_asked(model):
         assert [update.contributions for update in updates] == [((0, number),)]
         assert (alone.rounds, alone.closed, alone.version) == (general.rounds, general.closed, general.version)
         assert general.pull(Pull("mine", ((0, number),))) == Answer("mine", alone.version, 0)
+
+
+# --- pushes that are counted together -----------------------------------------------------------------
+
+
+def state(level: Level) -> tuple[object, ...]:
+    return level.rounds, level.left, level.closed, level.version, level.waiting
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("participants", [1, 2, 3])
+def test_rounds_counted_together_are_as_counted_one_by_one(model, participants):
+    together, one_by_one = (Level(parse(model), range(participants)) for _ in range(2))
+    for rounds in (1, 3, 0, 2):
+        assert together.in_step
+        together.push_together(rounds)
+        for _ in range(rounds):
+            for p in random.Random(rounds).sample(range(participants), participants):
+                one_by_one.push(p)
+        assert state(together) == state(one_by_one)
+        assert together.same_history(one_by_one)
+        for p in (*range(participants), 99):
+            pull = Pull("pull", ((p, one_by_one.rounds.get(p, 0)),))
+            assert together.pull(pull) == one_by_one.pull(pull)
+    for p in range(participants):  # and both go on alike
+        assert together.push(p) == one_by_one.push(p)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_in_step(model):
+    level = Level(parse(model), (0, 1))
+    level.push(0)
+    assert not level.in_step
+    level.push(1)
+    assert level.in_step
+    level.waiting["pull"] = Pull("pull", ((0, 2),))
+    assert not level.in_step
+
+
+@given(st.sampled_from(MODELS), st.integers(1, 4), st.randoms(use_true_random=False), st.integers(0, 30))
+def test_a_copy_goes_its_own_way(model, participants, rng, steps):
+    schedule = Schedule(model, tuple(range(participants)), rng)
+    for _ in range(steps):
+        schedule.step()
+    level = schedule.level
+    copied = level.copy()
+    assert state(copied)[:-1] == state(level)[:-1]
+    assert copied.waiting == {}  # the pulls stay behind
+    assert copied.same_history(level)
+    here = [p for p in level.participants if p not in level.left]
+    if here:
+        before = state(level.copy())
+        answered = copied.push(here[0])
+        assert state(level)[:-1] == before[:-1]
+        assert not copied.same_history(level)
+        waiting = dict(level.waiting)
+        level.waiting.clear()
+        assert level.push(here[0]) == answered
+        assert copied.same_history(level)
+        level.waiting.update(waiting)
+        copied.leave(here[0])
+        assert not copied.same_history(level)
+
+
+def test_other_models_have_other_histories():
+    levels = [Level(parse(model), (0, 1)) for model in MODELS]
+    assert [[one.same_history(other) for other in levels] for one in levels] == [
+        [one is other for other in levels] for one in levels
+    ]

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, wait
 
@@ -279,6 +280,114 @@ def test_memory_that_is_freed_forgets_its_error(threaded):
     del array
     for _ in range(200):
         threaded.wait(np.zeros(1000), timeout=LIMIT_S)
+
+
+# --- groups of arrays -----------------------------------------------------------------------------
+
+
+def test_a_group_stands_for_all_its_arrays(runtime):
+    buffer = np.zeros(100)
+    inside = [buffer[0:10], buffer[20:30:2], buffer[30:40], np.zeros((3, 4)), np.zeros(0)]
+    outside = [buffer[10:20], buffer[40:], np.zeros(3), inside[3][:, :0]]
+    group = engine.ArrayGroup(inside)
+    overlapping = [buffer[5:15], buffer[21:22], buffer, buffer[39:40], inside[3][1], inside[3].T]
+    others = [engine.ArrayGroup([one, np.zeros(4)]) for one in (*overlapping[:2], buffer[25:35])]
+    completions = []
+    assert not runtime.uses_arrays()
+    runtime.push_async(completions.append, writes=[group], inline=True)
+    readers = []
+    try:
+        for one in outside:
+            assert not runtime.pending(one)
+            runtime.push(lambda: None, writes=[one]).result(LIMIT_S)
+        readers += [runtime.push(lambda: None, reads=[one]) for one in (*overlapping, *others, group)]
+        assert all(runtime.pending(one) for one in (*inside[:4], *overlapping, *others, group))
+        assert [handle for handle in readers if handle.done()] == []
+        assert runtime.uses_arrays()
+    finally:
+        completions[0].set_result(None)
+    for handle in readers:
+        handle.result(LIMIT_S)
+    runtime.wait_all(timeout=LIMIT_S)
+    assert not runtime.uses_arrays()
+
+
+def test_reads_of_a_group_share_and_writes_wait(runtime):
+    arrays = [np.zeros(4), np.zeros(4)]
+    group, completions = engine.ArrayGroup(arrays), []
+    runtime.push_async(completions.append, reads=[group], inline=True)
+    assert runtime.push(lambda: 1, reads=[arrays[0]], inline=True).result(LIMIT_S) == 1
+    assert runtime.push(lambda: 2, reads=[group], inline=True).result(LIMIT_S) == 2
+    behind = runtime.push(lambda: 3, writes=[arrays[1]])
+    assert not behind.done()
+    completions[0].set_result(None)
+    assert behind.result(LIMIT_S) == 3
+
+
+def test_an_empty_group_is_nothing(runtime):
+    for group in (engine.ArrayGroup([]), engine.ArrayGroup([np.zeros(0)])):
+        assert runtime.push(lambda: 1, reads=[group], writes=[group]).result(LIMIT_S) == 1
+        runtime.wait(group, timeout=LIMIT_S)
+        assert not runtime.pending(group)
+
+
+def test_only_arrays_are_grouped():
+    for strange in ([1.0], "text", [[np.zeros(2)]], [engine.Var()], [engine.ArrayGroup([])]):
+        with pytest.raises(engine.ArgumentError, match="a group: expected NumPy arrays"):
+            engine.ArrayGroup(strange)
+
+
+@pytest.mark.parametrize("seen_before", [False, True])
+def test_the_error_of_a_group_stays_until_all_of_it_is_written(runtime, seen_before):
+    buffer, alone = np.zeros(30), np.zeros(5)
+    parts = [buffer[:10], buffer[10:20], alone]
+    group = engine.ArrayGroup(parts)
+    if seen_before:
+        runtime.push(lambda: None, reads=[buffer[5:15]])
+    runtime.push(lambda: 1 / 0, writes=[group])
+    runtime.wait(buffer[20:], timeout=LIMIT_S)
+
+    def all_fail():
+        for one in (group, *parts, buffer[5:15], buffer, engine.ArrayGroup([alone[:1]])):
+            with pytest.raises(ZeroDivisionError):
+                runtime.wait(one, timeout=LIMIT_S)
+
+    all_fail()
+    assert runtime.uses_arrays()
+    for one in (alone, buffer, engine.ArrayGroup(parts[:2])):
+        runtime.push(lambda: None, writes=[one]).result(LIMIT_S)
+        all_fail()
+    runtime.push(lambda: None, writes=[engine.ArrayGroup([alone, buffer])]).result(LIMIT_S)
+    for one in (group, *parts, buffer):
+        runtime.wait(one, timeout=LIMIT_S)
+    assert not runtime.uses_arrays()
+
+
+def test_the_same_group_heals_itself_and_arrays_within_it(runtime):
+    arrays = [np.zeros(4) for _ in range(3)]
+    group = engine.ArrayGroup(arrays)
+    runtime.push(lambda: 1 / 0, writes=[arrays[1]])
+    with pytest.raises(ZeroDivisionError):
+        runtime.wait(group, timeout=LIMIT_S)
+    runtime.push(lambda: 1 / 0, writes=[group])
+    runtime.push(lambda: None, writes=[group]).result(LIMIT_S)
+    for one in (group, *arrays):
+        runtime.wait(one, timeout=LIMIT_S)
+
+
+def test_the_error_of_a_group_keeps_no_memory(threaded):
+    array, kept = np.zeros(1000), np.zeros(1000)
+    gone = weakref.ref(array)
+    group = engine.ArrayGroup([array, kept])
+    assert threaded.push(lambda: 1 / 0, writes=[group]).exception(LIMIT_S)
+    del array, group
+    for _ in range(200):
+        threaded.wait(np.zeros(1000), timeout=LIMIT_S)  # which may get the memory, and has no error
+    assert gone() is None
+    assert threaded.push(lambda: None, reads=[kept]).exception(LIMIT_S)
+    assert threaded.uses_arrays()
+    del kept
+    assert not threaded.uses_arrays()
 
 
 def test_one_op_may_hold_any_number_of_arrays(runtime):
