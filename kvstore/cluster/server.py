@@ -334,8 +334,7 @@ class Server:
 
         Small work is done at once if they are free, which they stay meanwhile: no other thread submits ops on them.
         """
-        far = not any([stored.allocate for stored in pieces])  # noqa: C419
-        inline = far or sum([stored.value.nbytes for stored in pieces]) <= INLINE_BYTES
+        inline = sum([stored.value.nbytes for stored in pieces]) <= INLINE_BYTES
         if inline and self._engine.free(*[stored.var for stored in pieces]):
             try:
                 work()
