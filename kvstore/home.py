@@ -80,6 +80,10 @@ class Bundle(Protocol):
 
     keys: tuple[Key, ...]
 
+    @property
+    def divided(self) -> bool:
+        """Since it began, have others moved some of its keys by themselves? Then it had better be given up."""
+
     def begin(self) -> bool:
         """From here on its keys are moved together. False, with nothing done, if one of them is on its way."""
 

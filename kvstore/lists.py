@@ -43,7 +43,7 @@ class Bundle:
 
     def __init__(self, entries: Sequence[Entry], moved: HomeBundle, runtime: engine.Engine) -> None:
         self.entries = tuple(entries)
-        self.alive = False
+        self._begun = False
         self.rounds = 0  # that the entries have to catch up with
         self.lock = threading.RLock()  # held while a round is counted and handed over
         self._moved = moved
@@ -59,6 +59,11 @@ class Bundle:
     def __repr__(self) -> str:
         return f"<Bundle of {len(self.entries)} keys: {self.rounds} rounds, {'alive' if self.alive else 'over'}>"
 
+    @property
+    def alive(self) -> bool:
+        """Are its keys moved together?"""
+        return self._begun and not self._moved.divided
+
     # --- beginning and end ------------------------------------------------------------------------
 
     def begin(self) -> None:
@@ -67,16 +72,16 @@ class Bundle:
             for entry in self.entries:
                 stack.enter_context(entry.lock)
             if all(map(_can_join, self.entries)) and self._moved.begin():
-                self.alive = True
+                self._begun = True
                 for entry in self.entries:
                     entry.bundle = self
 
     def dissolve(self, blamed: Collection[Entry]) -> None:
         """From here on its keys are moved by themselves, because these are."""
         with self.lock:
-            if not self.alive:
+            if not self._begun:
                 return
-            self.alive, blamed = False, set(blamed)
+            self._begun, blamed = False, set(blamed)
             self._group = self._views = None
             for entry in self.entries:
                 with entry.lock:
@@ -140,9 +145,7 @@ class Bundle:
             known = self._views = value, parts
         return known[1]
 
-    def _deliver(
-        self, source: Source, outs: list[Arrays], result: list[Any], priority: int, handle: Handle
-    ) -> None:
+    def _deliver(self, source: Source, outs: list[Arrays], result: list[Any], priority: int, handle: Handle) -> None:
         def start(completion: engine.Completion) -> None:
             def come(held: Held | BaseException) -> None:
                 if isinstance(held, Held):
@@ -271,7 +274,9 @@ class Lists:
         """
         with self._making:
             for bundle, some in _bundles_of(entries).items():
-                if len(some) < len(bundle.entries):
+                if not bundle.alive:
+                    bundle.dissolve(())
+                elif len(some) < len(bundle.entries):
                     bundle.dissolve([entries[position] for position in some])
             with self._lock:
                 plan = self._plans.get(keys)
@@ -302,7 +307,7 @@ def _plan_of(entries: Sequence[Entry]) -> Plan:
     """The plan by those bundles whose keys are all here."""
     bundles = []
     for bundle, some in _bundles_of(entries).items():
-        if len(some) == len(bundle.entries):
+        if bundle.alive and len(some) == len(bundle.entries):
             place = {entries[position].key: position for position in some}
             bundles.append((bundle, [place[entry.key] for entry in bundle.entries]))
     together = {position for _, some in bundles for position in some}

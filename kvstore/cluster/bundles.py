@@ -2,7 +2,8 @@
 
 What a bundle is to the servers is said in :mod:`kvstore.protocol.bundles`. Here it is a
 :class:`~kvstore.cluster.exchange.Remote` of its own, with its own count of rounds and its own order of requests, which
-its members' pulls join. A key that leaves takes over the count, once all that is on its way has come.
+its members' pulls join. A key that leaves takes over the count. What was on its way together comes together, or is
+divided: see :mod:`kvstore.protocol.dividing`.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
 import engine
-from kvstore.cluster.exchange import Remote
+from kvstore.cluster.exchange import Remote, key_of
 from kvstore.cluster.near import NEAR_BYTES
 from kvstore.cluster.session import Session
 from kvstore.errors import KVStoreError
@@ -25,27 +27,33 @@ from kvstore.protocol.pieces import PIECE_BYTES, Key, bundle_id
 if TYPE_CHECKING:
     from kvstore.cluster.client import ClusterHome
 
+PATIENCE_S = 0.05  # what is open is divided then: this costs as much as it would have without bundles
 BLAMED_MAX = 4  # a key that has ended so many bundles stays alone: it is never in the same list
 
 
 class RemoteBundle:
     """A bundle in the form that the device level uses; see :class:`kvstore.home.Bundle`."""
 
-    def __init__(self, home: ClusterHome, whole: Remote, members: Sequence[Remote]) -> None:
+    def __init__(self, home: ClusterHome, bundles: Bundles, whole: Remote) -> None:
         self._home = home
+        self._bundles = bundles
         self._whole = whole
-        self._members = {_key(member): member for member in members}
+        self._members = {key_of(member): member for member, _ in whole.members}
         self.keys = tuple(self._members)
 
     def __repr__(self) -> str:
         return f"<RemoteBundle of {len(self.keys)} keys, round {self._whole.round}>"
+
+    @property
+    def divided(self) -> bool:
+        return self._whole.divided
 
     def begin(self) -> bool:
         members = self._members.values()
         rounds = {member.latest.round for member in members}
         if len(rounds) > 1 or not self._whole.quiet or not all(map(_joins, members)):
             return False
-        (self._whole.round,) = rounds
+        self._bundles.begin(self._whole, rounds.pop())
         for member in members:
             member.bundle, member.former = self._whole, None
         return True
@@ -88,7 +96,7 @@ class Bundles:
         if not self._session.may_wait:
             return []
         groups = {
-            tuple(map(_key, members)): members
+            tuple(map(key_of, members)): members
             for members in _alike([remote for remote in remotes if _joins(remote)])
             if len(members) > 1
         }
@@ -96,11 +104,7 @@ class Bundles:
         for keys, answer in asked.items():
             if _agreed(answer, timeout_s):
                 self._wholes[keys] = self._whole(keys, groups[keys])
-        return [
-            RemoteBundle(self._home, self._wholes[keys], members)
-            for keys, members in groups.items()
-            if keys in self._wholes
-        ]
+        return [RemoteBundle(self._home, self, self._wholes[keys]) for keys in groups if keys in self._wholes]
 
     def _bind(self, keys: tuple[Key, ...], first: Remote) -> Future[Any]:
         return self._session.ask(first.owners[0], lambda i: Bind(i, bundle_id(keys), keys))
@@ -108,14 +112,26 @@ class Bundles:
     def _whole(self, keys: tuple[Key, ...], members: list[Remote]) -> Remote:
         items = sum(member.cut.items for member in members)
         spec = replace(members[0].spec, shape=(items,), piece_items=items)
-        return self._home.remote(bundle_id(keys), spec, members[0].owners)
+        whole = self._home.remote(bundle_id(keys), spec, members[0].owners)
+        bounds = accumulate((member.cut.items * member.dtype.itemsize for member in members), initial=0)
+        whole.members = tuple(zip(members, pairwise(bounds), strict=True))
+        return whole
+
+    def begin(self, whole: Remote, round: int) -> None:
+        """The bundle begins (again), with keys of which so many pushes have been made."""
+        self._session.forget(whole.channel(0))
+        whole.round, whole.divided = round, False
+        whole.times += 1  # another channel, so that nothing of before is in its way
 
     def take_over(self, remote: Remote) -> None:
-        """Before its first request after it left a bundle: go on from there, when everything of the bundle has come."""
+        """Before its first request after it left a bundle: go on from there, when nothing of it is on its way together.
+
+        Where this takes long, because another worker is slow with another key, what is open is divided.
+        """
         former = remote.former
         if former is None:
             return
-        remote.former = None
+        remote.former, channel = None, former.channel(0)
 
         def start(completion: engine.Completion) -> None:
             def quiet() -> None:
@@ -123,6 +139,8 @@ class Bundles:
                 completion.set_result(None)
 
             former.when_quiet(quiet)
+            if former.open and not former.divided:
+                self._session.divide(channel, PATIENCE_S)
 
         self._engine.push_async(start, reads=[former.order], writes=[remote.order], name="leave bundle", inline=True)
 
@@ -156,8 +174,3 @@ def _agreed(answer: Future[Any], timeout_s: float) -> bool:
     except (KVStoreError, TimeoutError):
         return False
     return True
-
-
-def _key(remote: Remote) -> Key:
-    assert not isinstance(remote.key, bytes)
-    return remote.key

@@ -40,7 +40,7 @@ from kvstore.protocol.messages import (
     WriteState,
 )
 from kvstore.protocol.pieces import BundleId, Cut, Key, owner
-from kvstore.protocol.requesting import CREDIT_FREE_BYTES, Answered, Outcome, Request
+from kvstore.protocol.requesting import CREDIT_FREE_BYTES, Answered, Divide, Outcome, Request
 
 CHUNK_BYTES = 8 << 20  # a large gradient is staged and sent in parts, so that the servers begin early
 
@@ -82,8 +82,9 @@ class ClusterHome(Home):
         left = len(remote.cut)
         rounds: list[int] = []
 
-        def one_ended(outcome: Outcome) -> None:
+        def one_ended(outcome: Outcome | Divide) -> None:
             nonlocal left
+            assert not isinstance(outcome, Divide)
             left -= 1
             with remote.lock:
                 remote.open.pop(outcome.request.request_id, None)
@@ -153,13 +154,13 @@ class ClusterHome(Home):
 
     def push_remote(self, remote: Remote, gradient: Gradient, ended: Ended) -> Reading:
         """:meth:`push` of a key or a bundle."""
-        self._push(Exchange(remote, None, ended), gradient, pull=False)
+        self._push(Exchange(self._session, remote, None, ended), gradient, pull=False)
         return None
 
     def pull_remote(self, remote: Remote, priority: int) -> Source:
         """:meth:`pull` of a key or a bundle."""
         arrivals = Arrivals(remote, self._engine, self._session.neighbourhood)
-        exchange = Exchange(remote, arrivals, None)
+        exchange = Exchange(self._session, remote, arrivals, None)
         counted = exchange.counted
 
         def submit() -> None:
@@ -178,7 +179,7 @@ class ClusterHome(Home):
     def pushpull_remote(self, remote: Remote, gradient: Gradient, ended: Ended) -> tuple[Reading, Source]:
         """:meth:`pushpull` of a key or a bundle."""
         arrivals = Arrivals(remote, self._engine, self._session.neighbourhood)
-        self._push(Exchange(remote, arrivals, ended), gradient, pull=True)
+        self._push(Exchange(self._session, remote, arrivals, ended), gradient, pull=True)
         return None, arrivals
 
     def staging(self, key: Key, timeout_s: float) -> Array:
@@ -353,13 +354,16 @@ class ClusterHome(Home):
         remote = self._remotes.get(key) or self._joining.get(key)
         if remote is None:
             return f"key {key!r}: nothing is open on the servers"
-        return self.explain_remote(remote.counted)
+        return self.explain_remote(remote)
 
     def explain_remote(self, remote: Remote) -> str:
         """:meth:`explain` of a key or a bundle."""
-        with remote.lock:
-            waiting = list(remote.open.items())[:1]
-        return self._session.explain(waiting[0][1], waiting[0][0]) if waiting else "nothing is open on the servers"
+        for one in (remote, remote.counted, *(member for member, _ in remote.members)):
+            with one.lock:
+                waiting = next(iter(one.open.items()), None)
+            if waiting is not None:
+                return self._session.explain(waiting[1], waiting[0])
+        return "nothing is open on the servers"
 
     def dead_workers(self) -> list[int]:
         return sorted({gone.rank for gone in self._session.departed if gone.role == "worker" and gone.reason})

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,14 +18,16 @@ import engine
 from kvstore import comm
 from kvstore.arrays import Array
 from kvstore.cluster.near import NEAR_BYTES, Arena, Neighbourhood
+from kvstore.cluster.session import OnOutcome, Session
 from kvstore.cluster.staging import Slot, Staging
 from kvstore.errors import KVStoreError
 from kvstore.handle import Ended, when_ended
 from kvstore.home import Held, Source
+from kvstore.protocol.dividing import Division
 from kvstore.protocol.leases import Holding
 from kvstore.protocol.messages import Place, Spec, Value
-from kvstore.protocol.pieces import BundleId, Cut, Key
-from kvstore.protocol.requesting import Answered, Outcome
+from kvstore.protocol.pieces import BundleId, Cut, Key, Span
+from kvstore.protocol.requesting import Answered, Divide, Outcome, Request
 
 INLINE_BYTES = 64 << 10  # smaller pieces are copied where they arrive: a hand-over costs more
 
@@ -45,6 +48,9 @@ class Remote:
     bundle: Remote | None = None  # that it is a member of
     former: Remote | None = None  # that it was a member of; its rounds have not been taken over yet
     blamed: int = 0  # how often a bundle ended because of it
+    members: tuple[tuple[Remote, Span], ...] = ()  # of a bundle, and the bytes of each
+    times: int = 0  # that the bundle has begun
+    divided: bool = False  # since it last began: its keys are on their way one by one
     round: int = 0  # pushes handed over, as far as it is counted by itself
     open: dict[int, int] = field(default_factory=dict)  # request id -> server
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -81,8 +87,9 @@ class Remote:
 
     def channel(self, piece: int) -> tuple[Key | BundleId, int]:
         """The name of the order that requests for this piece keep."""
-        counted = self.counted
-        return counted.key, piece if counted is self else 0
+        if self.bundle is not None:
+            return self.bundle.channel(0)
+        return self.key, self.times if self.members else piece
 
     def closed(self, request_id: int) -> None:
         """The request has its outcome."""
@@ -165,7 +172,8 @@ class Arrivals(Source):
         assert isinstance(reply, Value)
         if reply.place is None:
             remote.give_back(number, reply.request_id)
-            array = np.frombuffer(outcome.payload[0], remote.dtype)  # type: ignore[index]
+            frames: Any = outcome.payload
+            array = np.frombuffer(frames[0] if len(frames) == 1 else b"".join(frames), remote.dtype)
         else:
             nbytes = remote.cut.size(number) * remote.dtype.itemsize
             array = self._neighbourhood.array(remote.owners[number], reply.place, nbytes).view(remote.dtype)
@@ -288,7 +296,8 @@ class Exchange:
         ended: called when every piece has: a push is committed then; None for a pull alone.
     """
 
-    def __init__(self, remote: Remote, arrivals: Arrivals | None, ended: Ended | None) -> None:
+    def __init__(self, session: Session, remote: Remote, arrivals: Arrivals | None, ended: Ended | None) -> None:
+        self._session = session
         self.remote = remote
         self.counted = remote.counted
         self.slot: Slot | None = None  # what the servers read from
@@ -303,7 +312,10 @@ class Exchange:
     def __repr__(self) -> str:
         return f"<Exchange of key {self.remote.key!r}: {self._left} pieces left>"
 
-    def __call__(self, outcome: Outcome) -> None:
+    def __call__(self, outcome: Outcome | Divide) -> None:
+        if isinstance(outcome, Divide):
+            self._divide(*outcome.requests)
+            return
         request, remote = outcome.request, self.remote
         number = request.message.piece  # type: ignore[attr-defined]
         self.counted.closed(request.request_id)
@@ -321,6 +333,27 @@ class Exchange:
         else:
             remote.give_back(number, request.request_id)
             self._ended(1, outcome.error)
+
+    def _divide(self, request: Request) -> None:
+        """Go on with so many requests for the keys of the bundle."""
+        whole = self.counted
+        members = self.remote.members or ((self.remote, (0, 0)),)
+        division = Division(request, [(key_of(member), span) for member, span in members], self._session.next_id)
+        submitted: list[tuple[Request, OnOutcome]] = []
+        for (member, _), part in zip(members, division.parts, strict=True):
+            with member.lock:
+                member.open[part.request_id] = part.server
+            submitted.append((part, partial(self._part_ended, division, member)))
+        self._session.submit(submitted, pulls_first=whole.pulls_first)
+        whole.divided = True
+        whole.closed(request.request_id)
+
+    def _part_ended(self, division: Division, member: Remote, outcome: Outcome | Divide) -> None:
+        assert not isinstance(outcome, Divide)
+        member.closed(outcome.request.request_id)
+        concluded = division.conclude(outcome)
+        if concluded is not None:
+            self(concluded)
 
     def give_up(self, error: BaseException) -> None:
         """What has not been sent will not be."""
@@ -342,6 +375,11 @@ class Exchange:
             self._arrivals.fail(error, self._came)
         if self._tell is not None:
             self._tell(error)
+
+
+def key_of(remote: Remote) -> Key:
+    assert not isinstance(remote.key, bytes)
+    return remote.key
 
 
 def near_pieces(cut: Cut, owners: Sequence[int], itemsize: int, near_servers: set[int]) -> tuple[bool, ...]:

@@ -58,7 +58,6 @@ from kvstore.protocol.serving import (
     Forget,
     Reply,
     ReplyAfter,
-    ReplyTogether,
     ReplyValue,
     SendState,
     Serving,
@@ -267,9 +266,7 @@ class Server:
                 case ReplyValue():
                     self._reply_value(action, priority)
                 case ReplyAfter(rank, message, piece):
-                    self._then([self._stored[piece]], rank, message.request_id, lambda m=message: (m, ()), priority)  # type: ignore[misc]
-                case ReplyTogether():
-                    self._reply_together(action, priority)
+                    self._then(self._stored[piece], rank, message.request_id, lambda m=message: (m, ()), priority)  # type: ignore[misc]
                 case Apply():
                     self._apply(action, priority)
                 case Create(piece, _, payload):
@@ -277,7 +274,7 @@ class Server:
                     self._stored[piece] = Stored(payload, f"{piece[0]!r}[{piece[1]}]")
                 case SendState(rank, request_id, piece, span):
                     stored = self._stored[piece]
-                    self._then([stored], rank, request_id, lambda s=stored, i=request_id, p=span: _state_of(s, i, p))  # type: ignore[misc]
+                    self._then(stored, rank, request_id, lambda s=stored, i=request_id, p=span: _state_of(s, i, p))  # type: ignore[misc]
                 case StoreState():
                     self._store_state(action)
                 case Forget(piece):
@@ -313,16 +310,16 @@ class Server:
         rule: Any = action.rule
         info = {"key": action.piece[0], "bytes": stored.value.nbytes, "round": action.round}
         if rule is None:
-            self._work([stored], lambda: stored.assign(pushes, owned=True), "merge", priority, (), (stored.var,), info)
+            self._work(stored, lambda: stored.assign(pushes, owned=True), "merge", priority, (), (stored.var,), info)
         else:
             self._work(
-                [stored], lambda: stored.update(pushes, rule, action.generation),
+                stored, lambda: stored.update(pushes, rule, action.generation),
                 "merge+update", priority, (stored.var,), (stored.var,), info,
             )  # fmt: skip
 
     def _work(
         self,
-        pieces: Sequence[Stored],
+        stored: Stored,
         work: Callable[[], None],
         name: str,
         priority: int,
@@ -330,12 +327,12 @@ class Server:
         writes: tuple[engine.Var, ...],
         info: dict[str, Any] | None = None,
     ) -> engine.Handle | None:
-        """Do this after what was to be done on the pieces before: as an op, or at once and then there is no handle.
+        """Do this after what was to be done on the piece before: as an op, or at once and then there is no handle.
 
-        Small work is done at once if they are free, which they stay meanwhile: no other thread submits ops on them.
+        Small work is done at once if the piece is free, which it stays meanwhile: no other thread submits ops on it.
         """
-        inline = sum([stored.value.nbytes for stored in pieces]) <= INLINE_BYTES
-        if inline and self._engine.free(*[stored.var for stored in pieces]):
+        inline = stored.value.nbytes <= INLINE_BYTES
+        if inline and self._engine.free(stored.var):
             try:
                 work()
                 return None
@@ -357,19 +354,7 @@ class Server:
                 return value, ()
             return value, (stored.lend(reader).reshape(-1)[_slice(action.span)].view(np.uint8),)
 
-        self._then([stored], action.rank, request_id, make, priority, lambda: stored.give_back(reader))
-
-    def _reply_together(self, action: ReplyTogether, priority: int) -> None:
-        parts = [(self._stored[piece], _slice(span)) for piece, span in action.places]
-
-        def make() -> Outgoing:
-            if not isinstance(action.message, Value):
-                return action.message, ()
-            values = [stored.value.reshape(-1)[elements] for stored, elements in parts]
-            return action.message, (np.concatenate(values).view(np.uint8),)
-
-        after = list({id(stored): stored for stored, _ in parts}.values())
-        self._then(after, action.rank, action.message.request_id, make, priority)
+        self._then(stored, action.rank, request_id, make, priority, lambda: stored.give_back(reader))
 
     def _share(self, piece: PieceId) -> None:
         """From here on the value lies in shared memory, if there is enough."""
@@ -397,14 +382,14 @@ class Server:
 
     def _then(
         self,
-        after: Sequence[Stored],
+        stored: Stored,
         rank: int,
         request_id: int,
         make: Callable[[], Outgoing],
         priority: int = 0,
         on_sent: OnSent | None = None,
     ) -> None:
-        """Send what ``make`` returns after all earlier ops on these pieces; or their failure.
+        """Send what ``make`` returns after all earlier ops on the piece; or their failure.
 
         ``on_sent`` is called once the memory of the frames, if there are any, is not needed any more.
         """
@@ -417,8 +402,7 @@ class Server:
             else:
                 self._reactor.post(lambda: self._reply_now(rank, message, frames, priority, then))
 
-        reads = tuple([stored.var for stored in after])
-        handle = self._work(after, reply, "reply", priority, reads, ())
+        handle = self._work(stored, reply, "reply", priority, (stored.var,), ())
 
         def ended(error: BaseException | None) -> None:
             if error is not None:
@@ -436,7 +420,7 @@ class Server:
             lambda: stored.restore(state, message.step, action.generation),
             reads=[stored.var], writes=[stored.var], name="write state",
         )  # fmt: skip
-        self._then([stored], action.rank, message.request_id, lambda: (Done(message.request_id), ()))
+        self._then(stored, action.rank, message.request_id, lambda: (Done(message.request_id), ()))
 
     def _reply_now(
         self, rank: int, message: Message, frames: Sequence[Any], priority: int, on_sent: OnSent | None

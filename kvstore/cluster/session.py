@@ -13,7 +13,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -42,7 +42,7 @@ from kvstore.protocol.messages import (
     decode,
     envelope,
 )
-from kvstore.protocol.requesting import Answered, Outcome, Refused, Request, Requesting
+from kvstore.protocol.requesting import Answered, Divide, Outcome, Refused, Request, Requesting
 from kvstore.transport.reactor import Reactor
 from kvstore.transport.zeromq import Connection, Frames
 
@@ -53,11 +53,13 @@ BATCH_BYTES = 256 << 10  # small messages to one server travel together up to th
 MEET_S = 10.0  # how long a server may take to say whether it is on this host
 EXPLAIN_S = 2.0  # how long a deadline's error may wait for the answer to "why"
 
-OnOutcome = Callable[[Outcome], None]
+OnOutcome = Callable[[Outcome | Divide], None]
 
 
 class Session:
     """One member's conversations.
+
+    An ``on_outcome`` that is told Divide has to submit other requests instead.
 
     Args:
         address: the scheduler's.
@@ -188,16 +190,28 @@ class Session:
         if not announced:
             self._reactor.post(self._take_inbox)
 
+    def divide(self, channel: Hashable, patience_s: float) -> None:
+        """After so many seconds, withdraw the requests of a channel that are still open, to be divided."""
+
+        def divide() -> None:
+            self._settle(self._requests.divide(channel))
+
+        self._reactor.post(lambda: self._reactor.call_later(patience_s, divide))
+
+    def forget(self, channel: Hashable) -> None:
+        """Nothing more will be submitted to this channel, which was divided perhaps."""
+        self._reactor.post(lambda: self._requests.forget(channel))
+
     def ask(
         self, server: int, make: Callable[[int], Message], payload: object = None, *, whole: bool = False
     ) -> Future[Any]:
         """One request outside any channel; the future's result is the reply, with its payload if ``whole``."""
         answer: Future[Any] = Future()
 
-        def settle(outcome: Outcome) -> None:
+        def settle(outcome: Outcome | Divide) -> None:
             if isinstance(outcome, Answered):
                 answer.set_result(outcome if whole else outcome.reply)
-            else:
+            elif isinstance(outcome, Refused):
                 answer.set_exception(outcome.error)
 
         self.submit([(Request(server, make(self.next_id()), payload), settle)])
@@ -236,7 +250,9 @@ class Session:
             if gone is not None:
                 self._settle(Refused(request, gone))
             else:
-                self._requests.submit(request, pulls_first=pulls_first)
+                divided = self._requests.submit(request, pulls_first=pulls_first)
+                if divided is not None:
+                    self._settle(divided)
         self._pump()
 
     def _pump(self) -> None:
@@ -296,13 +312,18 @@ class Session:
                 return ServerLostError(f"server {server} is gone: {gone.reason or 'it was stopped'}")
         return None
 
-    def _settle(self, outcome: Outcome) -> None:
+    def _settle(self, outcome: Outcome | Divide) -> None:
+        if isinstance(outcome, Divide) and len(outcome.requests) != 1:
+            for request in outcome.requests:
+                self._settle(Divide((request,)))
+            return
+        request = outcome.requests[0] if isinstance(outcome, Divide) else outcome.request
         with self._lock:
-            asked = self._unanswered.pop(outcome.request.request_id, None)
+            asked = self._unanswered.pop(request.request_id, None)
         if asked is not None:
             self._tell(asked[1], outcome)
 
-    def _tell(self, on_outcome: OnOutcome, outcome: Outcome) -> None:
+    def _tell(self, on_outcome: OnOutcome, outcome: Outcome | Divide) -> None:
         try:
             on_outcome(outcome)
         except Exception:

@@ -230,6 +230,13 @@ class Missing(Message):
 
 
 @dataclass(frozen=True, slots=True)
+class Divided(Message):
+    """The bundle is not one piece now: its keys have to be asked for one by one. ``taken``: its push is here."""
+
+    taken: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Met(Message):
     """The answer to :class:`Meet`: a place in the server's memory, if it could read the worker's."""
 
@@ -464,6 +471,7 @@ FORMS: dict[int, tuple[type[Message], tuple[Check, ...]]] = {
     39: (Explanation, (_text,)),
     40: (Failed, (_text, _text)),
     41: (Met, (_maybe_place,)),
+    42: (Divided, (_flag,)),
     64: (Register, (_text, _rank, _text, _text, _natural, _natural)),
     65: (Roster, (_natural, _natural, _natural, _address_list)),
     66: (Barrier, (_natural,)),

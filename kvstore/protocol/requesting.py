@@ -21,7 +21,7 @@ from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 
 from kvstore.errors import KVStoreError, from_wire
-from kvstore.protocol.messages import Accepted, Committed, Failed, Message, Missing, Push
+from kvstore.protocol.messages import Accepted, Committed, Divided, Failed, Message, Missing, Push
 from kvstore.protocol.pieces import PIECE_BYTES
 
 CREDIT_BYTES = 2 * PIECE_BYTES  # what an urgent piece may have to wait for
@@ -76,6 +76,13 @@ class Refused:
 Outcome = Answered | Refused
 
 
+@dataclass(frozen=True, slots=True)
+class Divide:
+    """These requests are withdrawn; they go on as others, for the keys of their bundle. In their order."""
+
+    requests: tuple[Request, ...]
+
+
 @dataclass(slots=True)
 class _Channel:
     pulls_first: bool
@@ -96,24 +103,46 @@ class Requesting:
         self._ready: dict[int, list[tuple[int, int, Request]]] = {}
         self._costly: dict[int, list[tuple[int, int, Request]]] = {}  # ready, but for their credit
         self._channels: dict[Hashable, _Channel] = {}
+        self._divided: set[Hashable] = set()  # channels of bundles that are over
         self._submitted = 0
 
     def __repr__(self) -> str:
         return f"<Requesting: {len(self.open)} open, in flight {self.in_flight}>"
 
-    def submit(self, request: Request, *, pulls_first: bool = False) -> None:
-        """Take over a request. ``pulls_first``: in this channel a push waits for earlier pulls."""
+    def submit(self, request: Request, *, pulls_first: bool = False) -> Divide | None:
+        """Take over a request. ``pulls_first``: in this channel a push waits for earlier pulls.
+
+        Returns:
+            If the channel has been divided, nothing is taken over.
+        """
+        if request.channel in self._divided:
+            return Divide((request,))
         self._submitted += 1
         request.sequence = self._submitted
         self.open[request.request_id] = request
         if request.channel is None:
             self._enqueue(request)
-            return
+            return None
         channel = self._channels.get(request.channel)
         if channel is None:
             channel = self._channels[request.channel] = _Channel(pulls_first)
         channel.queue.append(request)
         self._release(channel)
+        return None
+
+    def divide(self, name: Hashable) -> Divide:
+        """Withdraw all requests of this channel; whatever is submitted to it later is not taken over."""
+        self._divided.add(name)
+        mine = [request for request in self.open.values() if request.channel == name]
+        self._channels.pop(name, None)
+        for request in mine:
+            self._return_credit(request)
+            del self.open[request.request_id]
+        return Divide(tuple(sorted(mine, key=lambda request: request.sequence)))
+
+    def forget(self, name: Hashable) -> None:
+        """Nothing more will be submitted to this channel."""
+        self._divided.discard(name)
 
     def outgoing(self, server: int, now: float) -> Iterator[tuple[Message, object]]:
         """What is to be sent to ``server`` now, with its payload; counts as sent when yielded."""
@@ -124,7 +153,7 @@ class Requesting:
             request.resend_at = now + patience + self.in_flight.get(server, 0) / SLOWEST_LINK
             yield request.message, None if _is_bare(request) else request.payload
 
-    def reply(self, message: Message, payload: object) -> Outcome | None:
+    def reply(self, message: Message, payload: object) -> Outcome | Divide | None:
         """Conclude from a server's reply; None while the request stays open (or was closed before)."""
         request = self.open.get(message.request_id)
         if request is None:
@@ -135,6 +164,9 @@ class Requesting:
             request.accepted = False
             self._enqueue(request)
             return None
+        if isinstance(message, Divided):
+            request.accepted = message.taken
+            return self.divide(request.channel)
         request.accepted = True
         self._return_credit(request)
         if isinstance(message, Accepted):

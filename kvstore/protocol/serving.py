@@ -30,11 +30,12 @@ from kvstore.errors import (
     WorkerLostError,
     to_wire,
 )
-from kvstore.protocol.bundles import BUNDLES_MAX, Bundle, Gatherings, Part, Request
+from kvstore.protocol.bundles import BUNDLES_MAX, Bundle, Part
 from kvstore.protocol.messages import (
     Accepted,
     Bind,
     Committed,
+    Divided,
     Done,
     Drop,
     Explain,
@@ -51,7 +52,6 @@ from kvstore.protocol.messages import (
     SetHyperparameters,
     SetOptimizer,
     Spec,
-    Value,
     WriteState,
 )
 from kvstore.protocol.pieces import BundleId, Key, PieceId, Span, bundle_id
@@ -111,15 +111,6 @@ class ReplyValue:
 
 
 @dataclass(frozen=True, slots=True)
-class ReplyTogether:
-    """Send this message when all earlier actions on these pieces are done; a Value with their values in order."""
-
-    rank: int
-    message: Committed | Value
-    places: tuple[tuple[PieceId, Span | None], ...]  # each a piece, or these elements of it
-
-
-@dataclass(frozen=True, slots=True)
 class SendState:
     """Send the optimizer's state of the piece (or of these elements of it)."""
 
@@ -160,9 +151,7 @@ class Split:
     bundle: Bundle
 
 
-Action = (
-    Create | Apply | Reply | ReplyAfter | ReplyValue | ReplyTogether | SendState | StoreState | Forget | Unite | Split
-)
+Action = Create | Apply | Reply | ReplyAfter | ReplyValue | SendState | StoreState | Forget | Unite | Split
 
 
 # --- state ----------------------------------------------------------------------------------------
@@ -232,7 +221,6 @@ class Serving:
         self.settings = Settings()
         self.bundles: dict[BundleId, Bundle] = {}
         self._united: dict[PieceId, tuple[Bundle, Span]] = {}  # members of united bundles
-        self._gatherings = Gatherings()
         self._moved: list[Action] = []  # Unite and Split: they come before what else is concluded from a message
         self._parse_optimizer = parse_optimizer
         self._early: dict[PieceId, dict[int, Init]] = {}  # init of others before rank 0's
@@ -271,8 +259,6 @@ class Serving:
             actions = handler(rank, message, payload)
         except KVStoreError as error:
             actions = [_failed(rank, message, error)]
-        if self._gatherings:
-            actions += self._conclude()
         moved, self._moved = self._moved, []
         return [*moved, *actions] if moved else actions
 
@@ -283,7 +269,7 @@ class Serving:
         actions: list[Action] = []
         for piece_id, piece in self.counted():
             actions += self._fail_hopeless(piece_id, piece)
-        return actions + self._conclude() + self._fail_early()
+        return actions + self._fail_early()
 
     def counted(self) -> Iterator[tuple[PieceId, Piece]]:
         """The pieces that are counted by themselves: all but the members of united bundles."""
@@ -359,10 +345,6 @@ class Serving:
         for piece_id in mine:
             self._part(piece_id)
         for bundle in [bundle for bundle in self.bundles.values() if set(mine).intersection(bundle.members)]:
-            for asked in self._gatherings.of(bundle):
-                self._withdraw(asked, bundle)
-                error = UnknownKeyError(f"the bundle of {bundle}: key {message.key!r} has been dropped")
-                actions.append(Reply(asked[0], Failed(asked[1], *to_wire(error))))
             del self.bundles[bundle.id]
             actions.append(Forget(bundle.piece))
         for piece_id in mine:
@@ -433,87 +415,24 @@ class Serving:
             self._split(self._united[piece_id][0])
 
     def _split(self, bundle: Bundle) -> None:
-        """Count the bundle's members one by one, from where they are."""
+        """Count the bundle's members one by one, from where they are. Who waits for it has to ask one by one, too."""
         whole = self.pieces.pop(bundle.piece)
         bundle.united = False
         for piece_id, span in bundle:
             del self._united[piece_id]
             piece = self.pieces[piece_id]
-            piece.level, piece.accepted = whole.level.copy(), dict(whole.accepted)
+            piece.level, piece.accepted, piece.commits = whole.level.copy(), dict(whole.accepted), {}
             piece.held = {pushed: Part(payload, span) for pushed, payload in whole.held.items()}
-            piece.commits = dict(whole.commits)
             piece.generation, piece.steps, piece.written = whole.generation, whole.steps, whole.written
+        divided = {(rank, request_id): None for (rank, _), request_id in whole.commits.items()}
         for pull in whole.level.waiting.values():
             ticket = _ticket(pull.ticket)
-            for piece_id in bundle.members if ticket.piece == bundle.piece else (ticket.piece,):
-                own = Ticket(ticket.rank, ticket.request_id, False, piece_id)
-                self.pieces[piece_id].level.waiting[own] = Pull(own, pull.needs)
             if ticket.piece == bundle.piece:
-                self._gatherings.begin((ticket.rank, ticket.request_id), bundle, pull.needs[0][1], pull=True)
-        for (rank, round), request_id in whole.commits.items():
-            self._gatherings.begin((rank, request_id), bundle, round, pull=False)
+                divided[ticket.rank, ticket.request_id] = None
+            else:
+                self.pieces[ticket.piece].level.waiting[ticket] = pull
         self._moved.append(Split(bundle))
-
-    def _push_members(self, rank: int, message: Push, payload: object, bundle: Bundle) -> list[Action]:
-        """A push of a split bundle is one of each member."""
-        pieces = [(piece_id, span, self.pieces[piece_id]) for piece_id, span in bundle]
-        for piece_id, _, piece in pieces:
-            self._check_may_push(rank, message.round, piece_id, piece)
-        accepted = min([piece.accepted.get(rank, 0) for _, _, piece in pieces])
-        if message.round > accepted + 1:
-            return []
-        if payload is None and message.round > accepted:
-            return [Reply(rank, Missing(message.request_id))]
-        self._gatherings.begin((rank, message.request_id), bundle, message.round, pull=message.pull)
-        actions: list[Action] = []
-        for piece_id, span, _ in pieces:
-            one = replace(message, key=piece_id[0], acknowledge=False, near=False, held=(), place=None)
-            actions += self._push(rank, one, Part.of(payload, span))
-        if message.acknowledge and not all(piece.level.in_effect(rank, message.round) for _, _, piece in pieces):
-            actions.append(Reply(rank, Accepted(message.request_id)))
-        return actions
-
-    def _fetch_members(self, rank: int, message: Fetch, bundle: Bundle) -> list[Action]:
-        self._gatherings.begin((rank, message.request_id), bundle, message.round, pull=True)
-        actions: list[Action] = []
-        for piece_id in bundle.members:
-            actions += self._fetch(rank, replace(message, key=piece_id[0], near=False, held=()), None)
-        return actions
-
-    def _conclude(self) -> list[Action]:
-        """One reply for each request for a split bundle in place of its members', where the time has come.
-
-        They come last: what they say holds after all the updates that the same message led to.
-        """
-        actions: list[Action] = []
-        for (rank, request_id), gathering in self._gatherings.changed():
-            members = gathering.bundle.members
-            places = tuple([self._place_of(piece_id) for piece_id in members])
-            if gathering.failed:
-                self._withdraw((rank, request_id), gathering.bundle)
-            elif gathering.complete and gathering.pull:
-                pull = Pull(request_id, ((rank, gathering.round),))
-                answers = [self.pieces[piece_id].level.answer(pull) for piece_id in members]
-                version = min([answer.version for answer in answers])
-                staleness = max([answer.staleness for answer in answers])
-                actions.append(ReplyTogether(rank, Value(request_id, version, staleness), places))
-                self._gatherings.end((rank, request_id))
-            elif gathering.committed and not gathering.told:
-                gathering.told = True
-                actions.append(ReplyTogether(rank, Committed(request_id), places))
-                if not gathering.pull:
-                    self._gatherings.end((rank, request_id))
-        return actions
-
-    def _withdraw(self, request: Request, bundle: Bundle) -> None:
-        """The members need not answer this request."""
-        self._gatherings.end(request)
-        rank, request_id = request
-        for piece_id in bundle.members:
-            piece = self.pieces[piece_id]
-            piece.level.waiting.pop(Ticket(rank, request_id, False, piece_id), None)
-            for pushed in [pushed for pushed, asked in piece.commits.items() if (pushed[0], asked) == request]:
-                del piece.commits[pushed]
+        self._moved += [Reply(rank, Divided(request_id, True)) for rank, request_id in divided]
 
     # --- push and pull ------------------------------------------------------------------------
 
@@ -521,9 +440,14 @@ class Serving:
         if isinstance(message.key, bytes):
             bundle = self._bound(message.key, message.piece)
             if not bundle.united and (payload is None or not self._unite(bundle, (rank, message.round))):
-                return self._push_members(rank, message, payload, bundle)
+                accepted = [self.pieces[piece_id].accepted.get(rank, 0) for piece_id in bundle.members]
+                return [Reply(rank, Divided(message.request_id, message.round <= min(accepted)))]
         piece_id, piece = self._find(message.key, message.piece)
-        self._check_may_push(rank, message.round, piece_id, piece)
+        if rank not in piece.level.rounds:
+            raise DisagreementError(
+                f"push of {self._called(piece_id)} by worker {rank}: expected a participant, "
+                f"one of {list(piece.level.participants)}"
+            )
         last = piece.accepted.get(rank, 0)
         if message.round > last + 1:
             return []  # a gap: the missing one will be sent again, and then this one
@@ -531,6 +455,8 @@ class Serving:
         if message.round == last + 1:
             if payload is None:
                 return [Reply(rank, Missing(message.request_id))]
+            if rank in piece.level.left:
+                raise DisagreementError(f"push of {self._called(piece_id)} by worker {rank}: it has left")
             self._part(piece_id)
             piece.accepted[rank] = message.round
             piece.held[rank, message.round] = payload
@@ -538,26 +464,18 @@ class Serving:
                 piece.commits[rank, message.round] = message.request_id
             actions += self._perform(piece_id, piece, *piece.level.push(rank))
         elif not message.pull:
+            if not piece.level.in_effect(rank, message.round):
+                self._part(piece_id)
             piece.commits[rank, message.round] = message.request_id
             actions += self._commits_due(piece_id, piece, [(rank, message.round)])
         if message.pull:
-            answer = self._pull(rank, message, piece_id, piece)
-            if answer is not None:
-                actions += self._value(answer)
-            elif piece.level.in_effect(rank, message.round):
-                actions += self._commit(rank, message.request_id, piece_id)
+            answered = self._pull(rank, message, piece_id, piece)
+            if not answered and piece.level.in_effect(rank, message.round):
+                answered.append(ReplyAfter(rank, Committed(message.request_id), self._place_of(piece_id)[0]))
+            actions += answered
         if message.acknowledge and not piece.level.in_effect(rank, message.round):
             actions.append(Reply(rank, Accepted(message.request_id)))
         return actions + self._fail_hopeless(piece_id, piece)
-
-    def _check_may_push(self, rank: int, round: int, piece_id: PieceId, piece: Piece) -> None:
-        if rank not in piece.level.rounds:
-            raise DisagreementError(
-                f"push of {self._called(piece_id)} by worker {rank}: expected a participant, "
-                f"one of {list(piece.level.participants)}"
-            )
-        if rank in piece.level.left and round > piece.accepted.get(rank, 0):
-            raise DisagreementError(f"push of {self._called(piece_id)} by worker {rank}: it has left")
 
     def _bound(self, key: BundleId, number: int) -> Bundle:
         bundle = self.bundles.get(key)
@@ -566,43 +484,22 @@ class Serving:
         return bundle
 
     def _fetch(self, rank: int, message: Fetch, payload: object) -> list[Action]:
-        if isinstance(message.key, bytes) and not (bundle := self._bound(message.key, message.piece)).united:
-            return self._fetch_members(rank, message, bundle)
+        if isinstance(message.key, bytes) and not self._bound(message.key, message.piece).united:
+            return [Reply(rank, Divided(message.request_id, False))]
         piece_id, piece = self._find(message.key, message.piece)
-        answer = self._pull(rank, message, piece_id, piece)
-        actions = [] if answer is None else self._value(answer)
+        actions = self._pull(rank, message, piece_id, piece)
         return actions + self._fail_hopeless(piece_id, piece)
 
-    def _pull(self, rank: int, message: Push | Fetch, piece_id: PieceId, piece: Piece) -> Answer | None:
+    def _pull(self, rank: int, message: Push | Fetch, piece_id: PieceId, piece: Piece) -> list[Action]:
         ticket = Ticket(rank, message.request_id, message.near, piece_id)
-        return piece.level.pull(Pull(ticket, ((rank, message.round),)))
+        answer = piece.level.pull(Pull(ticket, ((rank, message.round),)))
+        return [] if answer is None else [self._value(answer)]
 
-    # --- replies: each to the sender, or to the gathering of its request ----------------------
-
-    def _value(self, answer: Answer) -> list[Action]:
+    def _value(self, answer: Answer) -> ReplyValue:
         ticket = _ticket(answer.ticket)
-        gathering = self._gatherings.change((ticket.rank, ticket.request_id))
-        if gathering is not None:
-            gathering.values.add(ticket.piece)
-            return []
         piece, span = self._place_of(ticket.piece)
         near = ticket.near and span is None
-        return [ReplyValue(ticket.rank, ticket.request_id, piece, answer.version, answer.staleness, near, span)]
-
-    def _commit(self, rank: int, request_id: int, piece_id: PieceId) -> list[Action]:
-        gathering = self._gatherings.change((rank, request_id))
-        if gathering is not None:
-            gathering.commits.add(piece_id)
-            return []
-        return [ReplyAfter(rank, Committed(request_id), self._place_of(piece_id)[0])]
-
-    def _refuse(self, rank: int, request_id: int, error: KVStoreError) -> list[Action]:
-        gathering = self._gatherings.change((rank, request_id))
-        if gathering is not None:
-            if gathering.failed:
-                return []
-            gathering.failed = True
-        return [Reply(rank, Failed(request_id, *to_wire(error)))]
+        return ReplyValue(ticket.rank, ticket.request_id, piece, answer.version, answer.staleness, near, span)
 
     def _place_of(self, piece_id: PieceId) -> tuple[PieceId, Span | None]:
         """Where the piece's value is: its own, or in a united bundle's."""
@@ -621,18 +518,17 @@ class Serving:
             actions.append(Apply(piece_id, update.round, payloads, rule, generation))
             if piece.commits:
                 actions += self._commits_due(piece_id, piece, update.contributions)
-        for answer in answers:
-            actions += self._value(answer)
+        actions += [self._value(answer) for answer in answers]
         return actions
 
     def _commits_due(
         self, piece_id: PieceId, piece: Piece, pushes: tuple[tuple[int, int], ...] | list[tuple[int, int]]
     ) -> list[Action]:
-        actions: list[Action] = []
-        for rank, round in pushes:
-            if (rank, round) in piece.commits and piece.level.in_effect(rank, round):
-                actions += self._commit(rank, piece.commits.pop((rank, round)), piece_id)
-        return actions
+        return [
+            ReplyAfter(rank, Committed(piece.commits.pop((rank, round))), self._place_of(piece_id)[0])
+            for rank, round in pushes
+            if (rank, round) in piece.commits and piece.level.in_effect(rank, round)
+        ]
 
     # --- optimizer ----------------------------------------------------------------------------
 
@@ -687,7 +583,6 @@ class Serving:
 
     def _forget_requests(self, rank: int) -> None:
         """Nobody waits for what the worker asked for until now: it is gone, or has begun a new life."""
-        self._gatherings.gone(rank)
         for inits in self._early.values():
             inits.pop(rank, None)
         for _, piece in self.counted():
@@ -708,13 +603,13 @@ class Serving:
                 del piece.level.waiting[pull.ticket]
                 ticket = _ticket(pull.ticket)
                 error = self._lost_error(ticket.piece, pull.needs[0][1], sorted(missing))
-                actions += self._refuse(ticket.rank, ticket.request_id, error)
+                actions.append(Reply(ticket.rank, Failed(ticket.request_id, *to_wire(error))))
         for (rank, round), request_id in list(piece.commits.items()):
             missing = lost.intersection(piece.level.behind(round))
             if missing and not piece.level.in_effect(rank, round):
                 del piece.commits[rank, round]
                 error = self._lost_error(piece_id, round, sorted(missing))
-                actions += self._refuse(rank, request_id, error)
+                actions.append(Reply(rank, Failed(request_id, *to_wire(error))))
         return actions
 
     def _lost_error(self, piece_id: PieceId, round: int, ranks: list[int]) -> WorkerLostError:

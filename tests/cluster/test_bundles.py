@@ -259,7 +259,7 @@ def test_at_once_programs_lose_nothing(model, waits):
             assert result == [[3.0 * rounds] * 3] * len(keys)
 
 
-@pytest.mark.parametrize("model", MODELS[1:])
+@pytest.mark.parametrize("model", MODELS)
 def test_threads_push_single_keys_while_another_pushes_the_list(model):
     rounds, keys = 30, names(8)
 
@@ -290,6 +290,63 @@ def test_threads_push_single_keys_while_another_pushes_the_list(model):
         with cluster(workers=2) as c:
             for result in c.run(work, cluster_consistency=model):
                 assert result == [2 * 3 * rounds] * 3 + [2 * 2 * rounds] * 5
+
+
+@pytest.mark.parametrize("what", ["push", "pushpull"])
+@pytest.mark.parametrize("model", MODELS)
+def test_no_key_waits_for_another(model, what):
+    """Worker 1 waits for two rounds of one key before it pushes the other; worker 0 has made all its calls."""
+    keys = names(2)
+
+    def work(kv):
+        def move(key, value):
+            return kv.push(key, value) if what == "push" else kv.pushpull(key, value)
+
+        kv.init(keys, zeros(keys))
+        kv.set_optimizer(optim.Accumulate())
+        for _ in range(2):
+            move(keys, ones(keys)).result()
+        kv.barrier()
+        if kv.rank == 0:
+            handles = [move(keys, ones(keys)) for _ in range(3)]
+            handles.append(move("k1", np.ones(3, F32)))
+            handles.append(kv.pull(keys))
+        else:
+            handles = []
+            for key, rounds in (("k0", 3), ("k1", 4)):
+                for _ in range(rounds):
+                    handles = [move(key, np.ones(3, F32)), kv.pull(key)]
+                    for handle in handles:
+                        handle.result()
+        for handle in handles:
+            handle.result()
+        kv.barrier()
+        return [value[0] for value in kv.pull(keys).result()]
+
+    with cluster() as c:
+        assert c.run(work, cluster_consistency=model) == [[10, 12]] * 2
+
+
+def test_a_key_leaves_while_the_bundle_waits_for_another():
+    """Worker 0 pushes a key by itself; worker 1 waits for that before it pushes the rest of the bundle."""
+    keys = names(3)
+
+    def work(kv):
+        kv.init(keys, zeros(keys))
+        kv.push(keys, ones(keys)).result()
+        kv.barrier()
+        if kv.rank == 0:
+            kv.push(keys, ones(keys))
+            kv.push("k0", np.ones(3, F32))
+            return kv.pull(keys).result()[0][0]
+        kv.push("k0", np.full(3, 2, F32))
+        kv.push("k0", np.full(3, 3, F32)).result()
+        got = kv.pull("k0").result()[0]
+        kv.push(keys[1:], ones(keys[1:])).result()
+        return got
+
+    with cluster() as c:
+        assert c.run(work) == [4, 4]
 
 
 # --- which keys are together ------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import Any
 
 from kvstore.errors import OptimizerError
 from kvstore.protocol.bundles import Part
-from kvstore.protocol.messages import Message, Spec, Value
+from kvstore.protocol.messages import Message, Spec
 from kvstore.protocol.pieces import PieceId, Span
 from kvstore.protocol.serving import (
     Action,
@@ -16,7 +16,6 @@ from kvstore.protocol.serving import (
     Forget,
     Reply,
     ReplyAfter,
-    ReplyTogether,
     ReplyValue,
     SendState,
     Serving,
@@ -83,11 +82,6 @@ class Conversation:
             case ReplyValue(rank, request_id, piece, version, staleness, _, span):
                 which = "" if piece == self.only else f" of {self._name(piece, span)}"
                 return f"{rank} < value({request_id}){which} version {version} staleness {staleness}"
-            case ReplyTogether(rank, Value(request_id, version, staleness), places):
-                names = ", ".join(self._name(*place) for place in places)
-                return f"{rank} < value({request_id}) of {names} version {version} staleness {staleness}"
-            case ReplyTogether(rank, message, places):
-                return f"{rank} < {message} when {', '.join(self._name(*place) for place in places)} are applied"
             case SendState(rank, request_id, piece, span):
                 which = "" if piece == self.only else f" of {self._name(piece, span)}"
                 return f"{rank} < state({request_id}){which}"

@@ -21,7 +21,6 @@ from kvstore.protocol.serving import (
     Forget,
     Reply,
     ReplyAfter,
-    ReplyTogether,
     ReplyValue,
     SendState,
     Split,
@@ -106,9 +105,6 @@ class Shell:
                 return rank, message, None
             case ReplyValue(rank, request_id, piece, version, staleness, _, span):
                 return rank, Value(request_id, version, staleness), self.stored[piece].part(span).value
-            case ReplyTogether(rank, message, places):
-                value = tuple(e for piece, span in places for e in self.stored[piece].part(span).value)
-                return rank, message, value if isinstance(message, Value) else None
         return None
 
 

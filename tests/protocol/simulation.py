@@ -20,16 +20,17 @@ import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
 from kvstore import consistency
 from kvstore.consistency import Bounded, Model, Sequential
 from kvstore.protocol import messages
+from kvstore.protocol.dividing import Division
 from kvstore.protocol.messages import Bind, Done, Fetch, Init, Leave, Message, Push, Sender, Spec, Value
 from kvstore.protocol.pieces import bundle_id, owner
-from kvstore.protocol.requesting import CREDIT_FREE_BYTES, Answered, Request, Requesting
+from kvstore.protocol.requesting import CREDIT_FREE_BYTES, Answered, Divide, Outcome, Request, Requesting
 from kvstore.protocol.serving import (
     Action,
     Apply,
@@ -37,7 +38,6 @@ from kvstore.protocol.serving import (
     PieceId,
     Reply,
     ReplyAfter,
-    ReplyTogether,
     ReplyValue,
     Serving,
     Split,
@@ -47,6 +47,7 @@ from tests.protocol.shell import Shell
 
 CREDIT_BYTES = 200_000
 RESEND_S = 0.5
+PATIENCE_S = 0.05
 TICK_S = 0.25
 FAULTS_S = 40.0  # after this the network is kind, so that everything must end
 END_S = 400.0
@@ -195,17 +196,24 @@ class Worker:
     first_sent: Counter[tuple[str, int]] = field(default_factory=Counter)
     bundled: dict[str, Keys] = field(default_factory=dict)  # by the calls so far
     counted: dict[str, Keys] = field(default_factory=dict)  # by those handed over: the bundle in whose channel a key is
+    times: Counter[Keys] = field(default_factory=Counter)  # that a bundle has begun
     bound: dict[Keys, bool] = field(default_factory=dict)  # asked for; and there
     waiting: list[Call] = field(default_factory=list)  # not handed over yet, in program order
-    open: dict[int, Call] = field(default_factory=dict)  # by request id
+    open: dict[int, Call] = field(default_factory=dict)  # by request id, until it is answered as a whole
+    on_the_way: dict[int, Keys] = field(default_factory=dict)  # by request id, parts instead of what was divided
+    parts: dict[int, Division] = field(default_factory=dict)  # by their request ids
     left: Counter[int] = field(default_factory=Counter)  # requests of a token that are not answered
 
     def channel(self, key: str) -> Keys:
         return self.counted.get(key, (key,))
 
+    def name(self, channel: Keys, piece: int = 0) -> tuple[Keys | str, int]:
+        """The channel's name among the requests."""
+        return (channel, self.times[channel]) if len(channel) > 1 else (channel[0], piece)
+
     def quiet(self, channel: Keys) -> bool:
         """Is nothing of it on its way?"""
-        return not any(set(call.keys) <= set(channel) for call in self.open.values())
+        return not any(set(keys) <= set(channel) for keys in self.on_the_way.values())
 
 
 def _leave(bundles: dict[str, Keys], keys: Keys) -> None:
@@ -246,6 +254,7 @@ class Simulation:
         self.asked: dict[tuple[int, int], Asked] = {}
         self.pulled: list[tuple[Asked, str, Merged]] = []
         self.moves: Counter[str] = Counter()  # of bundles
+        self.divided = 0  # requests
         self._performed = performed
         self._agenda: list[tuple[float, int, Callable[[], None]]] = []
         self._order = 0
@@ -304,13 +313,23 @@ class Simulation:
     def _submit(
         self, worker: Worker, make: Callable[[int], Message], keys: Keys, piece: int, own: int, **kind: Any
     ) -> int:
-        self._ids += 1
+        self._next_id()
         self.asked[worker.rank, self._ids] = Asked(worker.rank, keys, piece, own)
         server = kind.pop("server", None)
         if server is None:
             server = owner(keys[0], piece, self.plan.servers)
+        call = kind.pop("call", None)
         request = Request(server, make(self._ids), **kind)
-        worker.core.submit(request, pulls_first=self.model.pull_before_next_push)
+        if call is not None:
+            worker.open[request.request_id] = call
+            worker.on_the_way[request.request_id] = keys
+        divide = worker.core.submit(request, pulls_first=self.model.pull_before_next_push)
+        if divide is not None:
+            self._divide(worker, divide)
+        return request.request_id
+
+    def _next_id(self) -> int:
+        self._ids += 1
         return self._ids
 
     def _init(self, worker: Worker) -> None:
@@ -379,9 +398,11 @@ class Simulation:
                 held_up.update(call.keys)
                 continue
             worker.waiting.remove(call)
-            if call.op.kind != "pull":
+            if call.op.kind != "pull" and {worker.channel(key) for key in call.keys} != {call.keys}:
                 _leave(worker.counted, call.keys)
-                worker.counted.update(dict.fromkeys(call.keys, call.keys))
+                if len(call.keys) > 1:
+                    worker.times[call.keys] += 1
+                    worker.counted.update(dict.fromkeys(call.keys, call.keys))
             self._request(worker, call)
 
     def _may_go(self, worker: Worker, call: Call) -> bool:
@@ -393,7 +414,30 @@ class Simulation:
                 worker.bound[call.keys] = False
                 self._submit(worker, lambda i: Bind(i, bundle_id(call.keys), call.keys), call.keys, 0, 0)
             return False
+        for channel in channels:
+            if len(channel) > 1 and not worker.quiet(channel):
+                self._lose_patience(worker, worker.name(channel))
         return all(worker.quiet(channel) for channel in channels)
+
+    def _lose_patience(self, worker: Worker, channel: Hashable) -> None:
+        self._later(PATIENCE_S, lambda: self._divide(worker, worker.core.divide(channel)))
+
+    def _divide(self, worker: Worker, divide: Divide) -> None:
+        """Go on with requests for the single keys."""
+        for request in divide.requests:
+            keys = worker.on_the_way.pop(request.request_id)
+            self.divided += len(keys) > 1
+            division = Division(request, [(key, (n, n + 1)) for n, key in enumerate(keys)], self._next_id)
+            if keys in worker.counted.values() and len(keys) > 1:
+                _leave(worker.counted, keys)
+            own = self.asked[worker.rank, request.request_id].own
+            for key, part in zip(keys, division.parts, strict=True):
+                self.asked[worker.rank, part.request_id] = Asked(worker.rank, (key,), 0, own)
+                worker.parts[part.request_id] = division
+                worker.on_the_way[part.request_id] = (key,)
+                assert worker.core.submit(part, pulls_first=self.model.pull_before_next_push) is None
+        self._hand_over(worker)
+        self._pump(worker)
 
     def _request(self, worker: Worker, call: Call) -> None:
         op, keys, own = call.op, call.keys, call.own
@@ -401,7 +445,6 @@ class Simulation:
         nbytes = sum(self.plan.nbytes[key] for key in keys) if pushes else 0
         self._note(f"worker {worker.rank}: {op.kind} {' '.join(keys)} round {own}")
         name = bundle_id(keys) if len(keys) > 1 else keys[0]
-        channel = worker.channel(keys[0])
         for piece in range(self.plan.pieces[keys[0]]):
 
             def make(request_id: int, piece: int = piece) -> Message:
@@ -409,20 +452,20 @@ class Simulation:
                     return Push(request_id, name, piece, own, pulls, nbytes > CREDIT_FREE_BYTES)
                 return Fetch(request_id, name, piece, own)
 
-            number = self._submit(
+            self._submit(
                 worker,
                 make,
                 keys,
                 piece,
                 own,
+                call=call,
                 payload=((worker.rank, own),) * len(keys) if pushes else None,
                 nbytes=nbytes,
                 priority=op.priority,
-                channel=(channel, piece),
+                channel=worker.name(keys if len(keys) > 1 else worker.channel(keys[0]), piece),
                 is_push=pushes,
                 is_pull=pulls,
             )
-            worker.open[number] = call
 
     def _tick(self, worker: Worker) -> None:
         if worker.state == "gone":
@@ -445,26 +488,40 @@ class Simulation:
     def _answer(self, rank: int, message: Message, payload: Any) -> None:
         worker = self.workers[rank]
         outcome = worker.core.reply(message, payload)
-        if outcome is not None:
-            if not isinstance(outcome, Answered):
-                self.fail(f"worker {rank}: {outcome.request.message} failed: {outcome.error}")
-            if outcome.request.is_pull:
-                if not isinstance(message, Value):
-                    self.fail(f"worker {rank}: a pull was answered with {message}")
-                self._check_pull(self.asked[rank, message.request_id], payload, message.version)
-            if isinstance(message, Done) and isinstance(outcome.request.message, Bind):
-                worker.bound[self.asked[rank, message.request_id].keys] = True
-            worker.awaited.discard(message.request_id)
-            call = worker.open.pop(message.request_id, None)
-            if call is not None:
-                worker.left[call.token] -= 1
-                if not worker.left[call.token]:
-                    del worker.left[call.token]
-                    worker.awaited.discard(call.token)
-            self._hand_over(worker)
+        if isinstance(outcome, Divide):
+            self._divide(worker, outcome)
+        elif outcome is not None:
+            self._conclude(worker, outcome)
         self._pump(worker)
         if worker.state != "gone" and (outcome is not None):
             self._advance_when_paused(worker)
+
+    def _conclude(self, worker: Worker, outcome: Outcome) -> None:
+        if not isinstance(outcome, Answered):
+            self.fail(f"worker {worker.rank}: {outcome.request.message} failed: {outcome.error}")
+            return
+        number, reply = outcome.request.request_id, outcome.reply
+        if outcome.request.is_pull:
+            if not isinstance(reply, Value):
+                self.fail(f"worker {worker.rank}: a pull was answered with {reply}")
+                return
+            self._check_pull(self.asked[worker.rank, number], tuple(outcome.payload), reply)  # type: ignore[arg-type]
+        if isinstance(reply, Done) and isinstance(outcome.request.message, Bind):
+            worker.bound[self.asked[worker.rank, number].keys] = True
+        worker.awaited.discard(number)
+        worker.on_the_way.pop(number, None)
+        division = worker.parts.pop(number, None)
+        if division is not None:
+            whole = division.conclude(outcome)
+            if whole is not None:
+                self._conclude(worker, whole)
+        call = worker.open.pop(number, None)
+        if call is not None:
+            worker.left[call.token] -= 1
+            if not worker.left[call.token]:
+                del worker.left[call.token]
+                worker.awaited.discard(call.token)
+        self._hand_over(worker)
 
     def _advance_when_paused(self, worker: Worker) -> None:
         if not worker.awaited:
@@ -514,7 +571,7 @@ class Simulation:
                     self.fail(f"{piece} is created twice")
                 case Unite() | Split():
                     self.moves[type(action).__name__] += 1
-                case Create() | Apply() | Reply() | ReplyAfter() | ReplyValue() | ReplyTogether():
+                case Create() | Apply() | Reply() | ReplyAfter() | ReplyValue():
                     pass
                 case _:
                     self.fail(f"an action that nobody asked for: {action}")
@@ -568,9 +625,9 @@ class Simulation:
         if not exact and told:
             self.fail(f"pull by worker {rank} of {asked.keys}: staleness {told} in a sequential key")
 
-    def _check_pull(self, asked: Asked, values: tuple[Merged, ...], version: int) -> None:
-        if min(map(len, values)) != version:
-            self.fail(f"{asked}: version {version}, but {list(map(len, values))} updates: {values}")
+    def _check_pull(self, asked: Asked, values: tuple[Merged, ...], reply: Value) -> None:
+        if min(map(len, values)) != reply.version:
+            self.fail(f"{asked}: version {reply.version}, but {list(map(len, values))} updates: {values}")
         for key, value in zip(asked.keys, values, strict=True):
             self._check_value(asked, key, value)
 
@@ -628,7 +685,8 @@ class Simulation:
                 ):
                     self.fail(f"{piece_id}: left over: held {piece.held}, commits {piece.commits}")
         for worker in self.workers:
-            if worker.core.open or worker.open or worker.left or any(worker.core.in_flight.values()):
+            left = worker.open or worker.on_the_way or worker.parts or worker.left
+            if left or worker.core.open or any(worker.core.in_flight.values()):
                 self.fail(f"worker {worker.rank}: left over: {worker.core}")
 
 

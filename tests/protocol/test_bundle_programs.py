@@ -1,25 +1,30 @@
 """Nobody can tell bundles from keys: the same program, once with bundles and once key by key, has the same outcome.
 
-Two servers hear the same program. To one a list of keys goes as a bundle, to the other as so many single requests,
-which is all that this oracle knows. After each step the values, optimizer states and counts of all keys must agree,
-and so must what every worker has been told.
+Two servers hear the same program. To one a list of keys goes as a bundle, and key by key when the server says so; to
+the other as single requests, which is all that this oracle knows. After each step the values, optimizer states and
+counts of all keys must agree, and so must what every worker has been told.
 """
 
 from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import accumulate, chain
 from typing import Any
 
 import pytest
 
 from kvstore import consistency
-from kvstore.consistency import Pull, Sequential
+from kvstore.consistency import Sequential
+from kvstore.protocol import requesting
+from kvstore.protocol.dividing import Division
 from kvstore.protocol.messages import (
     Accepted,
     Bind,
     Committed,
+    Divided,
     Drop,
     Explain,
     Explanation,
@@ -63,6 +68,11 @@ class Request:
     bundled: bool
     payloads: tuple[tuple[Any, ...], ...]  # by key
     sent: bool = False  # ever
+    division: Division | None = None
+
+    def parts(self) -> list[Message]:
+        """What has been asked in place of a bundle's request; else itself."""
+        return [self.message()] if self.division is None else [part.message for part in self.division.parts]
 
     def message(self) -> Message:
         name = bundle_id(self.keys) if self.bundled else self.keys[0]
@@ -81,6 +91,14 @@ class Request:
 
     def payload(self) -> tuple[Any, ...]:
         return tuple(symbol for payload in self.payloads for symbol in payload)
+
+    def divide(self, next_id: Callable[[], int], *, taken: bool) -> None:
+        """Go on key by key."""
+        request = requesting.Request(0, self.message(), self.payload(), is_push=self.push, is_pull=self.pull)
+        request.accepted = taken
+        ends = list(accumulate(map(len, self.payloads)))
+        spans = zip([0, *ends], ends, strict=False)
+        self.division = Division(request, list(zip(self.keys, spans, strict=True)), next_id)
 
 
 @dataclass
@@ -138,6 +156,7 @@ class Program:
         self.closed: list[Request] = []
         self.incarnations = dict.fromkeys(self.ranks, 1)
         self.gone: dict[int, str] = {}
+        self.divided = 0
         self.unlikely = rng.choice((0.0, 0.05, 0.25))  # how often something other than a push or pull
         for key in names:
             self.init(key)
@@ -162,10 +181,33 @@ class Program:
     def ask(self, request: Request, *, bare: bool = False) -> None:
         """The request, once as it is and once key by key."""
         incarnation, carries = self.incarnations[request.rank], request.push and not bare
-        self.bundled.say(request.rank, incarnation, request.message(), request.payload() if carries else None)
+        if request.division is None or self.rng.random() < 0.3:  # a late repeat
+            self.bundled.say(request.rank, incarnation, request.message(), request.payload() if carries else None)
+        if request.division is not None:
+            for message, payload in zip(request.parts(), request.payloads, strict=True):
+                self.bundled.say(request.rank, incarnation, message, payload if carries else None)
         payloads = request.payloads if request.push else [None] * len(request.keys)
         for message, payload in zip(request.singles(), payloads, strict=True):
             self.oracle.say(request.rank, incarnation, message, payload if carries else None)
+
+    def divide(self) -> None:
+        """Whose bundle is split, asks key by key, by which another bundle may be split."""
+        while told := next(filter(None, map(self.told_to_divide, self.every_request())), None):
+            request, taken = told
+            request.divide(lambda rank=request.rank: self.next_id(rank), taken=taken)
+            assert request.division is not None
+            self.divided += 1
+            for part in request.division.parts:
+                payload = None if part.accepted or not request.push else part.payload
+                self.bundled.say(request.rank, self.incarnations[request.rank], part.message, payload)
+
+    def every_request(self) -> Iterator[Request]:
+        return chain.from_iterable(self.open.values())
+
+    def told_to_divide(self, request: Request) -> tuple[Request, bool] | None:
+        said = (message for message, _ in self.bundled.told.get((request.rank, request.id), []))
+        divided = next((message for message in said if isinstance(message, Divided)), None)
+        return None if divided is None or request.division is not None else (request, divided.taken)
 
     # --- steps --------------------------------------------------------------------------------
 
@@ -183,6 +225,7 @@ class Program:
             self.repeat(rank)
         else:
             self.operate(rank)
+        self.divide()
         self.compare()
 
     def operate(self, rank: int) -> None:
@@ -214,9 +257,17 @@ class Program:
         """Must a push of these keys wait for this request?"""
         if not set(keys) & set(request.keys):
             return False
+        asked = [request.message()]
+        if request.division is not None:
+            asked = [part for part in request.parts() if part.key in keys]  # type: ignore[attr-defined]
         if isinstance(self.model, Sequential):
-            return True
-        return request.push and not self.bundled.heard(request.rank, request.id, Committed)
+            final = Value if request.pull else Committed
+            return not all(self.bundled.heard(request.rank, message.request_id, final) for message in asked)
+        return request.push and not all(self.done(request.rank, message.request_id) for message in asked)
+
+    def done(self, rank: int, request_id: int) -> bool:
+        """Has the push been committed, as far as the worker knows?"""
+        return self.bundled.heard(rank, request_id, Committed) or self.bundled.heard(rank, request_id, Value)
 
     def repeat(self, rank: int) -> None:
         old = [request for request in self.closed if request.rank == rank]
@@ -228,7 +279,12 @@ class Program:
             self.ask(asked, bare=True)
             singles = [self.oracle.heard(rank, message.request_id, Missing) for message in asked.singles()]
             assert all(singles)
-            assert self.bundled.heard(rank, asked.id, Missing), self.where
+            said, _ = self.bundled.told[rank, asked.id][-1]
+            assert said in (Missing(asked.id), Divided(asked.id, False)), self.where
+            asked.sent = said != Missing(asked.id)  # then all of it will be sent, key by key
+            if asked.sent:
+                for message, payload in zip(asked.singles(), asked.payloads, strict=True):
+                    self.oracle.say(rank, self.incarnations[rank], message, payload)
             return
         asked.sent = True
         self.ask(asked, bare=bare)
@@ -318,66 +374,61 @@ class Program:
 
     def compare_request(self, request: Request) -> None:
         rank, where = request.rank, (self.where, request)
-        ids = [message.request_id for message in request.singles()]
+        singles = [message.request_id for message in request.singles()]
+        parts = [message.request_id for message in request.parts()]
         if not request.bundled:
             told = self.bundled.told.get((rank, request.id), [])
             assert told == self.oracle.told.get((rank, request.id), []), where
-        failed = any(self.oracle.heard(rank, number, Failed) for number in ids)
-        assert self.bundled.heard(rank, request.id, Failed) == failed, where
-        if failed:
+        outcomes = []
+        for side, ids in ((self.bundled, parts), (self.oracle, singles)):
+            failed = any(side.heard(rank, number, Failed) for number in ids)
+            valued = all(side.heard(rank, number, Value) for number in ids)
+            committed = all(side.heard(rank, number, Value) or side.heard(rank, number, Committed) for number in ids)
+            outcomes.append("failed" if failed else (valued, committed))
+        assert outcomes[0] == outcomes[1], where
+        if outcomes[0] == "failed":
             self.close(request)
             return
-        valued = all(self.oracle.heard(rank, number, Value) for number in ids)
-        committed = all(
-            self.oracle.heard(rank, number, Committed) or self.oracle.heard(rank, number, Value) for number in ids
-        )
-        assert self.bundled.heard(rank, request.id, Value) == valued, where
-        told = self.bundled.heard(rank, request.id, Committed)
-        assert (told or valued) == committed, where
-        if request.push and not committed and self.bundled.told.get((rank, request.id)):
+        valued, committed = outcomes[0]
+        if request.push and not committed and request.division is None and self.bundled.told.get((rank, request.id)):
             assert self.bundled.heard(rank, request.id, Accepted) or not request.sent, where
         if valued if request.pull else committed:
-            if request.pull and request.bundled:
-                self.compare_value(request)
+            if request.pull:
+                assert self.values(self.bundled, rank, parts) == self.values(self.oracle, rank, singles), where
             self.close(request)
+
+    def values(self, side: Side, rank: int, ids: list[int]) -> tuple[int, int, tuple[Any, ...]]:
+        """The smallest version, the largest staleness, and the elements that the requests were answered with."""
+        answers = [
+            next((message, value) for message, value in side.told[rank, number] if isinstance(message, Value))
+            for number in ids
+        ]
+        elements = tuple(element for _, value in answers for element in value)
+        return min(m.version for m, _ in answers), max(m.staleness for m, _ in answers), elements
 
     def close(self, request: Request) -> None:
         self.open[request.rank].remove(request)
         self.closed.append(request)
 
-    def compare_value(self, request: Request) -> None:
-        """What the bundle's pull got is what single pulls get at this moment; sequential ones got it before, too."""
-        ((reply, value),) = [
-            (message, value)
-            for message, value in self.bundled.told[request.rank, request.id]
-            if isinstance(message, Value)
-        ]
-        pull = Pull("now", ((request.rank, request.round),))
-        answers = [self.oracle.serving.pieces[key, 0].level.answer(pull) for key in request.keys]
-        version, staleness = min(a.version for a in answers), max(a.staleness for a in answers)
-        assert reply == Value(request.id, version, staleness), (self.where, request)
-        assert value == tuple(element for key in request.keys for element in self.oracle.stored(key).value)
-        member = request.rank in (self.participants or self.ranks)
-        if isinstance(self.model, Sequential) and member:
-            got = [self.oracle.told[request.rank, message.request_id][-1] for message in request.singles()]
-            assert value == tuple(element for _, some in got for element in some), (self.where, request)
-
     def compare_explanations(self) -> None:
         """Who waits for somebody, is told so on both sides."""
         for rank, requests in self.open.items():
             for request in requests:
-                number = EXPLAIN
-                self.bundled.say(rank, self.incarnations[rank], Explain(number, request.id))
-                ((explained, _),) = self.bundled.told.pop((rank, number))
-                assert isinstance(explained, Explanation)
-                waits = "no such request" not in explained.text
-                explanations = []
-                for message in request.singles():
-                    self.oracle.say(rank, self.incarnations[rank], Explain(number, message.request_id))
-                    explanations.append(self.oracle.told.pop((rank, number))[0][0].text)
-                assert waits == any("no such request" not in text for text in explanations), (self.where, explained)
-                if waits and not request.bundled:
-                    assert [explained.text] == explanations, self.where
+                ours = self.explained(self.bundled, rank, request.parts())
+                theirs = self.explained(self.oracle, rank, request.singles())
+                if request.bundled and request.division is None:
+                    assert {"no such request" in text for text in theirs} == {"no such request" in ours[0]}, self.where
+                else:
+                    assert ours == theirs, self.where
+
+    def explained(self, side: Side, rank: int, messages: list[Message]) -> list[str]:
+        texts = []
+        for message in messages:
+            side.say(rank, self.incarnations[rank], Explain(EXPLAIN, message.request_id))
+            ((explanation, _),) = side.told.pop((rank, EXPLAIN))
+            assert isinstance(explanation, Explanation)
+            texts.append(explanation.text)
+        return texts
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -388,5 +439,7 @@ def test_bundles_cannot_be_told_from_keys(model):
         for _ in range(STEPS):
             program.step()
         moves += program.bundled.moves
+        moves["divided"] += program.divided
     assert moves["Unite"] > PROGRAMS
     assert moves["Split"] > PROGRAMS / 2
+    assert moves["divided"] > PROGRAMS

@@ -48,6 +48,10 @@ def fetch(request_id, keys, round):
     return Fetch(request_id, keys if isinstance(keys, str) else bundle_id(keys), 0, round)
 
 
+def divided(request_id, rank=0, *, taken=False):
+    return [f"{rank} < Divided(request_id={request_id}, taken={taken})"]
+
+
 def united(talk: Conversation, keys=AB) -> bool:
     return talk.serving.bundles[bundle_id(keys)].united
 
@@ -101,13 +105,13 @@ def test_repeats_gaps_and_questions_while_united():
 
 def test_only_a_push_that_counts_unites():
     talk = begun("eventual")
-    assert talk.say(0, push(5, AB, 1)) == ["0 < Missing(request_id=5)"]
-    assert talk.say(0, push(6, AB, 2), "y") == []
-    assert talk.say(0, fetch(7, AB, 0)) == ["0 < value(7) of a, b version 0 staleness 0"]
+    assert talk.say(0, push(5, AB, 1)) == divided(5)
+    assert talk.say(0, push(6, AB, 2), "y") == divided(6)
+    assert talk.say(0, fetch(7, AB, 0)) == divided(7)
     talk.say(0, push(5, AB, 1), "x")
     talk.say(0, push(8, "a", 2), "y")
     talk.say(0, push(9, "b", 2), "y")
-    assert talk.say(0, push(5, AB, 1), "x") == ["0 < Committed(request_id=5) when a, b are applied"]
+    assert talk.say(0, push(5, AB, 1), "x") == divided(5, taken=True)
     assert not united(talk)
 
 
@@ -130,30 +134,37 @@ def test_a_member_pushed_by_itself_splits_parked_pushes():
     talk.say(0, push(5, AB, 1, pull=True, acknowledge=True), "x")
     assert talk.say(1, push(3, "a", 1), "y") == [
         "split a b",
+        *divided(5, taken=True),
         "apply round 1 of a: x[0:2] + y",
         "1 < Committed(request_id=3) when applied",
     ]
+    assert talk.say(0, push(6, "a", 1, pull=True)) == ["0 < value(6) of a version 1 staleness 0"]
+    assert talk.say(0, push(7, "b", 1, pull=True)) == []
+    assert talk.say(0, push(8, "a", 2, pull=True), "z") == []  # which need not wait for b
     assert talk.say(1, push(4, "b", 1), "z") == [
         "apply round 1 of b: x[2:3] + z",
         "1 < Committed(request_id=4) when applied",
-        "0 < value(5) of a, b version 1 staleness 0",
+        "0 < value(7) of b version 1 staleness 0",
     ]
-    assert talk.say(0, push(6, AB, 2), "v") == ["unite a b"]
 
 
-def test_commits_that_are_due_when_it_splits_are_told_together():
+def test_commits_that_are_due_when_it_splits():
     talk = begun()
     talk.say(0, push(5, AB, 1), "x")
     assert talk.say(1, push(3, "b", 1), "z") == [
         "split a b",
+        *divided(5, taken=True),
         "apply round 1 of b: x[2:3] + z",
         "1 < Committed(request_id=3) when applied",
     ]
+    assert talk.say(0, push(6, "a", 1)) == []
+    assert talk.say(0, push(7, "b", 1)) == ["0 < Committed(request_id=7) when applied"]
     assert talk.say(1, push(4, "a", 1), "y") == [
         "apply round 1 of a: x[0:2] + y",
+        "0 < Committed(request_id=6) when applied",
         "1 < Committed(request_id=4) when applied",
-        "0 < Committed(request_id=5) when a, b are applied",
     ]
+    assert talk.say(0, push(8, AB, 2), "v") == ["unite a b"]
 
 
 def test_pulls_that_wait_when_it_splits():
@@ -163,71 +174,44 @@ def test_pulls_that_wait_when_it_splits():
     assert talk.say(0, fetch(7, "b", 1)) == []
     assert talk.say(1, push(3, "b", 1), "y") == [
         "split a b",
+        *divided(6, taken=True),
         "apply round 1 of b: y",
         "1 < Committed(request_id=3) when applied",
         "0 < value(7) of b version 2 staleness 0",
     ]
-    assert talk.say(1, push(4, "a", 1), "z") == [
-        "apply round 1 of a: z",
+    assert talk.say(0, fetch(6, AB, 1)) == divided(6)
+    assert talk.say(0, fetch(8, "b", 1)) == ["0 < value(8) of b version 2 staleness 0"]
+
+
+def test_a_worker_that_divides_by_itself():
+    """It asks what became of the members' pushes while the server has the bundle in one piece."""
+    talk = begun()
+    talk.say(0, push(5, AB, 1, pull=True), "x")
+    assert talk.say(0, push(6, "a", 1, pull=True)) == []  # as a pull
+    assert united(talk)
+    talk = begun()
+    talk.say(0, push(5, AB, 1), "x")
+    assert talk.say(0, push(6, "a", 1)) == ["split a b", *divided(5, taken=True)]
+    assert talk.say(0, push(7, "b", 1)) == []
+    assert talk.say(1, push(3, AB, 1), "y") == divided(3, rank=1)
+    assert talk.say(1, push(4, "a", 1), "y") == [
+        "apply round 1 of a: x[0:2] + y",
+        "0 < Committed(request_id=6) when applied",
         "1 < Committed(request_id=4) when applied",
-        "0 < value(6) of a, b version 2 staleness 0",
     ]
 
 
-def test_repeats_while_a_split_push_is_parked():
-    talk = begun()
-    talk.say(0, push(5, AB, 1, pull=True, acknowledge=True), "x")
+def test_a_split_bundle_is_not_pushed_and_not_pulled():
+    talk = begun("eventual")
     talk.say(1, push(3, "a", 1), "y")
     for payload in ("x", None):
-        assert talk.say(0, push(5, AB, 1, pull=True, acknowledge=True), payload) == ["0 < Accepted(request_id=5)"]
-    lines = talk.say(1, push(4, "b", 1), "z")
-    assert lines.count("0 < value(5) of a, b version 1 staleness 0") == 1
-    assert talk.say(0, push(5, AB, 1, pull=True, acknowledge=True)) == ["0 < value(5) of a, b version 1 staleness 0"]
-
-
-def test_a_bundle_push_that_is_split_at_once():
-    talk = begun("eventual")
-    talk.say(1, push(3, "a", 1), "y")
-    assert talk.say(0, push(5, AB, 1)) == ["0 < Missing(request_id=5)"]
-    assert talk.say(0, push(6, AB, 2), "w") == []
-    assert talk.say(0, push(5, AB, 1, pull=True), "x") == [
-        "apply round 1 of a: x[0:2]",
-        "apply round 1 of b: x[2:3]",
-        "0 < value(5) of a, b version 1 staleness 1",
-    ]
-    assert talk.say(0, push(5, AB, 1)) == ["0 < Committed(request_id=5) when a, b are applied"]
+        assert talk.say(0, push(5, AB, 1, pull=True), payload) == divided(5)
+    assert talk.say(0, fetch(6, AB, 0)) == divided(6)
+    talk.say(0, push(7, "a", 1), "x")
+    assert talk.say(0, push(5, AB, 1, pull=True)) == divided(5)  # half of it is here
+    talk.say(0, push(8, "b", 1), "x")
+    assert talk.say(0, push(5, AB, 1, pull=True)) == divided(5, taken=True)
     assert talk.serving.pieces["a", 0].level.version == 2
-
-
-def test_a_half_sent_round_fills_only_what_is_missing():
-    talk = begun("eventual")
-    talk.say(0, push(4, "a", 1), "x")
-    assert talk.say(0, push(5, AB, 1)) == ["0 < Missing(request_id=5)"]
-    assert talk.say(0, push(5, AB, 1), "y") == [
-        "apply round 1 of b: y[2:3]",
-        "0 < Committed(request_id=5) when a, b are applied",
-    ]
-
-
-@pytest.mark.parametrize("first", ["a", "b"])
-def test_a_pushpull_is_told_that_it_is_committed_before_all_may_be_read(first):
-    talk = begun("bounded(0)")
-    talk.say(1, push(3, first, 1), "y")
-    lines = talk.say(0, push(5, AB, 1, pull=True, acknowledge=True), "x")
-    assert lines[2:] == ["0 < Committed(request_id=5) when a, b are applied"]  # whichever member had to wait
-    (other,) = set(AB) - {first}
-    assert talk.say(1, push(4, other, 1), "z")[-1] == "0 < value(5) of a, b version 2 staleness 0"
-
-
-def test_what_a_gathered_reply_says_is_true_of_what_it_brings():
-    talk = begun("bounded(0)")
-    talk.say(1, push(3, "a", 1), "y")
-    talk.say(0, push(5, AB, 1, pull=True), "x")  # a could be read, at version 2
-    talk.say(1, push(4, "a", 2), "y")
-    lines = talk.say(1, push(6, "b", 1), "z")
-    assert lines[-1] == "0 < value(5) of a, b version 2 staleness 0"
-    talk.say(1, push(7, "b", 2), "z")
-    assert talk.say(0, fetch(8, AB, 1)) == ["0 < value(8) of a, b version 3 staleness 0"]
 
 
 # --- bundles that share keys ------------------------------------------------------------------------
@@ -236,59 +220,40 @@ def test_what_a_gathered_reply_says_is_true_of_what_it_brings():
 def test_two_bundles_that_share_keys():
     talk = begun(bundles=(AB, BC))
     talk.say(0, push(5, AB, 1), "x")
-    assert talk.say(1, push(3, BC, 1), "y") == [
+    assert talk.say(1, push(3, BC, 1), "y") == divided(3, rank=1)
+    assert united(talk, AB)
+    assert talk.say(1, push(4, "b", 1), "y") == [
         "split a b",
-        "apply round 1 of b: x[2:3] + y[0:1]",
-    ]
-    assert talk.say(0, push(6, "c", 1), "z") == [
-        "apply round 1 of c: z + y[1:2]",
-        "0 < Committed(request_id=6) when applied",
-        "1 < Committed(request_id=3) when b, c are applied",
-    ]
-    assert talk.say(1, push(4, "a", 1), "w") == [
-        "apply round 1 of a: x[0:2] + w",
+        *divided(5, taken=True),
+        "apply round 1 of b: x[2:3] + y",
         "1 < Committed(request_id=4) when applied",
-        "0 < Committed(request_id=5) when a, b are applied",
     ]
-    assert talk.say(0, push(7, BC, 2), "v") == ["unite b c"]
-    assert talk.say(1, push(8, AB, 2, acknowledge=True), "u") == [
-        "split b c",
-        "apply round 2 of b: v[0:1] + u[2:3]",
-        "1 < Accepted(request_id=8)",
+    assert talk.say(1, push(6, "c", 1), "y") == []
+    assert talk.say(0, push(7, "c", 1), "z") == [
+        "apply round 1 of c: z + y",
+        "0 < Committed(request_id=7) when applied",
+        "1 < Committed(request_id=6) when applied",
     ]
-
-
-def test_a_reply_for_a_bundle_whose_member_is_in_another_one_now():
-    talk = begun("bounded(0)", bundles=(AB, BC))
-    talk.say(1, push(3, "b", 1), "y")
-    talk.say(0, push(5, BC, 1, pull=True), "x")  # b could be read, c waits
-    talk.say(0, push(6, "a", 1), "x")
-    talk.say(1, push(7, "a", 1), "y")
-    talk.say(0, push(8, AB, 2), "z")
-    assert united(talk, AB)
-    assert talk.say(1, push(4, "c", 1), "w") == [
-        "apply round 1 of c: w",
-        "1 < Committed(request_id=4) when applied",
-        "0 < value(5) of a+b[2:3], c version 2 staleness 0",
-    ]
-
-
-def test_a_pull_splits_nothing():
-    talk = begun("eventual", bundles=(AB, BC, ABC))
-    talk.say(0, push(5, AB, 1), "x")
-    assert talk.say(1, fetch(6, ABC, 0)) == ["1 < value(6) of a+b[0:2], a+b[2:3], c version 0 staleness 0"]
-    assert united(talk, AB)
+    assert talk.say(0, push(8, BC, 2), "v") == ["unite b c"]
+    assert talk.say(1, push(9, AB, 2), "u") == divided(9, rank=1)  # it has not pushed a yet
+    assert united(talk, BC)
 
 
 def test_the_same_keys_in_another_order_are_another_bundle():
-    talk = begun("eventual", bundles=(AB, AB[::-1]))
+    talk = begun(bundles=(AB, AB[::-1]))
     talk.say(0, push(5, AB, 1), "x")
-    assert talk.say(1, push(3, AB[::-1], 1, pull=True), "y") == [
-        "split a b",
-        "apply round 1 of b: y[0:1]",
-        "apply round 1 of a: y[1:3]",
-        "1 < value(3) of b, a version 2 staleness 0",
-    ]
+    assert talk.say(1, push(3, AB[::-1], 1, pull=True), "y") == divided(3, rank=1)
+    assert united(talk)
+
+
+def test_another_bundle_of_the_same_keys_takes_over_when_all_is_quiet():
+    talk = begun("eventual", bundles=(AB, AB[::-1], ABC))
+    talk.say(0, push(5, AB, 1), "x")
+    assert talk.say(1, push(3, AB[::-1], 1), "y") == divided(3, rank=1)
+    talk.say(1, push(4, "a", 1), "y")
+    talk.say(1, push(6, "b", 1), "y")
+    assert talk.say(0, push(7, AB[::-1], 2), "x")[:2] == ["unite b a", "apply round 2 of b+a: x"]
+    assert talk.say(0, fetch(8, "a", 2)) == ["0 < value(8) of b+a[1:3] version 3 staleness 1"]
 
 
 # --- bind -------------------------------------------------------------------------------------------
@@ -350,12 +315,10 @@ def test_a_setting_that_begins_at_different_rounds_splits():
     talk = begun(workers=1)
     talk.say(0, push(1, AB, 1), "x")
     assert talk.say(0, SetOptimizer(2, SGD, False, {"a": 2, "b": 1})) == ["split a b", "0 < Done(request_id=2)"]
-    assert talk.say(0, push(3, AB, 2), "y")[:2] == [
-        "apply round 2 of a: y[0:2]",
-        "apply round 2 of b: y[2:3] by sgd lr=0.1 #1",
-    ]
-    talk.say(0, push(4, AB, 3), "z")
-    assert not united(talk)  # b has had one step more
+    assert talk.say(0, push(3, AB, 2), "y") == divided(3)
+    assert talk.say(0, push(4, "a", 2), "y")[0] == "apply round 2 of a: y"
+    assert talk.say(0, push(5, "b", 2), "y")[0] == "apply round 2 of b: y by sgd lr=0.1 #1"
+    assert talk.say(0, push(6, AB, 3), "z") == divided(6)  # b has had one step more
 
 
 def test_a_setting_that_has_begun_for_all_is_over_once():
@@ -364,21 +327,19 @@ def test_a_setting_that_has_begun_for_all_is_over_once():
     talk.say(0, push(2, AB, 1), "x")
     lines = talk.say(0, SetHyperparameters(3, {"lr": 0.5}, {"a": 2, "b": 1}))
     assert lines == ["split a b", "0 < Done(request_id=3)"]
-    assert talk.say(0, push(4, AB, 2), "y")[:2] == [
-        "apply round 2 of a: y[0:2] by sgd lr=0.1 #1",
-        "apply round 2 of b: y[2:3] by sgd lr=0.5 #1",
-    ]
-    assert talk.say(0, push(5, AB, 3), "z")[:2] == ["unite a b", "apply round 3 of a+b: z by sgd lr=0.5 #1"]
+    assert talk.say(0, push(4, AB, 2), "y") == divided(4)
+    assert talk.say(0, push(5, "a", 2), "y")[0] == "apply round 2 of a: y by sgd lr=0.1 #1"
+    assert talk.say(0, push(6, "b", 2), "y")[0] == "apply round 2 of b: y by sgd lr=0.5 #1"
+    assert talk.say(0, push(7, AB, 3), "z")[:2] == ["unite a b", "apply round 3 of a+b: z by sgd lr=0.5 #1"]
 
 
 def test_an_optimizer_that_needs_whole_tensors_keeps_keys_apart():
     talk = begun(workers=1)
     talk.say(0, push(1, AB, 1), "x")
     assert talk.say(0, SetOptimizer(2, LARS, False, {})) == ["split a b", "0 < Done(request_id=2)"]
-    assert talk.say(0, push(3, AB, 2), "y")[:2] == [
-        "apply round 2 of a: y[0:2] by lars lr=0.1 #1",
-        "apply round 2 of b: y[2:3] by lars lr=0.1 #1",
-    ]
+    assert talk.say(0, push(3, AB, 2), "y") == divided(3)
+    for key in AB:
+        assert talk.say(0, push(3, key, 2), "y")[0] == f"apply round 2 of {key}: y by lars lr=0.1 #1"
     talk.say(0, SetOptimizer(4, SGD, True, {"a": 2, "b": 2}))
     assert talk.say(0, push(5, AB, 3), "z")[:2] == ["unite a b", "apply round 3 of a+b: z by sgd lr=0.1 #2"]
 
@@ -386,12 +347,12 @@ def test_an_optimizer_that_needs_whole_tensors_keeps_keys_apart():
 def test_an_earlier_optimizer_that_needs_whole_tensors_is_not_over_yet():
     talk = begun("eventual")
     talk.say(0, SetOptimizer(1, LARS, False, {}))
-    talk.say(0, push(2, AB, 1), "x")
+    for key in AB:
+        talk.say(0, push(2, key, 1), "x")
     talk.say(0, SetOptimizer(3, SGD, True, {"a": 1, "b": 1}))
-    assert talk.say(1, push(4, AB, 1), "y")[:2] == [
-        "apply round 1 of a: y[0:2] by lars lr=0.1 #1",
-        "apply round 1 of b: y[2:3] by lars lr=0.1 #1",
-    ]
+    assert talk.say(1, push(4, AB, 1), "y") == divided(4, rank=1)
+    for key in AB:
+        assert talk.say(1, push(4, key, 1), "y")[0] == f"apply round 1 of {key}: y by lars lr=0.1 #1"
     assert talk.say(1, push(5, AB, 2), "z")[:2] == ["unite a b", "apply round 2 of a+b: z by sgd lr=0.1 #2"]
 
 
@@ -401,10 +362,7 @@ def test_keys_with_other_optimizer_states_are_not_united():
     talk.say(1, push(1, "a", 1), "x")
     talk.say(0, SetOptimizer(2, SGD, False, {}))
     talk.say(1, push(3, "b", 1), "y")
-    assert talk.say(0, push(4, AB, 1), "z")[:2] == [
-        "apply round 1 of a: z[0:2] by sgd lr=0.1 #1",
-        "apply round 1 of b: z[2:3] by sgd lr=0.1 #1",
-    ]
+    assert talk.say(0, push(4, AB, 1), "z") == divided(4)
 
 
 def test_a_member_s_state():
@@ -417,15 +375,12 @@ def test_a_member_s_state():
         "store state state, then 0 < Done(4)",
     ]
     assert talk.say(0, ReadState(5, "b", 0)) == ["0 < state(5) of b"]
-    talk.say(0, push(6, AB, 2), "y")
-    assert not united(talk)
-    talk.say(0, WriteState(7, "a", 0, 8, ("m",), ("float32",)), "state")
-    talk.say(0, push(8, AB, 3), "z")
-    assert united(talk)
+    assert talk.say(0, push(6, AB, 2), "y") == divided(6)
+    talk.say(0, WriteState(7, "a", 0, 7, ("m",), ("float32",)), "state")
+    assert talk.say(0, push(8, AB, 2), "z")[0] == "unite a b"
     talk.say(0, WriteState(9, "a", 0, 3, ("m",), ("float32",)), "state")
     talk.say(0, WriteState(10, "b", 0, 3, ("m",), ("float64",)), "state")
-    talk.say(0, push(11, AB, 4), "v")
-    assert not united(talk)  # their states have different dtypes
+    assert talk.say(0, push(11, AB, 3), "v") == divided(11)  # their states have different dtypes
 
 
 # --- drop -------------------------------------------------------------------------------------------
@@ -440,23 +395,18 @@ def test_drop_of_a_member_ends_its_bundles():
     assert "UnknownKeyError" in talk.say(0, push(3, AB, 2), "y")[0]
     assert talk.say(0, push(3, "a", 2), "y")[0] == "apply round 2 of a: y"
     talk.say(0, Init(4, "b", 0, spec("eventual", shape=(1,))), "b0")
+    assert "UnknownKeyError" in talk.say(0, fetch(5, AB, 0))[0]
     talk.say(0, Bind(5, bundle_id(AB), AB))
-    assert talk.say(1, fetch(6, AB, 0)) == ["1 < value(6) of a, b version 0 staleness 0"]
+    assert talk.say(1, fetch(6, AB, 0)) == divided(6, rank=1)
 
 
-@pytest.mark.parametrize("split", [False, True])
-def test_drop_fails_the_requests_for_the_bundle(split):
+def test_drop_divides_the_requests_for_the_bundle():
     talk = begun()
     talk.say(0, push(5, AB, 1, pull=True), "x")
-    if split:
-        talk.say(1, push(3, "a", 1), "y")
-    lines = [line for line in talk.say(0, Drop(6, "a")) if "Failed" in line]
-    assert len(lines) == 1
-    assert "0 < Failed(request_id=5, error='UnknownKeyError'" in lines[0]
-    assert talk.say(1, push(4, "b", 1), "z") == [
-        "apply round 1 of b: x[2:3] + z",
-        "1 < Committed(request_id=4) when applied",
-    ]
+    assert talk.say(0, Drop(6, "a"))[:2] == ["split a b", *divided(5, taken=True)]
+    assert "UnknownKeyError" in talk.say(0, push(7, "a", 1, pull=True))[0]
+    assert talk.say(0, push(8, "b", 1, pull=True)) == []
+    assert talk.say(1, push(4, "b", 1), "z")[-1] == "0 < value(8) of b version 1 staleness 0"
 
 
 # --- members ----------------------------------------------------------------------------------------
@@ -468,27 +418,14 @@ def test_strangers_and_those_who_have_left():
     (line,) = talk.say(2, push(1, AB, 1), "x")
     assert "push of the bundle of 2 keys, 'a' ... 'b' by worker 2: expected a participant, one of [0, 1]" in line
     assert talk.say(2, fetch(3, AB, 0)) == ["2 < value(3) of a+b version 1 staleness 0"]
-    talk.say(1, push(4, "a", 1), "y")
-    for round in (1, 2):
-        assert "push of key 'a' by worker 2" in talk.say(2, push(5, AB, round), "x")[0]
     talk.say(1, Leave(6, ""))
+    assert "push of the bundle of 2 keys, 'a' ... 'b' by worker 1: it has left" in talk.say(1, push(7, AB, 1), "z")[0]
+    talk.say(0, push(8, "a", 2), "y")
     assert talk.serving.pieces["b", 0].level.left == {1: 0}
-    assert "it has left" in talk.say(1, push(7, AB, 1), "z")[0]
+    for round in (1, 2):
+        assert talk.say(2, push(9, AB, round), "x") == divided(9, rank=2)
+    assert "it has left" in talk.say(1, push(10, "b", 1), "z")[0]
     assert talk.serving.pieces["b", 0].level.version == 1
-
-
-def test_a_push_that_one_member_refuses_counts_for_none():
-    """A worker that left comes back: it may push keys that are new since then, and no others."""
-    talk = begun("eventual")
-    talk.say(1, Leave(1, ""))
-    form = spec("eventual", shape=(1,))
-    talk.say(1, Init(2, "a", 0, spec("eventual", shape=(2,))), incarnation=2)
-    talk.say(0, Init(3, "e", 0, form), "e0")
-    keys = ("e", "a")
-    talk.say(1, Bind(4, bundle_id(keys), keys), incarnation=2)
-    (line,) = talk.say(1, push(5, keys, 1), "x", incarnation=2)
-    assert "it has left" in line
-    assert talk.serving.pieces["e", 0].level.version == 0
 
 
 def test_who_leaves_is_waited_for_no_longer():
@@ -502,10 +439,11 @@ def test_who_leaves_is_waited_for_no_longer():
     talk = begun()
     talk.say(0, push(5, AB, 1, pull=True), "x")
     talk.say(1, push(3, "a", 1), "y")
+    talk.say(0, push(6, "b", 1, pull=True))
     assert talk.say(1, Leave(9, "")) == [
         "1 < Done(request_id=9)",
         "apply round 1 of b: x[2:3]",
-        "0 < value(5) of a, b version 1 staleness 0",
+        "0 < value(6) of b version 1 staleness 0",
     ]
 
 
@@ -522,32 +460,26 @@ def test_one_who_left_is_left_in_the_parts_too():
     assert talk.say(1, push(5, AB, 3), "w")[0] == "apply round 3 of a+b: v + w"
 
 
-@pytest.mark.parametrize("split", [False, True])
-def test_who_waits_for_a_lost_worker_fails_once(split):
+def test_who_waits_for_a_lost_worker_fails():
     talk = begun(workers=3)
     talk.say(0, push(5, AB, 1, pull=True), "x")
     talk.say(0, fetch(6, "b", 1))
-    if split:
-        talk.say(1, push(3, "a", 1), "y")
     lines = talk.read(talk.serving.lost(2, "killed"))
-    mine = [line for line in lines if line.startswith("0 < ")]
-    assert [line[: line.index(", text")] for line in mine] == [
+    assert [line[: line.index(", text")] for line in lines] == [
         f"0 < Failed(request_id={number}, error='WorkerLostError'" for number in (5, 6)
     ]
-    assert "key 'b', round 1" in mine[1]
+    assert "the bundle of 2 keys, 'a' ... 'b', round 1" in lines[0]
+    assert "key 'b', round 1" in lines[1]
     assert all("worker 2: killed" in line for line in lines)
     assert talk.read(talk.serving.lost(2, "killed")) == []
 
 
 def test_and_so_does_who_would():
     talk = begun("bounded(0)")
-    talk.say(1, push(3, "a", 1), "y")
     talk.serving.lost(1, "killed")
     lines = talk.say(0, push(5, AB, 1, pull=True), "x")
-    assert lines[:2] == ["apply round 1 of a: x[0:2]", "apply round 1 of b: x[2:3]"]
-    assert len(lines) == 3
-    assert "WorkerLostError" in lines[2]
-    assert talk.serving.pieces["a", 0].level.waiting == {}
+    assert lines[:3] == ["unite a b", "apply round 1 of a+b: x", "0 < Committed(request_id=5) when applied"]
+    assert "WorkerLostError" in lines[3]
 
 
 def test_a_newer_life_hears_nothing_of_what_the_older_one_asked():
@@ -578,6 +510,5 @@ def test_explain():
     assert f"{named}, {missing}" in talk.say(1, Explain(9, 2))[0]
     assert f"key 'b', {missing}" in talk.say(0, Explain(9, 6))[0]
     talk.say(2, push(3, "a", 1), "z")
-    assert f"key 'b', {missing}" in talk.say(0, Explain(9, 5))[0]
-    assert f"key 'b', {missing}" in talk.say(1, Explain(9, 2))[0]
-    assert "no such request" in talk.say(2, Explain(9, 3))[0]
+    assert f"key 'b', {missing}" in talk.say(0, Explain(9, 6))[0]
+    assert "no such request" in talk.say(0, Explain(9, 5))[0]

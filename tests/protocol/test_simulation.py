@@ -7,8 +7,8 @@ from collections import Counter
 import pytest
 
 from kvstore import consistency
-from kvstore.protocol import bundles, serving
-from kvstore.protocol.requesting import Requesting
+from kvstore.protocol import serving
+from kvstore.protocol.requesting import Divide, Requesting
 from kvstore.protocol.serving import Apply, ReplyAfter, ReplyValue, Serving
 from tests.protocol.simulation import MODELS, Simulation, Violation
 
@@ -186,12 +186,15 @@ def test_finds_a_reply_that_runs_ahead_of_its_update(model):
 
 def test_bundles_are_united_and_split():
     moves: Counter[str] = Counter()
+    divided = 0
     for seed in SEEDS:
         simulation = Simulation(seed)
         simulation.run()
         moves += simulation.moves
+        divided += simulation.divided
     assert moves["Unite"] > len(SEEDS) / 4
     assert moves["Split"] > len(SEEDS) / 6
+    assert divided > len(SEEDS) / 6
 
 
 @pytest.mark.parametrize("what", ["held", "accepted"])  # parked commits and pulls come back with a resend
@@ -210,9 +213,10 @@ def test_finds_keys_united_that_are_not_alike(monkeypatch):
     assert found()
 
 
-def test_finds_a_gathered_reply_that_is_too_early(monkeypatch):
-    monkeypatch.setattr(bundles.Gathering, "complete", property(lambda self: bool(self.values)))
-    assert "pull by worker" in found("sequential")
+def test_finds_requests_that_are_divided_in_another_order(monkeypatch):
+    right = Requesting.divide
+    monkeypatch.setattr(Requesting, "divide", lambda self, name: Divide(right(self, name).requests[::-1]))
+    assert found()
 
 
 def test_finds_another_order_of_merging():
