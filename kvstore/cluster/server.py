@@ -1,7 +1,8 @@
 """A server as a running process: a socket and the engine around :class:`kvstore.protocol.serving.Serving`.
 
-The core decides; this file turns its actions into engine ops on the piece's var. Small work is
-done at once on the server's own thread, larger work by the engine's pool.
+The core decides; this file turns its actions into engine ops on the piece's var. Small work is done at once on
+the server's own thread, and so are pieces that came through its socket; what lies in shared memory is spread over the
+engine's pool.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ from kvstore.protocol.messages import (
     decode,
     envelope,
 )
-from kvstore.protocol.pieces import PieceId, Span
+from kvstore.protocol.pieces import PIECE_BYTES, PieceId, Span
 from kvstore.protocol.serving import (
     Action,
     Apply,
@@ -72,7 +73,8 @@ from kvstore.transport.zeromq import Endpoint, Frames
 
 log = logging.getLogger(__name__)
 
-INLINE_BYTES = 64 << 10
+INLINE_BYTES = 64 << 10  # up to this much, work is done on the thread of the socket: a hand-over costs more
+FAR_INLINE_BYTES = PIECE_BYTES  # the same for what came through the socket, no faster than one thread works
 IO_THREADS = 2  # one copies what comes from or goes to all workers at 4-5 GB/s
 JOIN_TIMEOUT_S = 300.0
 KERNELS_S = 5.0  # more than the first start on a machine needs to compile what the first round needs
@@ -312,13 +314,13 @@ class Server:
         pushes = [_elements(payload) for payload in action.payloads]
         rule: Any = action.rule
         info = {"key": action.piece[0], "bytes": stored.value.nbytes, "round": action.round}
+        far = all(push.flags.writeable for push in pushes)  # what lies in another process's memory is not
+        reads: tuple[engine.Var, ...]
         if rule is None:
-            self._work([stored], lambda: stored.assign(pushes, owned=True), "merge", priority, (), (stored.var,), info)
+            name, reads, work = "merge", (), lambda: stored.assign(pushes, owned=True)
         else:
-            self._work(
-                [stored], lambda: stored.update(pushes, rule, action.generation),
-                "merge+update", priority, (stored.var,), (stored.var,), info,
-            )  # fmt: skip
+            name, reads, work = "merge+update", (stored.var,), lambda: stored.update(pushes, rule, action.generation)
+        self._work([stored], work, name, priority, reads, (stored.var,), info, far=far)
 
     def _work(
         self,
@@ -329,12 +331,15 @@ class Server:
         reads: tuple[engine.Var, ...],
         writes: tuple[engine.Var, ...],
         info: dict[str, Any] | None = None,
+        far: bool = False,
     ) -> engine.Handle | None:
         """Do this after what was to be done on the pieces before: as an op, or at once and then there is no handle.
 
-        Small work is done at once if they are free, which they stay meanwhile: no other thread submits ops on them.
+        ``far``: it concerns no shared memory. Small work is done at once if they are free, which they stay meanwhile:
+        no other thread submits ops on them.
         """
-        inline = sum([stored.value.nbytes for stored in pieces]) <= INLINE_BYTES
+        nbytes = sum([stored.value.nbytes for stored in pieces])
+        inline = nbytes <= (FAR_INLINE_BYTES if far else INLINE_BYTES)
         if inline and self._engine.free(*[stored.var for stored in pieces]):
             try:
                 work()
@@ -357,7 +362,8 @@ class Server:
                 return value, ()
             return value, (stored.lend(reader).reshape(-1)[_slice(action.span)].view(np.uint8),)
 
-        self._then([stored], action.rank, request_id, make, priority, lambda: stored.give_back(reader))
+        on_sent = partial(stored.give_back, reader)
+        self._then([stored], action.rank, request_id, make, priority, on_sent, far=not action.near)
 
     def _reply_together(self, action: ReplyTogether, priority: int) -> None:
         parts = [(self._stored[piece], _slice(span)) for piece, span in action.places]
@@ -403,6 +409,7 @@ class Server:
         make: Callable[[], Outgoing],
         priority: int = 0,
         on_sent: OnSent | None = None,
+        far: bool = False,
     ) -> None:
         """Send what ``make`` returns after all earlier ops on these pieces; or their failure.
 
@@ -418,7 +425,7 @@ class Server:
                 self._reactor.post(lambda: self._reply_now(rank, message, frames, priority, then))
 
         reads = tuple([stored.var for stored in after])
-        handle = self._work(after, reply, "reply", priority, reads, ())
+        handle = self._work(after, reply, "reply", priority, reads, (), far=far)
 
         def ended(error: BaseException | None) -> None:
             if error is not None:
