@@ -1,8 +1,7 @@
 """A server as a running process: a socket and the engine around :class:`kvstore.protocol.serving.Serving`.
 
 The core decides; this file turns its actions into engine ops on the piece's var. Small work is done at once on
-the server's own thread, and so are pieces that came through its socket; what lies in shared memory is spread over the
-engine's pool.
+the server's own thread, larger work by the engine's pool, so that the socket is free for what is urgent.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ from kvstore.protocol.messages import (
     decode,
     envelope,
 )
-from kvstore.protocol.pieces import PIECE_BYTES, PieceId, Span
+from kvstore.protocol.pieces import PieceId, Span
 from kvstore.protocol.serving import (
     Action,
     Apply,
@@ -74,7 +73,7 @@ from kvstore.transport.zeromq import Endpoint, Frames
 log = logging.getLogger(__name__)
 
 INLINE_BYTES = 64 << 10  # up to this much, work is done on the thread of the socket: a hand-over costs more
-FAR_INLINE_BYTES = PIECE_BYTES  # the same for what came through the socket, no faster than one thread works
+FAR_INLINE_BYTES = 1 << 20  # the same for what came through the socket and lies in this core's caches
 IO_THREADS = 2  # one copies what comes from or goes to all workers at 4-5 GB/s
 JOIN_TIMEOUT_S = 300.0
 KERNELS_S = 5.0  # more than the first start on a machine needs to compile what the first round needs

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import zmq
 
-from kvstore.cluster.server import Server
-from kvstore.protocol.pieces import PIECE_BYTES
+from kvstore.cluster.server import FAR_INLINE_BYTES
 from kvstore.stored import Stored
 from kvstore.transport.reactor import Reactor
 from kvstore.transport.zeromq import LOOPBACK_SNDBUF, Connection, Endpoint
@@ -17,7 +16,8 @@ from tests.clusters import cluster
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["sockets", "shared memory"])
-def test_pieces_from_a_socket_are_merged_on_its_thread(shared, monkeypatch):
+@pytest.mark.parametrize("nbytes", [FAR_INLINE_BYTES, 2 * FAR_INLINE_BYTES], ids=["small", "large"])
+def test_what_came_through_a_socket_is_merged_there_unless_it_is_large(nbytes, shared, monkeypatch):
     threads: set[str] = set()
     assign = Stored.assign
 
@@ -29,39 +29,15 @@ def test_pieces_from_a_socket_are_merged_on_its_thread(shared, monkeypatch):
     with cluster(2) as running:
 
         def work(kv):
-            value = np.full(3 * PIECE_BYTES // 4, kv.rank + 1, np.float32)
+            value = np.full(nbytes // 4, kv.rank + 1, np.float32)
             kv.init("w", value)
             return [float(kv.pushpull("w", value, np.empty_like(value)).result().sum()) for _ in range(3)]
 
         results = running.run(work, shared_memory=shared)
-    assert results == [[3.0 * (3 * PIECE_BYTES // 4)] * 3] * 2
-    assert threads.isdisjoint({"kvstore-server"}) if shared else threads == {"kvstore-server"}
-
-
-def test_a_key_that_is_not_cut_does_not_hold_up_the_socket(monkeypatch):
-    """What is larger than a usual piece goes to the engine's threads, from wherever it came."""
-    threads: set[str] = set()
-    work_on = Server._work
-
-    def work_and_tell(server, pieces, work, name, *args, **options):
-        def told():
-            threads.add(threading.current_thread().name)
-            work()
-
-        return work_on(server, pieces, told if name == "merge" else work, name, *args, **options)
-
-    monkeypatch.setattr(Server, "_work", work_and_tell)
-    with cluster(1) as running:
-
-        def work(kv):
-            value = np.ones(2 * PIECE_BYTES // 4, np.float32)
-            kv.init("w", value)
-            kv._home.place_whole("w", value, 20.0)
-            kv.pushpull("w", value).result()
-
-        running.run(work, shared_memory=False)
-    assert threads
-    assert "kvstore-server" not in threads
+    assert results == [[3.0 * (nbytes // 4)] * 3] * 2
+    at_the_socket = nbytes <= FAR_INLINE_BYTES and not shared
+    assert (threads == {"kvstore-server"}) is at_the_socket
+    assert ("kvstore-server" in threads) is at_the_socket
 
 
 @pytest.mark.parametrize(
