@@ -25,7 +25,7 @@ LOOPBACK_SNDBUF = 512 << 10  # more has left the caches before it is received; a
 COPY_BYTES = 64 << 10  # frames below this are cheaper to copy than to track
 LOOK_S, LOOK_S_MAX = 0.001, 0.05  # how often it is looked whether large frames have been sent
 
-_LOOPBACK = re.compile(r"tcp://(127\.|localhost:|\[::1\])")
+_LOOPBACK = re.compile(r"tcp://(127\.\d+\.\d+\.\d+|localhost|\[::1\]):")
 
 Frames = list[Any]  # the first a header (bytes-like), then value buffers
 
