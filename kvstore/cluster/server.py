@@ -331,7 +331,7 @@ class Server:
     ) -> engine.Handle | None:
         """Do this after what was to be done on the piece before: as an op, or at once and then there is no handle.
 
-        ``far``: it concerns no shared memory. Small work is done at once if the piece is free, which it stays meanwhile:
+        ``far``: it concerns no shared memory. Small work is done at once if the piece is free, and it stays so:
         no other thread submits ops on it.
         """
         inline = stored.value.nbytes <= (FAR_INLINE_BYTES if far else INLINE_BYTES)
