@@ -254,6 +254,7 @@ class Simulation:
         self.asked: dict[tuple[int, int], Asked] = {}
         self.pulled: list[tuple[Asked, str, Merged]] = []
         self.moves: Counter[str] = Counter()  # of bundles
+        self._impatient: set[tuple[int, Hashable]] = set()  # worker and channel: will be divided soon
         self.divided = 0  # requests
         self._performed = performed
         self._agenda: list[tuple[float, int, Callable[[], None]]] = []
@@ -420,7 +421,15 @@ class Simulation:
         return all(worker.quiet(channel) for channel in channels)
 
     def _lose_patience(self, worker: Worker, channel: Hashable) -> None:
-        self._later(PATIENCE_S, lambda: self._divide(worker, worker.core.divide(channel)))
+        if (worker.rank, channel) in self._impatient:
+            return
+
+        def divide() -> None:
+            self._impatient.remove((worker.rank, channel))
+            self._divide(worker, worker.core.divide(channel))
+
+        self._impatient.add((worker.rank, channel))
+        self._later(PATIENCE_S, divide)
 
     def _divide(self, worker: Worker, divide: Divide) -> None:
         """Go on with requests for the single keys."""
