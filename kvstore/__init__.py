@@ -17,8 +17,8 @@ One ``pushpull``, file by file:
 13. ``stored.py``, ``optim/`` and ``kernels/``: the update, as an op of the server's engine.
 14. back the same way; ``comm/`` copies the new weights to the devices.
 
-In a ``local`` store ``local.py`` stands in for 6 to 12. The small keys of a list call take the same way together, as one value:
-``lists.py``, ``cluster/bundles.py`` and ``protocol/bundles.py``.
+In a ``local`` store ``local.py`` stands in for 6 to 12. The small keys of a list call take the same way together, as
+one value: ``lists.py``, ``cluster/bundles.py`` and ``protocol/bundles.py``.
 """
 
 from kvstore import errors, optim
