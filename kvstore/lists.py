@@ -242,7 +242,7 @@ class Lists:
         self._home = home
         self._engine = runtime
         self._plans: dict[tuple[Key, ...], Plan] = {}
-        self._tried: dict[tuple[Key, ...], int] = {}  # by list, how often all of it should have been in bundles
+        self._tried: dict[tuple[Key, ...], int] = {}  # by list, how often since its bundles lasted
         self._making = threading.Lock()  # held while bundles are made
         self._lock = threading.Lock()  # held while plans are looked at
 
@@ -255,7 +255,10 @@ class Lists:
             plan = self._plans.get(keys)
             if plan is None or not plan.is_latest:
                 return None
-            return None if pushed and len(plan.singles) > 1 and self._is_due(keys) else plan
+            if pushed and len(plan.singles) > 1:
+                return None if self._is_due(keys) else plan
+            self._tried.pop(keys, None)  # its bundles have lasted
+            return plan
 
     def for_pull(self, keys: tuple[Key, ...], entries: Sequence[Entry]) -> Plan | None:
         """A plan by the bundles that there are; None if it would be to move all keys one by one."""

@@ -120,7 +120,7 @@ class Bundles:
     def begin(self, whole: Remote, round: int) -> None:
         """The bundle begins (again), with keys of which so many pushes have been made."""
         self._session.forget(whole.channel(0))
-        whole.round, whole.divided = round, False
+        whole.round, whole.divided, whole.impatient = round, False, False
         whole.times += 1  # another channel, so that nothing of before is in its way
 
     def take_over(self, remote: Remote) -> None:
@@ -139,7 +139,8 @@ class Bundles:
                 completion.set_result(None)
 
             former.when_quiet(quiet)
-            if former.open and not former.divided:
+            if former.open and not former.impatient:
+                former.impatient = True
                 self._session.divide(channel, PATIENCE_S)
 
         self._engine.push_async(start, reads=[former.order], writes=[remote.order], name="leave bundle", inline=True)

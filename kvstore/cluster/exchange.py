@@ -51,6 +51,7 @@ class Remote:
     members: tuple[tuple[Remote, Span], ...] = ()  # of a bundle, and the bytes of each
     times: int = 0  # that the bundle has begun
     divided: bool = False  # since it last began: its keys are on their way one by one
+    impatient: bool = False  # since then: somebody waits for its open requests, so that it will soon be divided
     round: int = 0  # pushes handed over, as far as it is counted by itself
     open: dict[int, int] = field(default_factory=dict)  # request id -> server
     lock: threading.Lock = field(default_factory=threading.Lock)

@@ -202,6 +202,7 @@ class Worker:
     open: dict[int, Call] = field(default_factory=dict)  # by request id, until it is answered as a whole
     on_the_way: dict[int, Keys] = field(default_factory=dict)  # by request id, parts instead of what was divided
     parts: dict[int, Division] = field(default_factory=dict)  # by their request ids
+    impatient: set[Hashable] = field(default_factory=set)  # with these channels, soon divided
     left: Counter[int] = field(default_factory=Counter)  # requests of a token that are not answered
 
     def channel(self, key: str) -> Keys:
@@ -420,6 +421,9 @@ class Simulation:
         return all(worker.quiet(channel) for channel in channels)
 
     def _lose_patience(self, worker: Worker, channel: Hashable) -> None:
+        if channel in worker.impatient:
+            return
+        worker.impatient.add(channel)
         self._later(PATIENCE_S, lambda: self._divide(worker, worker.core.divide(channel)))
 
     def _divide(self, worker: Worker, divide: Divide) -> None:
