@@ -62,7 +62,10 @@ class Stored:
         if owned and self.allocate is None and pushes[0].flags.writeable:
             if len(pushes) > 1:
                 kernels.merge(pushes, pushes[0])
-            self._become(pushes[0])
+            with self._lock:  # who still reads the value keeps it alive
+                self._readers.clear()
+                self._spares.clear()
+                self.value = pushes[0]
             return
         target = self._unread()
         kernels.merge(pushes, target)

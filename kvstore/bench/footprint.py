@@ -15,6 +15,11 @@ from kvstore.errors import KVStoreError
 
 LOOK_EVERY_S = 0.02
 ROUNDS = 10
+WHAT = {
+    "worker": "private memory of a worker",
+    "server": "private memory of the server",
+    "shared": "shared segments, all roles",
+}
 OWN = {"worker": 2.0, "server": 1.0}  # values that a role holds in any case: gradient and result; the value
 
 
@@ -26,38 +31,34 @@ def measure(driver: Driver, shapes: Shapes, label: str, systems: dict[str, Syste
     for _ in range(driver.repeats):
         for name, system in able.items():
             try:
-                for what, figure in _once(driver, system, shapes).items():
+                figures = _once(driver, system, shapes)
+                if name == "tcp":  # only there does the server keep pushes whose round is not complete
+                    figures["late"] = _once(driver, system, shapes, "late")["server"]
+                for what, figure in figures.items():
                     samples.setdefault(f"{name} {what}", []).append(figure)
             except KVStoreError as error:
-                errors |= {f"{name} {what}": str(error) for what in ("worker", "server", "shared", "cpu")}
+                errors |= {f"{name} {what}": str(error) for what in (*WHAT, "late", "cpu")}
     for role, values in OWN.items():
         samples[f"values of a {role}"] = [values]
     rows: Rows = []
     for name in ("shared memory", "tcp"):
-        for what, title in (
-            ("worker", "private memory of a worker"),
-            ("server", "private memory of the server"),
-            ("shared", "shared segments, all roles"),
-        ):
+        for what, title in WHAT.items():
             beside = {peer: f"{peer} {what}" for peer in PEERS if peer in able}
             limit = f"values of a {what}" if what in OWN else None
-            rows.append(
-                row(
-                    "memory",
-                    Line(f"{title}, {label}, {name}", f"{name} {what}", limit, "values it holds", beside),
-                    samples,
-                    errors,
-                    "x",
-                )
-            )
+            line = Line(f"{title}, {label}, {name}", f"{name} {what}", limit, "values it holds", beside)
+            rows.append(row("memory", line, samples, errors, "x"))
+        if name == "tcp":
+            title = f"{WHAT['server']}, {label}, tcp, one worker late"
+            line = Line(title, "tcp late", "values of a server", "values it holds")
+            rows.append(row("memory", line, samples, errors, "x"))
         beside = {peer: f"{peer} cpu" for peer in PEERS if peer in able}
         line = Line(f"processor time per GB, {label}, {name}", f"{name} cpu", "loop cpu", "bare pyzmq", beside)
         rows.append(row("memory", line, samples, errors, "s"))
     return rows
 
 
-def _once(driver: Driver, system: System, shapes: Shapes) -> dict[str, float]:
-    case = Case(system, "pushpull", shapes)
+def _once(driver: Driver, system: System, shapes: Shapes, operation: str = "pushpull") -> dict[str, float]:
+    case = Case(system, operation, shapes)
     with driver.fresh(system) as running:
         driver.tell(f"memory: {system.kind}")
         with _peaks(running) as peaks:

@@ -21,8 +21,8 @@ OPTIMIZERS: dict[str, Callable[[], kvstore.optim.Optimizer]] = {
     "adam": lambda: kvstore.optim.Adam(lr=1e-4),
 }
 
-
 COMPUTE_S_PER_BYTE = 0.4e-9  # of the forward pass, and of the backward pass: less than a round takes by TCP
+LATE_S = 0.3  # how much later than the others the last worker comes to a round of the operation "late"
 
 
 def staged_round(kv: kvstore.KVStore, key: str) -> Array:
@@ -69,10 +69,12 @@ def cluster_round(kv: kvstore.KVStore, case: dict[str, Any], optimizer: str) -> 
         elif operation == "pull":
             kv.pull(key, out).result()
         else:
+            if operation == "late" and kv.rank == kv.num_workers - 1:
+                time.sleep(LATE_S)
             kv.pushpull(key, gradient, out).result()
 
     def check() -> None:
-        if operation in ("pushpull", "in place"):
+        if operation in ("pushpull", "in place", "late"):
             same = case.get("consistency") in (None, "sequential")
             _check(outs, kv.num_workers if optimizer == "none" and same else None)
 

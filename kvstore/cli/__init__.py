@@ -87,13 +87,14 @@ def scheduler(bind: str, advertise: str | None, workers: int | None, servers: in
 def server(address: str | None, bind: str, advertise: str | None, with_scheduler: bool, workers: int | None) -> None:
     """Run a server until SIGINT or SIGTERM."""
     from kvstore import environment
-    from kvstore.cli.daemon import serve
+    from kvstore.cli.daemon import keep_memory, serve
     from kvstore.cluster.near import Neighbourhood
     from kvstore.cluster.scheduler import Scheduler
     from kvstore.cluster.server import Server
 
     if with_scheduler != (workers is not None):
         raise click.UsageError("--with-scheduler and --workers belong together")
+    keep_memory()
     around = environment.read()
     address = address or around.address
     beside = None

@@ -26,10 +26,11 @@ from kvstore.home import Held, Source
 from kvstore.protocol.dividing import Division
 from kvstore.protocol.leases import Holding
 from kvstore.protocol.messages import Place, Spec, Value
-from kvstore.protocol.pieces import BundleId, Cut, Key, Span
+from kvstore.protocol.pieces import PIECE_BYTES, BundleId, Cut, Key, Span
 from kvstore.protocol.requesting import Answered, Divide, Outcome, Request
 
 INLINE_BYTES = 64 << 10  # smaller pieces are copied where they arrive: a hand-over costs more
+FAR_INLINE_BYTES = PIECE_BYTES  # the same for those from a socket, which come no faster than one thread copies
 
 
 @dataclass(slots=True, eq=False)
@@ -228,10 +229,11 @@ class Arrivals(Source):
             self._took()
 
         def take(piece: _Piece) -> None:
-            if piece.array.nbytes * len(outs) <= INLINE_BYTES:
+            nbytes = piece.array.nbytes * len(outs)
+            if nbytes <= (FAR_INLINE_BYTES if piece.place is None else INLINE_BYTES):
                 copy(piece)
             else:
-                info = {"key": remote.key, "bytes": piece.array.nbytes * len(outs), "piece": piece.number}
+                info = {"key": remote.key, "bytes": nbytes, "piece": piece.number}
                 self._engine.push(lambda: copy(piece), priority=priority, name="deliver", info=info)
 
         def start(completion: engine.Completion) -> None:

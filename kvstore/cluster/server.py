@@ -1,7 +1,7 @@
 """A server as a running process: a socket and the engine around :class:`kvstore.protocol.serving.Serving`.
 
-The core decides; this file turns its actions into engine ops on the piece's var. Small work is
-done at once on the server's own thread, larger work by the engine's pool.
+The core decides; this file turns its actions into engine ops on the piece's var. Small work is done at once on
+the server's own thread, larger work by the engine's pool, so that the socket is free for what is urgent.
 """
 
 from __future__ import annotations
@@ -71,8 +71,11 @@ from kvstore.transport.zeromq import Endpoint, Frames
 
 log = logging.getLogger(__name__)
 
-INLINE_BYTES = 64 << 10
+INLINE_BYTES = 64 << 10  # up to this much, work is done on the thread of the socket: a hand-over costs more
+FAR_INLINE_BYTES = 1 << 20  # the same for what came through the socket and lies in this core's caches
+IO_THREADS = 2  # one copies what comes from or goes to all workers at 4-5 GB/s
 JOIN_TIMEOUT_S = 300.0
+KERNELS_S = 5.0  # more than the first start on a machine needs to compile what the first round needs
 
 
 class Server:
@@ -98,7 +101,7 @@ class Server:
         self._scheduler = reachable(address)
         self._wanted = NOBODY if rank is None else rank
         self._engine = engine.default()
-        self._reactor = Reactor("kvstore-server")
+        self._reactor = Reactor("kvstore-server", io_threads=IO_THREADS)
         self._endpoint = Endpoint(self._reactor, self._receive, frame_bytes_max=FRAME_BYTES_MAX)
         try:
             split(bind)  # for ZeroMQ port 70000 is port 4464
@@ -144,6 +147,7 @@ class Server:
         name = f"server {session.sender.rank} at {self.address}"
         self._serving = Serving(session.num_workers, optim.from_wire, name)
         self._values = SharedValues(self._neighbourhood.arena, len(session.servers))
+        kernels.wait(KERNELS_S)
         self._reactor.start()
 
     def wait(self, timeout: float | None = None) -> bool:
@@ -306,13 +310,13 @@ class Server:
         pushes = [_elements(payload) for payload in action.payloads]
         rule: Any = action.rule
         info = {"key": action.piece[0], "bytes": stored.value.nbytes, "round": action.round}
+        far = all(push.flags.writeable for push in pushes)  # what lies in another process's memory is not
+        reads: tuple[engine.Var, ...]
         if rule is None:
-            self._work(stored, lambda: stored.assign(pushes, owned=True), "merge", priority, (), (stored.var,), info)
+            name, reads, work = "merge", (), lambda: stored.assign(pushes, owned=True)
         else:
-            self._work(
-                stored, lambda: stored.update(pushes, rule, action.generation),
-                "merge+update", priority, (stored.var,), (stored.var,), info,
-            )  # fmt: skip
+            name, reads, work = "merge+update", (stored.var,), lambda: stored.update(pushes, rule, action.generation)
+        self._work(stored, work, name, priority, reads, (stored.var,), info, far=far)
 
     def _work(
         self,
@@ -323,12 +327,14 @@ class Server:
         reads: tuple[engine.Var, ...],
         writes: tuple[engine.Var, ...],
         info: dict[str, Any] | None = None,
+        far: bool = False,
     ) -> engine.Handle | None:
         """Do this after what was to be done on the piece before: as an op, or at once and then there is no handle.
 
-        Small work is done at once if the piece is free, which it stays meanwhile: no other thread submits ops on it.
+        ``far``: it concerns no shared memory. Small work is done at once if the piece is free, and it stays so:
+        no other thread submits ops on it.
         """
-        inline = stored.value.nbytes <= INLINE_BYTES
+        inline = stored.value.nbytes <= (FAR_INLINE_BYTES if far else INLINE_BYTES)
         if inline and self._engine.free(stored.var):
             try:
                 work()
@@ -351,7 +357,8 @@ class Server:
                 return value, ()
             return value, (stored.lend(reader).reshape(-1)[_slice(action.span)].view(np.uint8),)
 
-        self._then(stored, action.rank, request_id, make, priority, lambda: stored.give_back(reader))
+        on_sent = partial(stored.give_back, reader)
+        self._then(stored, action.rank, request_id, make, priority, on_sent, far=not action.near)
 
     def _share(self, piece: PieceId) -> None:
         """From here on the value lies in shared memory, if there is enough."""
@@ -385,6 +392,7 @@ class Server:
         make: Callable[[], Outgoing],
         priority: int = 0,
         on_sent: OnSent | None = None,
+        far: bool = False,
     ) -> None:
         """Send what ``make`` returns after all earlier ops on the piece; or their failure.
 
@@ -399,7 +407,7 @@ class Server:
             else:
                 self._reactor.post(lambda: self._reply_now(rank, message, frames, priority, then))
 
-        handle = self._work(stored, reply, "reply", priority, (stored.var,), ())
+        handle = self._work(stored, reply, "reply", priority, (stored.var,), (), far=far)
 
         def ended(error: BaseException | None) -> None:
             if error is not None:

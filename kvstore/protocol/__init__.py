@@ -2,6 +2,7 @@
 
 ``messages`` is the vocabulary and its form on the wire, ``pieces`` the cutting of values,
 ``requesting`` the worker's side (order, credit, resends), ``serving`` the server's (repeats, gaps,
-rounds), ``roster`` the scheduler's. Event in, actions out: no socket, thread, clock, environment
+rounds) with ``bundles`` (keys that travel together), ``settings`` (which optimizer when) and ``leases`` (who
+reads what in place), ``roster`` the scheduler's. Event in, actions out: no socket, thread, clock, environment
 or array is touched here.
 """

@@ -4,7 +4,8 @@ What this file decides: whether a message is new, a repeat or refused; what is a
 who is told when a round has taken effect. Rounds are counted by :mod:`kvstore.consistency` and
 nowhere else. A push is known by (rank, key, round, piece); all that is kept to tell a repeat is one
 integer per (rank, piece), the last accepted round. Which keys are counted together is said in
-:mod:`kvstore.protocol.bundles`.
+:mod:`kvstore.protocol.bundles`, which optimizer is in effect in
+:mod:`kvstore.protocol.settings`.
 
 What it refuses to know: arrays (a payload is an opaque object that it hands on), sockets, the
 clock (``now`` is an argument). The caller performs the returned actions in their order; because
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 from kvstore import consistency
 from kvstore.consistency import Answer, Level, Pull, Update
@@ -24,7 +25,6 @@ from kvstore.errors import (
     DisagreementError,
     FencedError,
     KVStoreError,
-    OptimizerError,
     ProtocolError,
     UnknownKeyError,
     WorkerLostError,
@@ -55,17 +55,7 @@ from kvstore.protocol.messages import (
     WriteState,
 )
 from kvstore.protocol.pieces import BundleId, Key, PieceId, Span, bundle_id
-
-
-class Rule(Protocol):
-    """An optimizer, as far as this file looks into it."""
-
-    @property
-    def whole_tensor(self) -> bool:
-        """Must it see every tensor by itself?"""
-
-    def with_hyperparameters(self, **changes: Any) -> Rule: ...
-
+from kvstore.protocol.settings import Rule, Settings
 
 # --- actions --------------------------------------------------------------------------------------
 
@@ -210,15 +200,6 @@ class Ticket:
     piece: PieceId
 
 
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """An optimizer, and for each key the round after which it is in effect."""
-
-    since: dict[Key, int]
-    rule: Rule
-    generation: int
-
-
 class Serving:
     """The pure core of one server.
 
@@ -237,7 +218,7 @@ class Serving:
         self.incarnations: dict[int, int] = {}
         self.heard: dict[int, float] = {}
         self.gone: dict[int, str] = {}  # rank -> why; "" when it left in order
-        self.settings: list[Setting] = []
+        self.settings = Settings()
         self.bundles: dict[BundleId, Bundle] = {}
         self._united: dict[PieceId, tuple[Bundle, Span]] = {}  # members of united bundles
         self._moved: list[Action] = []  # Unite and Split: they come before what else is concluded from a message
@@ -415,7 +396,7 @@ class Serving:
             return False
         if not all(piece.quiet and piece.same_history(first) for piece in pieces):
             return False
-        if not self._treats_alike(bundle, first.level):
+        if not self.settings.treat_alike(bundle.keys, first.level.slowest()):
             return False
         whole = Piece(bundle.spec, first.level, first.accepted)
         whole.generation, whole.steps, whole.written = first.generation, first.steps, first.written
@@ -530,7 +511,7 @@ class Serving:
     def _perform(self, piece_id: PieceId, piece: Piece, updates: list[Update], answers: list[Answer]) -> list[Action]:
         actions: list[Action] = []
         for update in updates:
-            rule, generation = self._setting(self._key_of(piece_id), update.round)
+            rule, generation = self.settings.at(self._key_of(piece_id), update.round)
             if rule is not None:
                 piece.count_update(generation)
             payloads = tuple([piece.held.pop(contribution) for contribution in update.contributions])
@@ -556,52 +537,25 @@ class Serving:
         key = piece_id[0]
         return self._key_of(self.bundles[key].members[0]) if isinstance(key, bytes) else key
 
-    def _setting(self, key: Key, round: int) -> tuple[Rule | None, int]:
-        for setting in reversed(self.settings):
-            if round > setting.since.get(key, 0):
-                return setting.rule, setting.generation
-        return None, 0
-
     def _set_optimizer(self, rank: int, message: SetOptimizer, payload: object) -> list[Action]:
         rule = self._parse_optimizer(message.optimizer)
-        if not self.settings:
-            self.settings.append(Setting(message.since, rule, 1))
-        elif self.settings[-1].rule != rule:
-            if not message.replace:
-                raise OptimizerError(
-                    f"set_optimizer by worker {rank}: expected the one that is set, {self.settings[-1].rule}, "
-                    f"got {rule}; replace=True replaces it"
-                )
-            self.settings.append(Setting(message.since, rule, self.settings[-1].generation + 1))
-        self._split_unlike()
-        return [Reply(rank, Done(message.request_id))]
+        self.settings.set(rule, message.since, replace=message.replace, by=rank)
+        return self._settings_changed(rank, message)
 
     def _set_hyperparameters(self, rank: int, message: SetHyperparameters, payload: object) -> list[Action]:
-        if not self.settings:
-            raise OptimizerError("set_hyperparameters: expected an optimizer, none is set")
-        current = self.settings[-1]
-        rule = current.rule.with_hyperparameters(**message.changes)
-        if rule != current.rule:
-            self.settings.append(Setting(message.since, rule, current.generation))
-        self._split_unlike()
-        return [Reply(rank, Done(message.request_id))]
+        self.settings.change(message.changes, message.since)
+        return self._settings_changed(rank, message)
 
-    def _split_unlike(self) -> None:
-        """Split the bundles whose members the settings do not treat alike."""
+    def _settings_changed(self, rank: int, message: Message) -> list[Action]:
         for bundle in self.bundles.values():
-            if bundle.united and not self._treats_alike(bundle, self.pieces[bundle.piece].level):
-                self._split(bundle)
-
-    def _treats_alike(self, bundle: Bundle, level: Level) -> bool:
-        """Will every setting that may still take effect treat the bundle's keys alike, and not tensor by tensor?"""
-        done = level.slowest()  # no update will be of a round up to this one
-        for setting in reversed(self.settings):
-            begins = {max(done, setting.since.get(key, 0)) for key in bundle.keys}
-            if setting.rule.whole_tensor or len(begins) > 1:
-                return False
-            if done in begins:
-                break  # the settings before this one are over
-        return True
+            if bundle.united:
+                done = self.pieces[bundle.piece].level.slowest()
+                if not self.settings.treat_alike(bundle.keys, done):
+                    self._split(bundle)
+        self.settings.forget(
+            (key, piece.level.slowest()) for (key, _), piece in self.pieces.items() if not isinstance(key, bytes)
+        )
+        return [Reply(rank, Done(message.request_id))]
 
     def _read_state(self, rank: int, message: ReadState, payload: object) -> list[Action]:
         piece_id, _ = self._find(message.key, message.piece)
@@ -610,7 +564,7 @@ class Serving:
     def _write_state(self, rank: int, message: WriteState, payload: object) -> list[Action]:
         piece_id, piece = self._find(message.key, message.piece)
         self._part(piece_id)
-        piece.generation = self.settings[-1].generation if self.settings else 0
+        piece.generation = self.settings.generation
         piece.steps, piece.written = message.step, (message.names, message.dtypes)
         return [StoreState(rank, message, payload, piece.generation)]
 

@@ -40,12 +40,18 @@ class Reactor:
         name: of its thread.
         on_tick: called by the loop about every ``TICK_S`` seconds.
         busy: is something awaited from the network? Then the loop is never left alone.
+        io_threads: of ZeroMQ, over which its connections are spread.
     """
 
     def __init__(
-        self, name: str, on_tick: Callable[[float], None] | None = None, busy: Callable[[], bool] = lambda: True
+        self,
+        name: str,
+        on_tick: Callable[[float], None] | None = None,
+        busy: Callable[[], bool] = lambda: True,
+        *,
+        io_threads: int = 1,
     ) -> None:
-        self.context = zmq.Context()
+        self.context = zmq.Context(io_threads)
         self.context.setsockopt(zmq.MAX_SOCKETS, 4096)
         self.thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._poller = zmq.Poller()

@@ -9,6 +9,7 @@ its I/O thread answers even while Python is busy.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,18 +21,24 @@ from kvstore.transport.reactor import Reactor
 
 HEARTBEAT_MS = 1000
 HEARTBEAT_TIMEOUT_MS = 10000
+LOOPBACK_SNDBUF = 512 << 10  # more has left the caches before it is received; a far peer may need more
 COPY_BYTES = 64 << 10  # frames below this are cheaper to copy than to track
 LOOK_S, LOOK_S_MAX = 0.001, 0.05  # how often it is looked whether large frames have been sent
+
+_LOOPBACK = re.compile(r"tcp://(127\.\d+\.\d+\.\d+|localhost|\[::1\]):")
 
 Frames = list[Any]  # the first a header (bytes-like), then value buffers
 
 
-def _tune(socket: zmq.Socket[bytes]) -> None:
+def _tune(socket: zmq.Socket[bytes], address: str) -> None:
+    """Options of a socket that is about to bind or connect to ``address``."""
     socket.set_hwm(0)
     socket.setsockopt(zmq.IPV6, 1)
     socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
     socket.setsockopt(zmq.LINGER, 0)
+    if _LOOPBACK.match(address):
+        socket.setsockopt(zmq.SNDBUF, LOOPBACK_SNDBUF)
 
 
 def _send(socket: zmq.Socket[bytes], frames: Sequence[Any], *, track: bool = False) -> list[zmq.MessageTracker]:
@@ -69,7 +76,7 @@ class Connection:
         self.address = address
         self._on_receive = on_receive
         self._socket = reactor.context.socket(zmq.DEALER)
-        _tune(self._socket)
+        _tune(self._socket, address)
         self._socket.setsockopt(zmq.RECONNECT_IVL, 100)
         self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
         try:
@@ -114,7 +121,6 @@ class Endpoint:
         self._reactor = reactor
         self._sending: list[tuple[list[zmq.MessageTracker], Sequence[Callable[[], None]]]] = []
         self._socket = reactor.context.socket(zmq.ROUTER)
-        _tune(self._socket)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._socket.setsockopt(zmq.MAXMSGSIZE, frame_bytes_max)
         reactor.add(self._socket, self._receive)
@@ -131,6 +137,7 @@ class Endpoint:
         Raises:
             OptionError: not an address, or one that cannot be bound.
         """
+        _tune(self._socket, address)
         self._socket.setsockopt(zmq.IPV6, int("[" in address))
         try:
             self._socket.bind(address)

@@ -17,6 +17,7 @@ from kvstore.protocol.messages import (
     SetOptimizer,
     WriteState,
 )
+from kvstore.protocol.settings import KEPT
 from tests.protocol.conversation import Conversation, spec
 
 
@@ -303,6 +304,18 @@ def test_a_newer_incarnation_fences_the_older_one_and_goes_on():
     assert talk.say(1, Init(1, "w", 0, spec("eventual")), incarnation=2) == ["1 < Initialized(request_id=1, round=1)"]
     assert "FencedError" in talk.say(1, push(4, 2), "c", incarnation=1)[0]
     assert talk.say(1, push(2, 2), "d", incarnation=2)[0] == "apply round 2: d"
+
+
+def test_settings_that_are_over_are_forgotten():
+    talk = begun()
+    talk.say(0, SetOptimizer(1, SGD, False, {}))
+    for round in range(1, 40):
+        talk.say(0, push(2 * round, round), "a")
+        talk.say(1, push(2 * round, round), "b")
+        talk.say(0, SetHyperparameters(2 * round + 1, {"lr": round}, {"w": round}))
+        assert len(talk.serving.settings) <= KEPT + 1
+    talk.say(0, push(900, 40), "a")
+    assert talk.say(1, push(900, 40), "b")[0] == "apply round 40: a + b by sgd lr=39 #1"
 
 
 # --- why am I waiting? ------------------------------------------------------------------------------
