@@ -242,7 +242,7 @@ class Lists:
         self._home = home
         self._engine = runtime
         self._plans: dict[tuple[Key, ...], Plan] = {}
-        self._tried: dict[tuple[Key, ...], int] = {}  # by list, how often bundles should have been made since they lasted
+        self._tried: dict[tuple[Key, ...], int] = {}  # by list, how often since its bundles lasted
         self._making = threading.Lock()  # held while bundles are made
         self._lock = threading.Lock()  # held while plans are looked at
 

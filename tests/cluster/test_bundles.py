@@ -396,6 +396,27 @@ def test_a_list_that_was_busy_at_first_is_bundled_later():
         assert c.run(work)[0] >= 5  # who comes too late for a bundle stays alone
 
 
+def test_a_bundle_that_ends_now_and_then_is_made_again(tmp_path):
+    """Every now and then the states are loaded, by which the server splits the bundle."""
+
+    def work(kv):
+        keys = names(6)
+        kv.init(keys, zeros(keys))
+        kv.set_optimizer(optim.SGD(lr=1.0, momentum=0.5))
+        together = []
+        for n in range(60):
+            kv.push(keys, ones(keys)).result()
+            together.append(in_bundles(kv))
+            if n % 4 == 0:
+                kv.save_optimizer_states(tmp_path / "states")
+                kv.load_optimizer_states(tmp_path / "states")
+        return together
+
+    with cluster(workers=1) as c:
+        assert c.run(work) == [[6] * 60]
+        assert all(bundle.united for bundle in c.servers[0]._serving.bundles.values())
+
+
 def test_lists_of_strange_keys():
     def work(kv):
         keys = [1, 2, 3]

@@ -202,6 +202,7 @@ class Worker:
     open: dict[int, Call] = field(default_factory=dict)  # by request id, until it is answered as a whole
     on_the_way: dict[int, Keys] = field(default_factory=dict)  # by request id, parts instead of what was divided
     parts: dict[int, Division] = field(default_factory=dict)  # by their request ids
+    impatient: set[Hashable] = field(default_factory=set)  # with these channels, soon divided
     left: Counter[int] = field(default_factory=Counter)  # requests of a token that are not answered
 
     def channel(self, key: str) -> Keys:
@@ -254,7 +255,6 @@ class Simulation:
         self.asked: dict[tuple[int, int], Asked] = {}
         self.pulled: list[tuple[Asked, str, Merged]] = []
         self.moves: Counter[str] = Counter()  # of bundles
-        self._impatient: set[tuple[int, Hashable]] = set()  # worker and channel: will be divided soon
         self.divided = 0  # requests
         self._performed = performed
         self._agenda: list[tuple[float, int, Callable[[], None]]] = []
@@ -421,15 +421,10 @@ class Simulation:
         return all(worker.quiet(channel) for channel in channels)
 
     def _lose_patience(self, worker: Worker, channel: Hashable) -> None:
-        if (worker.rank, channel) in self._impatient:
+        if channel in worker.impatient:
             return
-
-        def divide() -> None:
-            self._impatient.remove((worker.rank, channel))
-            self._divide(worker, worker.core.divide(channel))
-
-        self._impatient.add((worker.rank, channel))
-        self._later(PATIENCE_S, divide)
+        worker.impatient.add(channel)
+        self._later(PATIENCE_S, lambda: self._divide(worker, worker.core.divide(channel)))
 
     def _divide(self, worker: Worker, divide: Divide) -> None:
         """Go on with requests for the single keys."""
