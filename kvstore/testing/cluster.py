@@ -19,6 +19,7 @@ from kvstore.testing.network import Lines, SimulatedNetwork, Weather
 from kvstore.testing.world import Crashed, Process, Program, World
 
 HOST = "tcp://10.0.0.1"
+PATIENCE_S = 300.0  # where a real process would not wait so long for an answer: here many are lost
 Member = tuple[str, int]  # a role and a rank
 
 
@@ -184,6 +185,7 @@ class Cluster:
         """Let a process that was paused go on, as ``kill -CONT`` would."""
         self.world.note(f"{role} {rank} goes on")
         self._alive(role, rank).resume()
+        self.lines.look_again()
 
     def partition(self, one: Sequence[Member], other: Sequence[Member]) -> None:
         """Nothing passes between these members, such as ``("server", 1)``, until :meth:`heal`."""
@@ -246,11 +248,11 @@ class Cluster:
         network = SimulatedNetwork(self.lines, process)
         server = Server(self.address, bind=f"{HOST}:*", rank=rank, network=network, runtime=_Engine(self.world))
         self._daemons["server", rank] = server
-        self._begin(process, server.start)
+        self._begin(process, lambda: server.start(connect_timeout=PATIENCE_S))
 
     @contextmanager
     def _store(self, process: Process, rank: int, options: dict[str, Any]) -> Iterator[KVStore]:
         network = SimulatedNetwork(self.lines, process)
-        chosen = {"shared_memory": False, **self._options, **options}
+        chosen = {"shared_memory": False, "connect_timeout": PATIENCE_S, **self._options, **options}
         with create_on(network, _Engine(self.world), "dist", address=self.address, rank=rank, **chosen) as kv:
             yield kv

@@ -56,6 +56,7 @@ class Lines:
         self.ports: dict[str, SimulatedPort] = {}
         self.lines: list[SimulatedLine] = []
         self._cuts: set[frozenset[Process]] = set()
+        self._silent: dict[SimulatedLine, float] = {}  # since when nothing passes
         self._next_port = 9000
         self._peers = 0
 
@@ -81,23 +82,24 @@ class Lines:
     def heal(self) -> None:
         """Everybody reaches everybody."""
         self._cuts.clear()
+        self.look_again()
 
     def reach(self, one: Process, other: Process) -> bool:
         """May a message pass?"""
         return frozenset((one, other)) not in self._cuts
 
     def look_again(self) -> None:
-        """Something has been cut or paused: after the heartbeat's time, give up what is still silent."""
-        self.world.later(self.weather.heartbeat_s, self._give_up_silent)
+        """Something has been cut, paused or has gone on: what stays silent for the heartbeat's time is given up."""
+        now = self.world.now
+        self._silent = {line: self._silent.get(line, now) for line in self.lines if not line.passes}
+        for line, since in self._silent.items():
+            if since == now:
+                self.world.later(self.weather.heartbeat_s, lambda line=line: self._give_up(line, now))  # type: ignore[misc]
 
-    def _give_up_silent(self) -> None:
-        for line in list(self.lines):
-            port = line.port
-            if port is None:
-                continue
-            one, other = line.process, port.process
-            if one.paused or other.paused or not self.reach(one, other):
-                line.break_off()
+    def _give_up(self, line: SimulatedLine, since: float) -> None:
+        if self._silent.get(line) == since:
+            del self._silent[line]
+            line.break_off()
 
     def carry(self, frames: Sequence[Any], deliver: Callable[[Frames], None]) -> None:
         """One message is on its way; ``deliver`` is called never, once or twice."""
@@ -274,6 +276,14 @@ class SimulatedLine:
 
     def __repr__(self) -> str:
         return f"<SimulatedLine of {self.process.name} to {self.address}>"
+
+    @property
+    def passes(self) -> bool:
+        """Do messages, or would they if it were connected?"""
+        port = self.port
+        if port is None:
+            return True
+        return not (self.process.paused or port.process.paused) and self._lines.reach(self.process, port.process)
 
     def send(self, frames: Sequence[Any]) -> None:
         """One message, now or when the connection is there."""
