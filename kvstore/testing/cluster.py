@@ -80,6 +80,7 @@ class Cluster:
         self._options = options
         self._processes: dict[Member, Process] = {}
         self._outcomes: dict[Member, Future[Any]] = {}
+        self._over: list[Future[Any]] = []  # outcomes, the earliest first: a later error may follow from it
         self._daemons: dict[Member, Scheduler | Server] = {}
         self.address = f"{HOST}:{self.lines.free_port()}"
         self._start_scheduler()
@@ -138,8 +139,8 @@ class Cluster:
         """Wait until all programs are over; see :meth:`run`."""
         outcomes = [self._outcomes[member] for member in sorted(self._outcomes)]
         over = self.world.run(lambda: all(outcome.done() for outcome in outcomes), limit_s)
-        errors = [outcome.exception() for outcome in outcomes if outcome.done()]
-        for error in errors:
+        for outcome in self._over:
+            error = outcome.exception()
             if error is not None and not isinstance(error, Crashed):
                 error.add_note(f"in a simulated cluster of seed {self.world.seed}, at {self.now:.3f} s")
                 raise error
@@ -233,6 +234,7 @@ class Cluster:
 
     def _begin(self, process: Process, work: Callable[[], Any]) -> Future[Any]:
         program = Program(process, work)
+        program.outcome.add_done_callback(self._over.append)
         process.later(0.0, program.start)
         return program.outcome
 
