@@ -70,13 +70,12 @@ def test_a_stale_read_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_value_of_yesterday_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    become = Stored._become
+    lend, before = Stored.lend, {}
 
-    def late(self: Stored, array: Any) -> None:
-        old = self.value.copy()
-        become(self, array)
-        if self.step == 2:
-            self.value = old
+    def late(self: Stored, reader: Any) -> Any:
+        now = lend(self, reader)
+        value, before[self] = before.get(self, now), now.copy()
+        return value
 
-    monkeypatch.setattr(Stored, "_become", late)
+    monkeypatch.setattr(Stored, "lend", late)
     assert any("own pushes are not in it" in what or "once" in what for what in found("eventual"))
