@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 from kvstore.cluster.address import reachable
@@ -158,6 +159,7 @@ class Session:
                 met = answer.result(MEET_S)
                 if isinstance(met, Met) and self.neighbourhood.reaches(server, met.probe):
                     self.near.add(server)
+                    self._reactor.call(partial(self._connections[server].shorten, met.line))
 
     def drive(self, awaited: Future[Any], timeout_s: float) -> None:
         """While this thread waits for ``awaited``, let it work the sockets, if no other does."""
