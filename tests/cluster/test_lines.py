@@ -128,6 +128,7 @@ def test_large_messages_and_those_after_the_end_of_a_line_go_by_zeromq(echo, mon
     echo.reactors[0].call(lambda: echo.endpoint._lines.end(peer))
     assert echo.ask(b"after") == [b"after"]
     assert echo.ask(b"and again") == [b"and again"]
+    echo.reactors[1].call(lambda: None)  # after what the connection's end of the line had to tell
     assert echo.connection._line is None
 
 
