@@ -31,9 +31,7 @@ class _UpdaterRule:
     def create_state(self, value: Array) -> dict[str, Array]:
         return {}
 
-    def update(
-        self, value: Array, pushes: Sequence[Array], state: dict[str, Array], step: int, target: Array
-    ) -> None:
+    def update(self, value: Array, pushes: Sequence[Array], state: dict[str, Array], step: int, target: Array) -> None:
         merged = pushes[0]
         if len(pushes) > 1:
             merged = np.empty_like(merged)
