@@ -35,6 +35,7 @@ from kvstore.protocol.messages import (
     Failed,
     Fetch,
     Init,
+    Joined,
     Meet,
     Message,
     Met,
@@ -67,7 +68,7 @@ from kvstore.protocol.serving import (
 )
 from kvstore.stored import Stored
 from kvstore.transport.reactor import Reactor
-from kvstore.transport.zeromq import Endpoint, Frames
+from kvstore.transport.zeromq import HEARTBEAT_S, Endpoint, Frames
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +88,7 @@ class Server:
         advertise: the address that workers reach it by, if another than the bound one.
         rank: its number among the servers; None: any.
         neighbourhood: memory for values that workers of this host read in place; None: none is shared.
+        heartbeat: seconds after which a scheduler that shows no life is taken for gone, and connected anew.
     """
 
     def __init__(
@@ -97,7 +99,9 @@ class Server:
         advertise: str | None = None,
         rank: int | None = None,
         neighbourhood: Neighbourhood | None = None,
+        heartbeat: float = HEARTBEAT_S,
     ) -> None:
+        self._heartbeat = heartbeat
         self._scheduler = reachable(address)
         self._wanted = NOBODY if rank is None else rank
         self._engine = engine.default()
@@ -137,7 +141,7 @@ class Server:
         kernels.prepare()
         self._engine.retain()
         self._retained = True
-        session = Session(self._scheduler, "server", self._departed)
+        session = Session(self._scheduler, "server", self._changed, heartbeat=self._heartbeat)
         self._session = session
         try:
             session.register(self._wanted, self.address, connect_timeout, JOIN_TIMEOUT_S)
@@ -168,7 +172,7 @@ class Server:
 
     # --- on the reactor's thread ----------------------------------------------------------------
 
-    def _receive(self, peer: bytes, frames: Frames, fd: int) -> None:
+    def _receive(self, peer: bytes, frames: Frames) -> None:
         assert self._session is not None
         try:
             sender, messages = decode(frames[0], len(frames) - 1)
@@ -348,7 +352,7 @@ class Server:
         stored, request_id = self._stored[action.piece], action.request_id
         if action.near and action.piece not in self._shared:
             self._share(action.piece)
-        reader = Reader(action.rank, self._serving.incarnations[action.rank], request_id)
+        reader = Reader(action.rank, self._serving.workers.incarnations[action.rank], request_id)
 
         def make() -> Outgoing:
             place = self._lend_in_place(action.piece, reader) if action.near else None
@@ -474,20 +478,31 @@ class Server:
             self._unflushed[peer] = outbox
             self._reactor.post(self._flush)
 
-    def _departed(self, gone: Departed) -> None:
-        def tell() -> None:
-            if gone.role == "worker":
-                self._take_all_back(gone.rank)
-            if self._serving is not None and gone.role == "worker" and gone.reason:
-                self._perform(self._serving.lost(gone.rank, gone.reason))
-                self._flush()
+    def _changed(self, change: Departed | Joined) -> None:
+        self._reactor.post(lambda: self._take_change(change))
 
-        self._reactor.post(tell)
+    def _take_change(self, change: Departed | Joined) -> None:
+        """A member is gone, or a worker has joined."""
+        if isinstance(change, Joined):
+            self._take_all_back(change.rank, change.incarnation - 1)
+            return
+        if change.role != "worker" or change.stays:
+            return
+        if not (change.reason and change.on_loss == "wait"):  # then it may go on reading when it is back
+            self._take_all_back(change.rank, change.incarnation)
+        if self._serving is None:
+            return
+        if change.reason:
+            lost = self._serving.lost(change.rank, change.reason, change.on_loss, change.incarnation, time.monotonic())
+            self._perform(lost)
+            self._flush()
+        else:
+            self._serving.forget(change.rank)
 
-    def _take_all_back(self, rank: int) -> None:
-        """A worker is gone and reads nothing any more."""
+    def _take_all_back(self, rank: int, incarnation: int) -> None:
+        """That life of a worker is over, and reads nothing any more."""
         with self._lending_lock:
-            over = self._lending.gone(rank)
+            over = self._lending.gone(rank, incarnation)
         for piece, reader in over:
             if piece in self._stored:
                 self._stored[piece].give_back(reader)

@@ -176,6 +176,12 @@ class Reactor:
         self._on_readable[socket] = on_readable
         self._poller.register(socket, zmq.POLLIN)
 
+    def remove(self, socket: zmq.Socket[bytes]) -> None:
+        """Watch it no longer; from within the loop."""
+        self._sockets.remove(socket)
+        del self._on_readable[socket]
+        self._poller.unregister(socket)
+
     def call_later(self, delay_s: float, work: Callable[[], None]) -> None:
         """Run ``work`` after so many seconds. From within the loop."""
         heapq.heappush(self._timers, (time.monotonic() + delay_s, next(self._timer_count), work))
@@ -226,7 +232,8 @@ class Reactor:
         with self._state:
             self._polling = False
         for socket, _ in ready:
-            self._guarded(self._on_readable[socket])
+            if socket in self._on_readable:  # or an earlier one has removed it
+                self._guarded(self._on_readable[socket])
         self._run_posted()
         while self._timers[0][0] <= time.monotonic():
             self._guarded(heapq.heappop(self._timers)[2])
