@@ -11,7 +11,17 @@ from pathlib import Path
 from kvstore.cluster.address import advertised, split
 from kvstore.cluster.journal import Journal
 from kvstore.errors import OptionError, ProtocolError, to_wire
-from kvstore.protocol.messages import HEADER_BYTES_MAX, NOBODY, Done, Failed, Message, Sender, decode, envelope
+from kvstore.protocol.messages import (
+    HEADER_BYTES_MAX,
+    NOBODY,
+    Done,
+    Failed,
+    Message,
+    Register,
+    Sender,
+    decode,
+    envelope,
+)
 from kvstore.protocol.roster import Actions, Membership
 from kvstore.transport.reactor import Reactor
 from kvstore.transport.zeromq import HEARTBEAT_S, Endpoint, Frames
@@ -110,7 +120,17 @@ class Scheduler:
             self._send([(peer, Failed(0, *to_wire(error)))])
             return
         for message, _ in messages:
+            if isinstance(message, Register):
+                self._make_room(message)
             self._send(self.membership.handle(peer, message, time.monotonic()))
+
+    def _make_room(self, newcomer: Register) -> None:
+        """Somebody wants that very rank: if whoever has it cannot be reached, its time is over."""
+        former = self.membership.members.get((newcomer.role, newcomer.rank))
+        if former is None or not former.connected or former.token == newcomer.token:
+            return
+        if not self._send_one(former.peer, _ANYBODY_THERE):
+            self._send(self.membership.lost(former.peer))
 
     def _send(self, actions: Actions) -> None:
         if self._journal is not None and self.membership.has_news:

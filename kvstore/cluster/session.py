@@ -329,7 +329,7 @@ class Session:
         if isinstance(outcome, Refused):
             if isinstance(outcome.error, FencedError):
                 self._fail_all(outcome.error)
-            else:
+            elif self._closed is None:
                 log.warning("%r: the scheduler does not take it back: %s", self, outcome.error)
 
     def _take_inbox(self) -> None:

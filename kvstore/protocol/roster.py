@@ -62,9 +62,13 @@ class Member:
     waiting: Barrier | None = None
 
     @property
+    def gone(self) -> bool:
+        return self.state in ("left", "lost")
+
+    @property
     def connected(self) -> bool:
-        """May something be sent to it?"""
-        return self.peer is not None and self.state in ("here", "joining", "apart")
+        """Can something be sent to it?"""
+        return self.peer is not None and not self.gone
 
 
 @dataclass(slots=True)
@@ -118,7 +122,7 @@ class Membership:
 
     def absent(self) -> Actions:
         """Whoever has not come back to a scheduler that recovered is lost."""
-        gone = [m for m in self.members.values() if m.peer is None and m.state in ("here", "joining", "apart")]
+        gone = [m for m in self.members.values() if m.peer is None and not m.gone]
         return [
             action
             for member in gone
@@ -220,12 +224,12 @@ class Membership:
 
     def _found(self, peer: Peer, message: Register, size: int, now: float) -> Actions:
         """One of those that the cluster starts with."""
-        taken = {m.rank for m in self.members.values() if m.role == message.role and m.state == "here"}
+        taken = {m.rank for m in self.members.values() if m.role == message.role and not m.gone}
         rank = message.rank if message.rank >= 0 else next(r for r in range(size + 1) if r not in taken)
         if rank >= size or rank in taken:
             raise DisagreementError(
-                f"register as {message.role} {message.rank if message.rank >= 0 else 'of any rank'}: expected a free rank "
-                f"below {size} until the cluster is complete, taken: {sorted(taken)}"
+                f"register as {message.role} {message.rank}: expected a free rank below {size}, until the cluster is "
+                f"complete; taken: {sorted(taken)}"
             )
         self._add(peer, message, rank, now)
         self.started = all(
@@ -241,10 +245,10 @@ class Membership:
             raise WorkerLostError(f"register: worker {lost[0]} is lost, and on_worker_loss is 'fail'")
         rank = message.rank
         if rank < 0:
-            free = (r for r in count() if r not in workers or not workers[r].connected)
+            free = (r for r in count() if r not in workers or workers[r].gone)
             rank = lost[0] if lost else next(free)
         former = workers.get(rank)
-        if former is not None and former.state not in ("left", "lost"):
+        if former is not None and not former.gone:
             raise DisagreementError(f"register as worker {rank}: expected a free rank, it is taken")
         member = self._add(peer, message, rank, now)
         if former is not None:
@@ -281,9 +285,7 @@ class Membership:
             return []
         actions: Actions = [self._welcome(member)]
         actions += [
-            (peer, self._notice(m))
-            for m in self.members.values()
-            if m.state in ("apart", "left", "lost") and m is not member
+            (peer, self._notice(m)) for m in self.members.values() if m is not member and (m.gone or m.state == "apart")
         ]
         if member.state == "lost":  # nobody has taken over meanwhile
             member.state, member.reason = "here", ""
@@ -344,7 +346,7 @@ class Membership:
     # --- going --------------------------------------------------------------------------------
 
     def _depart(self, member: Member, reason: str, *, stays: bool = False) -> Actions:
-        if member.state in ("left", "lost"):
+        if member.gone:
             return []
         joined = member.state != "joining"
         member.reason = reason
