@@ -15,7 +15,8 @@ from kvstore.home import Home
 from kvstore.local import LocalHome
 from kvstore.protocol.messages import ON_LOSS
 from kvstore.store import KVStore
-from kvstore.transport.zeromq import HEARTBEAT_S
+from kvstore.transport.network import HEARTBEAT_S, Network
+from kvstore.transport.zeromq import NETWORK
 
 _LOCAL = ("local", "device", "nccl")
 _CLUSTER: dict[str, tuple[Model, Model]] = {  # type -> models of the device level and the cluster level
@@ -73,6 +74,40 @@ def create(
         UnreachableError: nobody answers at the address.
         DeadlineError: the cluster was not complete within ``timeout``.
     """
+    return create_on(
+        NETWORK,
+        engine.default(),
+        type,
+        devices=devices,
+        device_consistency=device_consistency,
+        cluster_consistency=cluster_consistency,
+        address=address,
+        rank=rank,
+        timeout=timeout,
+        connect_timeout=connect_timeout,
+        shared_memory=shared_memory,
+        on_worker_loss=on_worker_loss,
+        heartbeat=heartbeat,
+    )
+
+
+def create_on(
+    network: Network,
+    runtime: engine.Engine,
+    type: str,
+    *,
+    devices: int | None = None,
+    device_consistency: str | Model | None = None,
+    cluster_consistency: str | Model | None = None,
+    address: str | None = None,
+    rank: int | None = None,
+    timeout: float = 300.0,
+    connect_timeout: float = 30.0,
+    shared_memory: bool | None = None,
+    on_worker_loss: str | None = None,
+    heartbeat: float | None = None,
+) -> KVStore:
+    """:func:`create`, on a network and an engine of the caller's choice."""
     if not isinstance(type, str) or (type not in _LOCAL and type not in _CLUSTER):
         raise OptionError(f"create: expected a type among {', '.join([*_LOCAL, *_CLUSTER])}; got {type!r}")
     if devices is not None:
@@ -85,7 +120,6 @@ def create(
     defaults = _CLUSTER.get(type, (Sequential(), Sequential()))
     device_model = defaults[0] if device_consistency is None else consistency.parse(device_consistency)
     cluster_model = defaults[1] if cluster_consistency is None else consistency.parse(cluster_consistency)
-    runtime = engine.default()
     if type in _LOCAL:
         for name, given in (
             ("cluster_consistency", cluster_consistency),
@@ -99,13 +133,16 @@ def create(
         runtime.retain()
         home: Home = LocalHome(runtime)
     else:
-        home = _join(address, rank, runtime, timeout, connect_timeout, shared_memory, on_worker_loss, heartbeat)
+        home = _join(
+            network, address, rank, runtime, timeout, connect_timeout, shared_memory, on_worker_loss, heartbeat
+        )
     return KVStore(
         type, home, runtime, devices=devices, device_model=device_model, cluster_model=cluster_model, timeout=timeout
     )
 
 
 def _join(
+    network: Network,
     address: str | None,
     rank: int | None,
     runtime: engine.Engine,
@@ -135,7 +172,12 @@ def _join(
         raise OptionError(f"heartbeat: expected a number of seconds > 0, got {heartbeat!r}")
     limit = 1e9 if timeout == math.inf else timeout
     session = Session(
-        address, "worker", neighbourhood=neighbourhood, on_loss=on_loss, heartbeat=heartbeat or HEARTBEAT_S
+        address,
+        "worker",
+        neighbourhood=neighbourhood,
+        network=network,
+        on_loss=on_loss,
+        heartbeat=heartbeat or HEARTBEAT_S,
     )
     try:
         session.register(wanted, "", connect_timeout, limit)

@@ -149,7 +149,7 @@ class Home(Protocol):
 
     def barrier(self, timeout_s: float) -> None: ...
 
-    def drive(self, awaited: Future[Any], timeout_s: float) -> None:
+    def drive(self, awaited: Future[Any], timeout_s: float) -> bool:
         """The caller is about to wait for this: let its thread do what has to be done, as far as it can."""
 
     def explain(self, key: Key) -> str:
@@ -157,7 +157,7 @@ class Home(Protocol):
 
     def dead_workers(self) -> list[int]: ...
 
-    def rounds(self, key: Key) -> int:
+    def rounds(self, key: Key, timeout_s: float) -> int:
         """The pushes of the key by this worker, those of its earlier lives included."""
 
     def leave(self, timeout_s: float) -> None:

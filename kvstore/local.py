@@ -181,8 +181,8 @@ class LocalHome(Home):
     def barrier(self, timeout_s: float) -> None:
         return
 
-    def drive(self, awaited: Future[Any], timeout_s: float) -> None:
-        return
+    def drive(self, awaited: Future[Any], timeout_s: float) -> bool:
+        return False
 
     def explain(self, key: Key) -> str:
         return f"key {key!r}: its engine ops have not run yet"
@@ -190,7 +190,7 @@ class LocalHome(Home):
     def dead_workers(self) -> list[int]:
         return []
 
-    def rounds(self, key: Key) -> int:
+    def rounds(self, key: Key, timeout_s: float) -> int:
         return self._rounds[key]
 
     def leave(self, timeout_s: float) -> None:

@@ -83,7 +83,7 @@ def scheduler(
     from kvstore import environment
     from kvstore.cli.daemon import serve
     from kvstore.cluster.scheduler import Scheduler
-    from kvstore.transport.zeromq import HEARTBEAT_S
+    from kvstore.transport.network import HEARTBEAT_S
 
     around = environment.read()
     workers = around.num_workers if workers is None else workers
@@ -119,7 +119,7 @@ def server(
     from kvstore.cluster.near import Neighbourhood
     from kvstore.cluster.scheduler import Scheduler
     from kvstore.cluster.server import Server
-    from kvstore.transport.zeromq import HEARTBEAT_S
+    from kvstore.transport.network import HEARTBEAT_S
 
     if with_scheduler != (workers is not None):
         raise click.UsageError("--with-scheduler and --workers belong together")

@@ -70,7 +70,7 @@ class ClusterHome(Home):
     # --- keys ---------------------------------------------------------------------------------
 
     def init(self, key: Key, spec: Spec, value: Array) -> Future[Any]:
-        exists: Future[Any] = Future()
+        exists = self._session.future()
         known = self._remotes.get(key)
         if known is not None and known.spec == spec:  # by an earlier call, whose deadline passed too soon
             exists.set_result(None)
@@ -352,8 +352,8 @@ class ClusterHome(Home):
             why = self._session.explain(SCHEDULER, 0)
             raise DeadlineError(f"barrier: not passed after {timeout_s:g} s; {why}") from error
 
-    def drive(self, awaited: Future[Any], timeout_s: float) -> None:
-        self._session.drive(awaited, timeout_s)
+    def drive(self, awaited: Future[Any], timeout_s: float) -> bool:
+        return self._session.drive(awaited, timeout_s)
 
     def explain(self, key: Key) -> str:
         remote = self._remotes.get(key) or self._joining.get(key)
@@ -373,9 +373,9 @@ class ClusterHome(Home):
     def dead_workers(self) -> list[int]:
         return sorted(self._session.lost_workers)
 
-    def rounds(self, key: Key) -> int:
+    def rounds(self, key: Key, timeout_s: float) -> int:
         remote = self._remotes[key]
-        self._engine.wait(remote.latest.order)
+        self._engine.wait(remote.latest.order, timeout=timeout_s)
         return remote.latest.round
 
     def leave(self, timeout_s: float) -> None:

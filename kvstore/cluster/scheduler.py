@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import secrets
 import threading
-import time
 from pathlib import Path
 
 from kvstore.cluster.address import advertised, split
@@ -23,8 +22,8 @@ from kvstore.protocol.messages import (
     envelope,
 )
 from kvstore.protocol.roster import Actions, Membership
-from kvstore.transport.reactor import Reactor
-from kvstore.transport.zeromq import HEARTBEAT_S, Endpoint, Frames
+from kvstore.transport.network import HEARTBEAT_S, Frames, Network
+from kvstore.transport.zeromq import NETWORK
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +42,7 @@ class Scheduler:
         advertise: the address that others reach it by, if another than the bound one.
         journal: a file; a scheduler that is started again with it goes on where the former one ended.
         heartbeat: seconds after which a member that shows no life is lost.
+        network: how it is reached.
 
     Raises:
         OptionError: an address that cannot be bound, a wrong number, or a file that is no journal of such a cluster.
@@ -57,6 +57,7 @@ class Scheduler:
         advertise: str | None = None,
         journal: str | Path | None = None,
         heartbeat: float = HEARTBEAT_S,
+        network: Network = NETWORK,
     ) -> None:
         if num_workers < 1 or num_servers < 1:
             raise OptionError(
@@ -66,8 +67,8 @@ class Scheduler:
         self._unreachable: dict[bytes, float] = {}  # peer -> since when
         self._stopped = threading.Event()
         self._journal = Journal(journal) if journal is not None else None
-        self._reactor = Reactor("kvstore-scheduler")
-        self._endpoint = Endpoint(
+        self._reactor = network.loop("kvstore-scheduler")
+        self._endpoint = network.listen(
             self._reactor, self._receive, frame_bytes_max=HEADER_BYTES_MAX, watch=True, heartbeat_s=heartbeat
         )
         self._endpoint.on_disconnect = self._look_soon
@@ -122,7 +123,7 @@ class Scheduler:
         for message, _ in messages:
             if isinstance(message, Register):
                 self._make_room(message)
-            self._send(self.membership.handle(peer, message, time.monotonic()))
+            self._send(self.membership.handle(peer, message, self._reactor.now()))
 
     def _make_room(self, newcomer: Register) -> None:
         """Somebody wants that very rank: if whoever has it cannot be reached, its time is over."""
@@ -148,7 +149,7 @@ class Scheduler:
 
     def _look(self) -> None:
         """Who cannot be reached is lost, if that was so before."""
-        now = time.monotonic()
+        now = self._reactor.now()
         peers = [member.peer for member in self.membership.connected]
         unreachable = [peer for peer in peers if not self._send_one(peer, _ANYBODY_THERE)]
         since = self._unreachable

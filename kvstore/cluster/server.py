@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any
@@ -67,8 +66,8 @@ from kvstore.protocol.serving import (
     Unite,
 )
 from kvstore.stored import Stored
-from kvstore.transport.reactor import Reactor
-from kvstore.transport.zeromq import HEARTBEAT_S, Endpoint, Frames
+from kvstore.transport.network import HEARTBEAT_S, Frames, Network
+from kvstore.transport.zeromq import NETWORK
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +88,8 @@ class Server:
         rank: its number among the servers; None: any.
         neighbourhood: memory for values that workers of this host read in place; None: none is shared.
         heartbeat: seconds after which a scheduler that shows no life is taken for gone, and connected anew.
+        network: how others are reached, and reach it.
+        runtime: the engine; None: the process's default.
     """
 
     def __init__(
@@ -100,13 +101,16 @@ class Server:
         rank: int | None = None,
         neighbourhood: Neighbourhood | None = None,
         heartbeat: float = HEARTBEAT_S,
+        network: Network = NETWORK,
+        runtime: engine.Engine | None = None,
     ) -> None:
         self._heartbeat = heartbeat
         self._scheduler = reachable(address)
         self._wanted = NOBODY if rank is None else rank
-        self._engine = engine.default()
-        self._reactor = Reactor("kvstore-server", io_threads=IO_THREADS)
-        self._endpoint = Endpoint(self._reactor, self._receive, frame_bytes_max=FRAME_BYTES_MAX)
+        self._engine = runtime or engine.default()
+        self._network = network
+        self._reactor = network.loop("kvstore-server", io_threads=IO_THREADS)
+        self._endpoint = network.listen(self._reactor, self._receive, frame_bytes_max=FRAME_BYTES_MAX)
         try:
             split(bind)  # for ZeroMQ port 70000 is port 4464
             self.address = advertised(self._endpoint.bind(bind), advertise)
@@ -141,7 +145,7 @@ class Server:
         kernels.prepare()
         self._engine.retain()
         self._retained = True
-        session = Session(self._scheduler, "server", self._changed, heartbeat=self._heartbeat)
+        session = Session(self._scheduler, "server", self._changed, network=self._network, heartbeat=self._heartbeat)
         self._session = session
         try:
             session.register(self._wanted, self.address, connect_timeout, JOIN_TIMEOUT_S)
@@ -209,7 +213,7 @@ class Server:
         if isinstance(message, Push | Fetch):
             priority = message.priority
             self._take_back(sender, message)
-        now = time.monotonic()
+        now = self._reactor.now()
         self._perform(self._serving.handle(sender.rank, sender.incarnation, message, arrays, now), priority)
 
     def _take_back(self, sender: Sender, message: Push | Fetch) -> None:
@@ -406,7 +410,7 @@ class Server:
         def reply() -> None:
             message, frames = make()
             then = on_sent if frames else None
-            if threading.current_thread() is self._reactor.thread:
+            if self._reactor.is_here:
                 self._reply(rank, message, frames, priority, then)
             else:
                 self._reactor.post(lambda: self._reply_now(rank, message, frames, priority, then))
@@ -493,7 +497,9 @@ class Server:
         if self._serving is None:
             return
         if change.reason:
-            lost = self._serving.lost(change.rank, change.reason, change.on_loss, change.incarnation, time.monotonic())
+            lost = self._serving.lost(
+                change.rank, change.reason, change.on_loss, change.incarnation, self._reactor.now()
+            )
             self._perform(lost)
             self._flush()
         else:

@@ -12,7 +12,6 @@ import os
 import secrets
 import socket
 import threading
-import time
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from typing import Any
@@ -51,8 +50,8 @@ from kvstore.protocol.messages import (
 )
 from kvstore.protocol.pieces import Key
 from kvstore.protocol.requesting import Answered, Divide, Outcome, Refused, Request, Requesting
-from kvstore.transport.reactor import Reactor
-from kvstore.transport.zeromq import HEARTBEAT_S, Connection, Frames
+from kvstore.transport.network import HEARTBEAT_S, Frames, Line, Network
+from kvstore.transport.zeromq import NETWORK
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +75,7 @@ class Session:
         neighbourhood: this process's memory that others on its host may read.
         on_loss: a worker's policy for workers that are lost.
         heartbeat: seconds after which a scheduler that shows no life is taken for gone, and connected anew.
+        network: how the others are reached.
     """
 
     def __init__(
@@ -87,6 +87,7 @@ class Session:
         *,
         on_loss: str = "",
         heartbeat: float = HEARTBEAT_S,
+        network: Network = NETWORK,
     ) -> None:
         self.address = reachable(address)
         self.role = role
@@ -106,13 +107,14 @@ class Session:
         self._token = secrets.randbits(62)
         self._requests = Requesting()
         self._unanswered: dict[int, tuple[Request, OnOutcome]] = {}
-        self._connections: dict[int, Connection] = {}
+        self._connections: dict[int, Line] = {}
         self._heard_at: dict[int, float] = {}
         self._ids = 0
         self._lock = threading.Lock()
         self._inbox: list[tuple[Request, bool]] = []
         self._closed: KVStoreError | None = None
-        self._reactor = Reactor(f"kvstore-{role}", self._tick, lambda: bool(self._requests.open))
+        self._network = network
+        self._reactor = network.loop(f"kvstore-{role}", self._tick, lambda: bool(self._requests.open))
         try:
             self._connections[SCHEDULER] = self._connect_scheduler()
         except KVStoreError:
@@ -195,7 +197,7 @@ class Session:
 
         def connect() -> None:
             for number, address in enumerate(self.servers):
-                self._connections[number] = Connection(
+                self._connections[number] = self._network.connect(
                     self._reactor,
                     address,
                     lambda frames, number=number: self._receive(number, frames),  # type: ignore[misc]
@@ -216,9 +218,15 @@ class Session:
                 if isinstance(met, Met) and self.neighbourhood.reaches(server, met.probe):
                     self.near.add(server)
 
-    def drive(self, awaited: Future[Any], timeout_s: float) -> None:
-        """While this thread waits for ``awaited``, let it work the sockets, if no other does."""
-        self._reactor.drive(awaited, timeout_s)
+    def future(self) -> Future[Any]:
+        """A future that answers will settle."""
+        one: Future[Any] = self._reactor.future()
+        return one
+
+    def drive(self, awaited: Future[Any], timeout_s: float) -> bool:
+        """While this thread waits for ``awaited``, let it work the sockets, if no other does; has it waited?"""
+        waited: bool = self._reactor.drive(awaited, timeout_s)
+        return waited
 
     @property
     def may_wait(self) -> bool:
@@ -263,7 +271,7 @@ class Session:
         self, server: int, make: Callable[[int], Message], payload: object = None, *, whole: bool = False
     ) -> Future[Any]:
         """One request outside any channel; the future's result is the reply, with its payload if ``whole``."""
-        answer: Future[Any] = Future()
+        answer = self.future()
 
         def settle(outcome: Outcome | Divide) -> None:
             if isinstance(outcome, Answered):
@@ -281,7 +289,7 @@ class Session:
             reply = self.ask(server, lambda i: Explain(i, about)).result(EXPLAIN_S)
         except (TimeoutError, KVStoreError):
             heard = self._heard_at.get(server)
-            ago = "never heard of" if heard is None else f"last heard {time.monotonic() - heard:.1f} s ago"
+            ago = "never heard of" if heard is None else f"last heard {self._reactor.now() - heard:.1f} s ago"
             return f"{where} does not answer ({ago})"
         return reply.text if isinstance(reply, Explanation) else str(reply)
 
@@ -299,18 +307,18 @@ class Session:
 
     # --- within the reactor's loop ----------------------------------------------------------------
 
-    def _connect_scheduler(self) -> Connection:
+    def _connect_scheduler(self) -> Line:
         """A connection that is replaced when it ends, so that Register is the first thing that the next one brings."""
-        connection = Connection(
+        line: Line = self._network.connect(
             self._reactor,
             self.address,
             lambda frames: self._receive(SCHEDULER, frames),
-            lambda: self._reactor.post(lambda: self._reconnect(connection)),
-            self._heartbeat_s,
+            on_lost=lambda: self._reactor.post(lambda: self._reconnect(line)),
+            heartbeat_s=self._heartbeat_s,
         )
-        return connection
+        return line
 
-    def _reconnect(self, ended: Connection) -> None:
+    def _reconnect(self, ended: Line) -> None:
         if self._connections[SCHEDULER] is not ended or self._closed is not None:
             return
         ended.close()
@@ -346,7 +354,7 @@ class Session:
         self._pump()
 
     def _pump(self) -> None:
-        now, stirred = time.monotonic(), self._requests.stirred
+        now, stirred = self._reactor.now(), self._requests.stirred
         while stirred:
             server = stirred.pop()
             connection = self._connections[server]
@@ -372,7 +380,7 @@ class Session:
             for outcome in self._requests.abandon(server, failure):
                 self._settle(outcome)
             return
-        self._heard_at[server] = time.monotonic()
+        self._heard_at[server] = self._reactor.now()
         if server == SCHEDULER and self.sender.cluster in (0, sender.cluster):
             self.sender = Sender(sender.cluster, sender.epoch, self.sender.rank, self.sender.incarnation)
         position = 1

@@ -17,18 +17,15 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from kvstore.errors import OptionError
+from kvstore.transport.network import BULK_HEARTBEAT_S, Frames, Network
 from kvstore.transport.reactor import Reactor
 
-HEARTBEAT_S = 3.0  # a peer that shows no sign of life for so long is lost
-BULK_HEARTBEAT_S = 20.0  # the same where a sign of life may be behind megabytes on a slow link
 PING, TIMEOUT = 1 / 6, 1 / 2  # of the heartbeat's deadline: how often a peer is asked, how soon it must answer
 LOOPBACK_SNDBUF = 512 << 10  # more has left the caches before it is received; a far peer may need more
 COPY_BYTES = 64 << 10  # frames below this are cheaper to copy than to track
 LOOK_S, LOOK_S_MAX = 0.001, 0.05  # how often it is looked whether large frames have been sent
 
 _LOOPBACK = re.compile(r"tcp://(127\.\d+\.\d+\.\d+|localhost|\[::1\]):")
-
-Frames = list[Any]  # the first a header (bytes-like), then value buffers
 
 
 def _tune(socket: zmq.Socket[bytes], address: str, heartbeat_s: float) -> None:
@@ -226,3 +223,48 @@ def _observe(monitor: zmq.Socket[bytes], tell: Callable[[int], None]) -> None:
     with contextlib.suppress(zmq.Again):
         while True:
             tell(int(parse_monitor_message(monitor.recv_multipart(zmq.NOBLOCK))["value"]))
+
+
+class ZeroMQ:
+    """The network between real processes."""
+
+    def __repr__(self) -> str:
+        return "<ZeroMQ>"
+
+    def loop(
+        self,
+        name: str,
+        on_tick: Callable[[float], None] | None = None,
+        busy: Callable[[], bool] = lambda: True,
+        *,
+        io_threads: int = 1,
+    ) -> Reactor:
+        """A loop, not yet started."""
+        return Reactor(name, on_tick, busy, io_threads=io_threads)
+
+    def connect(
+        self,
+        loop: Reactor,
+        address: str,
+        on_receive: Callable[[Frames], None],
+        *,
+        on_lost: Callable[[], None] | None = None,
+        heartbeat_s: float = BULK_HEARTBEAT_S,
+    ) -> Connection:
+        """A connection in this loop."""
+        return Connection(loop, address, on_receive, on_lost, heartbeat_s)
+
+    def listen(
+        self,
+        loop: Reactor,
+        on_receive: Callable[[bytes, Frames], None],
+        *,
+        frame_bytes_max: int,
+        watch: bool = False,
+        heartbeat_s: float = BULK_HEARTBEAT_S,
+    ) -> Endpoint:
+        """An endpoint in this loop, not yet bound."""
+        return Endpoint(loop, on_receive, frame_bytes_max=frame_bytes_max, watch=watch, heartbeat_s=heartbeat_s)
+
+
+NETWORK: Network = ZeroMQ()
