@@ -311,7 +311,7 @@ class Session:
 
     def _connect_scheduler(self) -> Link:
         """A connection that is replaced when it ends, so that Register is the first thing that the next one brings."""
-        connection = self._network.connect(
+        line = self._network.connect(
             self._reactor,
             self.address,
             lambda frames: self._receive(SCHEDULER, frames),

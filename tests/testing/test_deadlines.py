@@ -31,7 +31,6 @@ CALLS: dict[str, Callable[[KVStore, Path], Any]] = {
     "barrier": lambda kv, _: (kv.push("w", VALUE), kv.barrier()),
     "save_optimizer_states": lambda kv, path: kv.save_optimizer_states(path / "states"),
     "load_optimizer_states": lambda kv, path: kv.load_optimizer_states(path / "saved"),
-    "leave": lambda kv, _: kv.leave(),
     "wait_for_commits": lambda kv, _: (kv.push("w", VALUE), kv.wait_for_commits()),
     "leave": lambda kv, _: (kv.push("w", VALUE), kv.leave()),
     "close": lambda kv, _: (kv.push("w", VALUE), kv.close()),
