@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any
@@ -66,8 +65,8 @@ from kvstore.protocol.serving import (
     Unite,
 )
 from kvstore.stored import Stored
-from kvstore.transport.reactor import Reactor
-from kvstore.transport.zeromq import Endpoint, Frames
+from kvstore.transport.network import Frames, Network
+from kvstore.transport.zeromq import NETWORK
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +86,8 @@ class Server:
         advertise: the address that workers reach it by, if another than the bound one.
         rank: its number among the servers; None: any.
         neighbourhood: memory for values that workers of this host read in place; None: none is shared.
+        network: how others are reached, and reach it.
+        runtime: the engine; None: the process's default.
     """
 
     def __init__(
@@ -97,12 +98,15 @@ class Server:
         advertise: str | None = None,
         rank: int | None = None,
         neighbourhood: Neighbourhood | None = None,
+        network: Network = NETWORK,
+        runtime: engine.Engine | None = None,
     ) -> None:
         self._scheduler = reachable(address)
         self._wanted = NOBODY if rank is None else rank
-        self._engine = engine.default()
-        self._reactor = Reactor("kvstore-server", io_threads=IO_THREADS)
-        self._endpoint = Endpoint(self._reactor, self._receive, frame_bytes_max=FRAME_BYTES_MAX)
+        self._engine = runtime or engine.default()
+        self._network = network
+        self._reactor = network.loop("kvstore-server", io_threads=IO_THREADS)
+        self._endpoint = network.listen(self._reactor, self._receive, frame_bytes_max=FRAME_BYTES_MAX)
         try:
             split(bind)  # for ZeroMQ port 70000 is port 4464
             self.address = advertised(self._endpoint.bind(bind), advertise)
@@ -137,7 +141,7 @@ class Server:
         kernels.prepare()
         self._engine.retain()
         self._retained = True
-        session = Session(self._scheduler, "server", self._departed)
+        session = Session(self._scheduler, "server", self._departed, network=self._network)
         self._session = session
         try:
             session.register(self._wanted, self.address, connect_timeout, JOIN_TIMEOUT_S)
@@ -206,7 +210,7 @@ class Server:
         if isinstance(message, Push | Fetch):
             priority = message.priority
             self._take_back(sender, message)
-        now = time.monotonic()
+        now = self._reactor.now()
         self._perform(self._serving.handle(sender.rank, sender.incarnation, message, arrays, now), priority)
 
     def _take_back(self, sender: Sender, message: Push | Fetch) -> None:
@@ -403,7 +407,7 @@ class Server:
         def reply() -> None:
             message, frames = make()
             then = on_sent if frames else None
-            if threading.current_thread() is self._reactor.thread:
+            if self._reactor.is_here:
                 self._reply(rank, message, frames, priority, then)
             else:
                 self._reactor.post(lambda: self._reply_now(rank, message, frames, priority, then))

@@ -95,6 +95,7 @@ class Echo:
     def ask(self, *frames: bytes) -> list[bytes]:
         self.reactors[1].call(lambda: self.connection.send(frames))
         assert self.came.acquire(timeout=DEADLINE_S)
+        self.reactors[0].call(lambda: None)  # it has done with its answer
         return self.got[-1]
 
     def shorten(self) -> None:
