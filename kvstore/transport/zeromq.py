@@ -31,7 +31,6 @@ LOOK_S, LOOK_S_MAX = 0.001, 0.05  # how often it is looked whether large frames 
 _LOOPBACK = re.compile(r"tcp://(127\.\d+\.\d+\.\d+|localhost|\[::1\]):")
 
 
-
 def _tune(socket: zmq.Socket[bytes], address: str) -> None:
     """Options of a socket that is about to bind or connect to ``address``."""
     socket.set_hwm(0)
