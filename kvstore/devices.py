@@ -51,8 +51,8 @@ class Request:
     device: int | None  # whose pull it is; None: all devices'
 
 
-class Bundle(Protocol):
-    """Keys that are moved together; see :mod:`kvstore.lists`."""
+class Dissolvable(Protocol):
+    """What an entry knows of the bundle that it is in: :class:`kvstore.lists.Bundle`."""
 
     def dissolve(self, blamed: Collection[Entry]) -> None:
         """From here on its keys are moved by themselves, because these are."""
@@ -72,7 +72,7 @@ class Entry:
     view_is_latest: bool = False  # no other was pulled since
     lent: list[Array] = field(default_factory=list)  # the home's memory that the caller fills
     failed: list[Handle] = field(default_factory=list)
-    bundle: Bundle | None = None  # that moves it together with other keys
+    bundle: Dissolvable | None = None  # that moves it together with other keys
     lock: threading.RLock = field(default_factory=threading.RLock)
 
     def alone(self) -> _Alone:

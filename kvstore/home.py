@@ -71,7 +71,7 @@ class Source(ABC):
         """Give it to ``ended`` when it has come, in memory of the home, where it can be without a copy."""
 
 
-class Bundle(Protocol):
+class HomeBundle(Protocol):
     """Keys whose values are moved as one: their concatenation, flat, in the order of ``keys``.
 
     It is in force from :meth:`begin` on. Its keys may still be pulled by themselves; to be pushed by themselves they
@@ -128,7 +128,7 @@ class Home(Protocol):
     def pushpull(self, key: Key, gradient: Gradient, ended: Ended) -> tuple[Reading, Source]:
         """A push and the pull right after it."""
 
-    def bundle(self, keys: Sequence[Key], timeout_s: float) -> list[Bundle]:
+    def bundle(self, keys: Sequence[Key], timeout_s: float) -> list[HomeBundle]:
         """Those of ``keys`` that could be moved together, because it pays; may ask whoever has to agree."""
 
     def staging(self, key: Key, timeout_s: float) -> Array:

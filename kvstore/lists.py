@@ -26,8 +26,7 @@ from kvstore.arrays import Array
 from kvstore.consistency import Sequential
 from kvstore.devices import Entry, translated
 from kvstore.handle import Ended, Handle, when_ended
-from kvstore.home import Bundle as HomeBundle
-from kvstore.home import Gradient, Held, Home, Source
+from kvstore.home import Gradient, Held, Home, HomeBundle, Source
 from kvstore.protocol.pieces import Key
 
 PLANS_MAX = 64

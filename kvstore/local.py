@@ -13,7 +13,7 @@ from kvstore import comm
 from kvstore.arrays import Array
 from kvstore.errors import DuplicateKeyError, OptimizerError, UpdateError
 from kvstore.handle import Ended, when_ended
-from kvstore.home import Bundle, Gradient, Held, Home, Reading, Source, Updater
+from kvstore.home import Gradient, Held, Home, HomeBundle, Reading, Source, Updater
 from kvstore.optim import Optimizer
 from kvstore.protocol.messages import Spec
 from kvstore.protocol.pieces import Key
@@ -126,7 +126,7 @@ class LocalHome(Home):
             "info": {"key": key, "bytes": nbytes},
         }
 
-    def bundle(self, keys: Sequence[Key], timeout_s: float) -> list[Bundle]:
+    def bundle(self, keys: Sequence[Key], timeout_s: float) -> list[HomeBundle]:
         return []
 
     def staging(self, key: Key, timeout_s: float) -> Array:

@@ -48,10 +48,8 @@ from kvstore.protocol.messages import Spec
 from kvstore.protocol.pieces import PIECE_BYTES, Cut, Key
 
 Keys = Key | Sequence[Key]
-_Push = tuple[Entry, dict[int, list[Array]]]  # by device the arrays whose sum it pushes
+_Push = tuple[Entry, dict[int, list[Array]]]  # by device the arrays whose sum it pushes; none: it is only pulled
 _Target = tuple[list[Array] | None, Any]  # the arrays to write (None: in place), and the result
-# A list call makes no tuple or list per key that lives longer than a moment: ten thousand of them make the garbage
-# collector look at everything.
 
 _T = TypeVar("_T")
 
@@ -266,20 +264,7 @@ class KVStore:
             return whole
         keys = self._keys(key)
         pushes = self._check_push(keys, self._as_many(keys, value, "values") if many else [value], device)
-        return self._one_or_all(key, self._push_each(pushes, priority), "push")
-
-    def _push_each(self, pushes: list[_Push], priority: int) -> list[Handle]:
-        handles, reading = [], []
-        for entry, per_device in pushes:
-            handle = self._handle_of(entry, "push")
-            try:
-                reading += self._level.push(entry, per_device, priority, countdown(handle, len(per_device)))
-            except BaseException as error:
-                _interrupted(error, handle)
-                raise
-            handles.append(handle)
-        _wait_for(reading)
-        return handles
+        return self._one_or_all(key, self._each("push", pushes, [None] * len(pushes), priority, device), "push")
 
     def pull(self, key: Keys, out: Any = None, priority: int = 0, *, device: int | None = None) -> Handle:
         """Read values.
@@ -304,21 +289,8 @@ class KVStore:
         device = self._check_device(device)
         outs = self._as_many(entries, out, "outs") if many else [out]
         targets = [self._check_out(entry, o, device) for entry, o in zip(entries, outs, strict=True)]
-        return self._one_or_all(key, self._pull_each(entries, targets, priority, device), "pull")
-
-    def _pull_each(
-        self, entries: list[Entry], targets: list[_Target], priority: int, device: int | None
-    ) -> list[Handle]:
-        handles = []
-        for entry, (arrays, result) in zip(entries, targets, strict=True):
-            handle = self._handle_of(entry, "pull")
-            try:
-                self._level.pull(entry, Request(handle, arrays, result, priority, device))
-            except BaseException as error:
-                _interrupted(error, handle)
-                raise
-            handles.append(handle)
-        return handles
+        pulls: list[_Push] = [(entry, {}) for entry in entries]
+        return self._one_or_all(key, self._each("pull", pulls, targets, priority, device), "pull")
 
     def pushpull(
         self, key: Keys, value: Any, out: Any = None, priority: int = 0, *, device: int | None = None
@@ -345,19 +317,30 @@ class KVStore:
             outs = self._as_many(keys, out, "outs") if many else [out]
         pushes = self._check_push(keys, values, device)
         targets = [self._check_out(entry, o, device) for (entry, _), o in zip(pushes, outs, strict=True)]
-        return self._one_or_all(key, self._pushpull_each(pushes, targets, priority, device), "pushpull")
+        return self._one_or_all(key, self._each("pushpull", pushes, targets, priority, device), "pushpull")
 
-    def _pushpull_each(
-        self, pushes: list[_Push], targets: list[_Target], priority: int, device: int | None
+    def _each(
+        self,
+        what: str,
+        pushes: Sequence[_Push],
+        targets: Sequence[_Target | None],
+        priority: int,
+        device: int | None,
     ) -> list[Handle]:
+        """Push, pull or both, key by key. ``targets``: None for a push alone."""
         handles, reading = [], []
-        for (entry, per_device), (arrays, result) in zip(pushes, targets, strict=True):
-            pushed, handle = self._handle_of(entry, "push"), self._handle_of(entry, "pushpull")
-            pushed.observed = True  # the pull's handle fails with it
-            ended = countdown(pushed, len(per_device))
-            request = Request(handle, arrays, result, priority, device)
+        for (entry, per_device), target in zip(pushes, targets, strict=True):
+            handle = pushed = self._handle_of(entry, what)
             try:
-                reading += self._level.pushpull(entry, per_device, ended, request)
+                if target is None:
+                    reading += self._level.push(entry, per_device, priority, countdown(pushed, len(per_device)))
+                elif not per_device:
+                    self._level.pull(entry, Request(handle, *target, priority, device))
+                else:
+                    pushed = self._handle_of(entry, "push")
+                    pushed.observed = True  # the pull's handle fails with it
+                    request = Request(handle, *target, priority, device)
+                    reading += self._level.pushpull(entry, per_device, countdown(pushed, len(per_device)), request)
             except BaseException as error:
                 _interrupted(error, pushed, handle)
                 raise
@@ -373,6 +356,9 @@ class KVStore:
         return value if all(map(is_writable, arrays)) else None
 
     # --- list calls -------------------------------------------------------------------------------
+    #
+    # They make no tuple or list per key that lives longer than a moment: ten thousand of them make the garbage
+    # collector look at everything.
 
     def _together(self, what: str, key: Keys, value: Any, out: Any, priority: int) -> Handle | None:
         """A list call some of whose keys are moved together: checked whole, then bundle by bundle, the rest one by one.
@@ -479,16 +465,14 @@ class KVStore:
         results: list[Any],
         priority: int,
     ) -> list[Handle]:
-        wanted = [(None if t is None else _listed(t), result) for t, result in zip(targets, results, strict=True)]
-        if what == "pull":
-            return self._pull_each(entries, wanted, priority, None)
-        pushes = [
+        pushes: list[_Push] = [
             (entry, {d: [array] for d, array in enumerate(_listed(some))})
-            for entry, some in zip(entries, arrays, strict=True)
+            for entry, some in zip(entries, arrays or [[]] * len(entries), strict=True)
         ]
-        if what == "push":
-            return self._push_each(pushes, priority)
-        return self._pushpull_each(pushes, wanted, priority, None)
+        wanted: Sequence[_Target | None] = [None] * len(entries)
+        if what != "push":
+            wanted = [(None if t is None else _listed(t), result) for t, result in zip(targets, results, strict=True)]
+        return self._each(what, pushes, wanted, priority, None)
 
     # --- memory of the store's own ----------------------------------------------------------------
 

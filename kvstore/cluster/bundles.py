@@ -20,7 +20,7 @@ from kvstore.cluster.near import NEAR_BYTES
 from kvstore.cluster.session import Session
 from kvstore.errors import KVStoreError
 from kvstore.handle import Ended
-from kvstore.home import Bundle, Gradient, Reading, Source
+from kvstore.home import Gradient, HomeBundle, Reading, Source
 from kvstore.protocol.messages import Bind
 from kvstore.protocol.pieces import PIECE_BYTES, Key, bundle_id
 
@@ -32,7 +32,7 @@ BLAMED_MAX = 4  # a key that has ended so many bundles stays alone: it is never 
 
 
 class RemoteBundle:
-    """A bundle in the form that the device level uses; see :class:`kvstore.home.Bundle`."""
+    """A bundle in the form that the device level uses; see :class:`kvstore.home.HomeBundle`."""
 
     def __init__(self, home: ClusterHome, bundles: Bundles, whole: Remote) -> None:
         self._home = home
@@ -88,7 +88,7 @@ class Bundles:
     def __repr__(self) -> str:
         return f"<Bundles: {len(self._wholes)} known to the servers>"
 
-    def make(self, remotes: Sequence[Remote], timeout_s: float) -> list[Bundle]:
+    def make(self, remotes: Sequence[Remote], timeout_s: float) -> list[HomeBundle]:
         """Bundles of those that are small and alike, with nothing on their way, to which their servers have agreed.
 
         Nobody is asked from within the session's loop, where a wait for the answer would be in vain.

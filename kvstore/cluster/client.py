@@ -19,7 +19,7 @@ from kvstore.cluster.exchange import Arrivals, Exchange, Remote, near_pieces
 from kvstore.cluster.session import SCHEDULER, Session
 from kvstore.errors import DeadlineError, OptimizerError, ServerLostError, ShapeError
 from kvstore.handle import Ended, when_ended
-from kvstore.home import Bundle, Gradient, Home, Reading, Source
+from kvstore.home import Gradient, Home, HomeBundle, Reading, Source
 from kvstore.optim import Optimizer
 from kvstore.protocol.messages import (
     FRAME_BYTES_MAX,
@@ -116,7 +116,7 @@ class ClusterHome(Home):
         self._session.submit([(request, one_ended) for request in requests])
         return exists
 
-    def bundle(self, keys: Sequence[Key], timeout_s: float) -> list[Bundle]:
+    def bundle(self, keys: Sequence[Key], timeout_s: float) -> list[HomeBundle]:
         return self._bundles.make([self._remotes[key] for key in keys], timeout_s)
 
     def remote(self, key: Key | BundleId, spec: Spec, owners: tuple[int, ...]) -> Remote:

@@ -30,6 +30,7 @@ from kvstore.protocol.pieces import PIECE_BYTES, BundleId, Cut, Key, Span
 from kvstore.protocol.requesting import Answered, Divide, Outcome, Request
 
 INLINE_BYTES = 64 << 10  # smaller pieces are copied where they arrive: a hand-over costs more
+ALONE_INLINE_BYTES = PIECE_BYTES  # the same for a value in one piece: there is nothing to be shared out among threads
 FAR_INLINE_BYTES = PIECE_BYTES  # the same for those from a socket, which come no faster than one thread copies
 
 
@@ -222,6 +223,7 @@ class Arrivals(Source):
 
     def deliver(self, outs: Sequence[Array], priority: int, ended: Ended) -> None:
         remote = self._remote
+        inline_bytes = INLINE_BYTES if len(remote.cut) > 1 else ALONE_INLINE_BYTES
 
         def copy(piece: _Piece) -> None:
             comm.broadcast(piece.array, outs, remote.cut.span(piece.number)[0])
@@ -230,7 +232,7 @@ class Arrivals(Source):
 
         def take(piece: _Piece) -> None:
             nbytes = piece.array.nbytes * len(outs)
-            if nbytes <= (FAR_INLINE_BYTES if piece.place is None else INLINE_BYTES):
+            if nbytes <= inline_bytes or (piece.place is None and nbytes <= FAR_INLINE_BYTES):
                 copy(piece)
             else:
                 info = {"key": remote.key, "bytes": nbytes, "piece": piece.number}
