@@ -67,7 +67,7 @@ class Trainer:
         return handle
 
     def step(self, grads: Mapping[Key, Any] | None = None) -> list[Handle]:
-        """Push ``grads`` (in their order) and wait until every parameter holds its new weights.
+        """Push ``grads`` (in their order) and wait until every parameter holds its new weights; a cut point.
 
         Args:
             grads: gradients by key: an array, or a list with one per device. What :meth:`push` has
@@ -87,6 +87,7 @@ class Trainer:
         pulls, self._pulls = self._pulls, {}
         for key in self.params:
             pulls[key].result()
+        self.store.cut_point()
         return [pulls[key] for key in self.params]
 
     def _scaled(self, key: Key, gradient: Any) -> Any:

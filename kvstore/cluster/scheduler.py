@@ -92,3 +92,4 @@ class Scheduler:
             if now - ended >= GRACE_S:
                 del self._ended[peer]
                 self._send(self.membership.lost(peer))
+        self._send(self.membership.tick(now))

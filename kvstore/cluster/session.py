@@ -32,6 +32,7 @@ from kvstore.protocol.messages import (
     Departed,
     Explain,
     Explanation,
+    Halt,
     Leave,
     Meet,
     Message,
@@ -83,6 +84,7 @@ class Session:
         self.departed: list[Departed] = []
         self.neighbourhood = neighbourhood or Neighbourhood(0)
         self.near: set[int] = set()  # servers whose memory can be mapped here, and the other way round
+        self.on_halt: Callable[[Halt], None] | None = None  # called in the loop
         self._on_departed = on_departed
         self._requests = Requesting()
         self._unanswered: dict[int, tuple[Request, OnOutcome]] = {}
@@ -291,6 +293,10 @@ class Session:
             position += count
             if isinstance(message, Departed):
                 self._take_departed(message)
+                continue
+            if isinstance(message, Halt):
+                if self.on_halt is not None:
+                    self.on_halt(message)
                 continue
             concluded = self._requests.reply(message, payload)
             if concluded is not None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from kvstore.errors import DisagreementError, KVStoreError, ProtocolError, WorkerLostError, to_wire
 from kvstore.protocol.messages import (
+    AskCut,
     Barrier,
     Departed,
     Done,
@@ -15,11 +16,13 @@ from kvstore.protocol.messages import (
     Failed,
     Leave,
     Message,
+    Passed,
     ReadStatus,
     Register,
     Roster,
     Status,
 )
+from kvstore.protocol.naming import Naming
 
 Peer = Any  # how the shell addresses a connection; opaque here
 
@@ -55,6 +58,7 @@ class Membership:
     num_servers: int
     epoch: int = 1
     members: dict[tuple[str, int], Member] = field(default_factory=dict)
+    naming: Naming = field(default_factory=Naming)  # of cut points
 
     def handle(self, peer: Peer, message: Message, now: float) -> list[tuple[Peer, Message]]:
         """One message of a connection."""
@@ -70,6 +74,10 @@ class Membership:
                 return self._barrier(member, message)
             if member is not None and isinstance(message, Leave):
                 return [(peer, Done(message.request_id)), *self._depart(member, message.reason)]
+            if isinstance(message, AskCut):
+                return self.naming.ask(peer, message, self._workers_here(), now)
+            if member is not None and isinstance(message, Passed):
+                return self.naming.passed(peer, member.rank, message)
             if isinstance(message, Explain):
                 return [(peer, Explanation(message.request_id, self._explain(now)))]
             raise ProtocolError(f"the scheduler does not take {type(message).__name__} from a stranger")
@@ -82,6 +90,13 @@ class Membership:
         if member is None or member.state != "here":
             return []
         return self._depart(member, f"its connection ended (pid {member.pid} on {member.host})")
+
+    def tick(self, now: float) -> list[tuple[Peer, Message]]:
+        """Called now and then: nobody's answer is awaited for ever."""
+        return self.naming.tick(self._workers_here(), now, lambda rank: self.members["worker", rank].heard)
+
+    def _workers_here(self) -> dict[int, Peer]:
+        return {member.rank: member.peer for member in self.here("worker")}
 
     def here(self, role: str) -> list[Member]:
         """Who of that role is in the cluster now, by rank."""
@@ -193,6 +208,8 @@ class Membership:
         actions: list[tuple[Peer, Message]] = [
             (m.peer, notice) for m in self.members.values() if m.state == "here" and m is not member
         ]
+        if member.role == "worker":
+            actions += self.naming.gone(member.rank)
         if reason and member.role == "worker":
             error = WorkerLostError(f"barrier: worker {member.rank} is lost: {reason}")
             for waiter in self.here("worker"):
