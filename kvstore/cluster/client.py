@@ -75,7 +75,7 @@ class ClusterHome(Home):
     # --- keys ---------------------------------------------------------------------------------
 
     def init(self, key: Key, spec: Spec, value: Array) -> Future[Any]:
-        exists: Future[Any] = Future()
+        exists = self._session.future()
         known = self._remotes.get(key)
         if known is not None and known.spec == spec:  # by an earlier call, whose deadline passed too soon
             exists.set_result(None)
@@ -415,8 +415,8 @@ class ClusterHome(Home):
 
         self._engine.push_async(start, writes=orders, name="cut point", inline=True)
 
-    def drive(self, awaited: Future[Any], timeout_s: float) -> None:
-        self._session.drive(awaited, timeout_s)
+    def drive(self, awaited: Future[Any], timeout_s: float) -> bool:
+        return self._session.drive(awaited, timeout_s)
 
     def explain(self, key: Key) -> str:
         remote = self._remotes.get(key) or self._joining.get(key)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any
@@ -74,8 +73,8 @@ from kvstore.protocol.serving import (
     Unite,
 )
 from kvstore.stored import Stored
-from kvstore.transport.reactor import Reactor
-from kvstore.transport.zeromq import Endpoint, Frames
+from kvstore.transport.network import Frames, Network
+from kvstore.transport.zeromq import NETWORK
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +95,8 @@ class Server:
         rank: its number among the servers; None: any.
         neighbourhood: memory for values that workers of this host read in place; None: none is shared.
         restore: a checkpoint; new keys that it has begin with what it says.
+        network: how others are reached, and reach it.
+        runtime: the engine; None: the process's default.
     """
 
     def __init__(
@@ -107,13 +108,16 @@ class Server:
         rank: int | None = None,
         neighbourhood: Neighbourhood | None = None,
         restore: Restoring | None = None,
+        network: Network = NETWORK,
+        runtime: engine.Engine | None = None,
     ) -> None:
         self._scheduler = reachable(address)
         self._wanted = NOBODY if rank is None else rank
-        self._engine = engine.default()
+        self._engine = runtime or engine.default()
+        self._network = network
         self._restore = restore
-        self._reactor = Reactor("kvstore-server", self._tick, io_threads=IO_THREADS)
-        self._endpoint = Endpoint(self._reactor, self._receive, frame_bytes_max=FRAME_BYTES_MAX)
+        self._reactor = network.loop("kvstore-server", self._tick, io_threads=IO_THREADS)
+        self._endpoint = network.listen(self._reactor, self._receive, frame_bytes_max=FRAME_BYTES_MAX)
         try:
             split(bind)  # for ZeroMQ port 70000 is port 4464
             self.address = advertised(self._endpoint.bind(bind), advertise)
@@ -149,7 +153,7 @@ class Server:
         kernels.prepare()
         self._engine.retain()
         self._retained = True
-        session = Session(self._scheduler, "server", self._departed)
+        session = Session(self._scheduler, "server", self._departed, network=self._network)
         self._session = session
         try:
             session.register(self._wanted, self.address, connect_timeout, JOIN_TIMEOUT_S)
@@ -224,7 +228,7 @@ class Server:
         if isinstance(message, Push | Fetch):
             priority = message.priority
             self._take_back(sender, message)
-        now = time.monotonic()
+        now = self._reactor.now()
         self._perform(self._serving.handle(sender.rank, sender.incarnation, message, arrays, now), priority)
 
     def _handle_reader(self, peer: bytes, message: ReadCut | ReadCopy | EndCut) -> None:
@@ -234,9 +238,9 @@ class Server:
             self._copies.read_copy(peer, message)
         elif isinstance(message, ReadCut):
             self._copies.read(peer, message)
-            self._perform(self._serving.open_cut(message.cut, message.awaited, time.monotonic()))
+            self._perform(self._serving.open_cut(message.cut, message.awaited, self._reactor.now()))
         else:
-            self._perform(self._serving.end_cut(message.cut, time.monotonic()))
+            self._perform(self._serving.end_cut(message.cut, self._reactor.now()))
             self._copies.end(peer, message)
 
     def _tick(self, now: float) -> None:
@@ -456,7 +460,7 @@ class Server:
         def reply() -> None:
             message, frames = make()
             then = on_sent if frames else None
-            if threading.current_thread() is self._reactor.thread:
+            if self._reactor.is_here:
                 self._reply(rank, message, frames, priority, then)
             else:
                 self._reactor.post(lambda: self._reply_now(rank, message, frames, priority, then))
