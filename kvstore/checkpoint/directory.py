@@ -24,7 +24,7 @@ from kvstore.checkpoint import manifest
 from kvstore.checkpoint.cut import VALUE, CutSource, KeyRecord
 from kvstore.checkpoint.manifest import File, Manifest, Stored, Where, tensor_name
 from kvstore.checkpoint.tensors import Tensor, TensorFile
-from kvstore.errors import CheckpointError, DeadlineError
+from kvstore.errors import CheckpointError, DeadlineError, KVStoreError
 
 SHARD_BYTES = 1 << 30  # files do not become larger, but for a larger tensor
 LOCK_AGAIN_S = 0.05
@@ -96,6 +96,8 @@ def write(
                 old.rename(removed)
                 shutil.rmtree(removed)
             return whole
+    except KVStoreError:  # one of them is an OSError too
+        raise
     except OSError as error:
         raise CheckpointError(f"a checkpoint in {place}: cannot be written: {error}") from error
 

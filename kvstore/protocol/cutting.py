@@ -129,8 +129,8 @@ class Cutting:
         """Keep the push for later, if it comes after a cut that has not been taken."""
         name = (held.rank, held.message.key, held.message.piece)
         known = self._held.get(name)
-        if known is not None and known.incarnation == held.incarnation and known.message.round == held.message.round:
-            return True  # the same again, or a question what became of it
+        if known is not None and known.incarnation == held.incarnation and known.message.round <= held.message.round:
+            return True  # the same again, or a question what became of it; a later one is a gap, and comes again
         if held.payload is None or not self._comes_later(held):
             return False
         self._held[name] = held

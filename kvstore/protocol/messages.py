@@ -565,6 +565,7 @@ def _piece_record(value: Any) -> PieceRecord:
 
 _name_list = _many(_text, 64)
 _rank_list = _many(_natural, 1 << 20)
+_pieces = _many(_piece_record, PIECES_MAX)
 _address_list = _many(_text, 1 << 16)
 _key_list = _many(key, BUNDLE_KEYS_MAX)
 _held = _many(_natural, HELD_MAX)
@@ -598,7 +599,7 @@ FORMS: dict[int, tuple[type[Message], tuple[Check, ...]]] = {
     40: (Failed, (_text, _text)),
     41: (Met, (_maybe_place,)),
     42: (Divided, (_flag,)),
-    52: (CutPieces, (_natural, _described, _many(_piece_record, PIECES_MAX))),
+    52: (CutPieces, (_natural, _described, _pieces)),
     53: (Copied, ()),
     64: (Register, (_text, _rank, _text, _text, _natural, _natural)),
     65: (Roster, (_natural, _natural, _natural, _address_list)),

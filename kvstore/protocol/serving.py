@@ -705,9 +705,9 @@ class Serving:
             for key, number in cut.keys or ():
                 piece = self.pieces.get((key, number))
                 if piece is not None:
-                    level = piece.level
-                    record = PieceRecord(key, number, piece.spec, level.version, piece.steps, dict(level.rounds))
                     place, span = self._place_of((key, number))
+                    level, steps = piece.level, self.pieces[place].steps
+                    record = PieceRecord(key, number, piece.spec, level.version, steps, dict(level.rounds))
                     places.setdefault(place, []).append((record, span))
             many = tuple((place, tuple(parts)) for place, parts in places.items())
             actions.append(TakeCut(cut.number, self.settings.latest, many))
