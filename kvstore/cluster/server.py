@@ -214,7 +214,8 @@ class Server:
             return
         if isinstance(message, Meet):
             met = self._neighbourhood.reaches(sender.rank, message.probe)
-            self._outbox(peer).put(Met(message.request_id, self._neighbourhood.probe() if met else None))
+            probe, line = (self._neighbourhood.probe(), self._endpoint.offer(peer)) if met else (None, "")
+            self._outbox(peer).put(Met(message.request_id, probe, line))
             return
         if isinstance(message, ReadCut | ReadCopy | EndCut):
             self._handle_reader(peer, message)

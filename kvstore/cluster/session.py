@@ -14,6 +14,7 @@ import socket
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 from kvstore.cluster.address import reachable
@@ -43,7 +44,7 @@ from kvstore.protocol.messages import (
     envelope,
 )
 from kvstore.protocol.requesting import Answered, Divide, Outcome, Refused, Request, Requesting
-from kvstore.transport.network import Frames, Line, Network
+from kvstore.transport.network import Frames, Link, Network
 from kvstore.transport.zeromq import NETWORK
 
 log = logging.getLogger(__name__)
@@ -89,7 +90,7 @@ class Session:
         self._on_departed = on_departed
         self._requests = Requesting()
         self._unanswered: dict[int, tuple[Request, OnOutcome]] = {}
-        self._connections: dict[int, Line] = {}
+        self._connections: dict[int, Link] = {}
         self._heard_at: dict[int, float] = {}
         self._ids = 0
         self._lock = threading.Lock()
@@ -162,6 +163,7 @@ class Session:
                 met = answer.result(MEET_S)
                 if isinstance(met, Met) and self.neighbourhood.reaches(server, met.probe):
                     self.near.add(server)
+                    self._reactor.call(partial(self._connections[server].shorten, met.line))
 
     def future(self) -> Future[Any]:
         """A future that answers will settle."""

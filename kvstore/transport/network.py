@@ -37,12 +37,13 @@ class Loop(Protocol):
     def abandon(self) -> None: ...
 
 
-class Line(Protocol):
+class Link(Protocol):
     """A connection to one peer, made by this side; see :class:`~kvstore.transport.zeromq.Connection`."""
 
     address: str
 
     def send(self, frames: Sequence[Any]) -> None: ...
+    def shorten(self, offered: str) -> None: ...
 
 
 class Port(Protocol):
@@ -52,6 +53,7 @@ class Port(Protocol):
     on_disconnect: Callable[[int], None] | None
 
     def bind(self, address: str) -> str: ...
+    def offer(self, peer: bytes) -> str: ...
     def send(self, peer: bytes, frames: Sequence[Any], on_sent: Sequence[Callable[[], None]] = ()) -> bool: ...
 
 
@@ -67,7 +69,7 @@ class Network(Protocol):
         io_threads: int = 1,
     ) -> Any: ...
 
-    def connect(self, loop: Any, address: str, on_receive: Callable[[Frames], None]) -> Line: ...
+    def connect(self, loop: Any, address: str, on_receive: Callable[[Frames], None]) -> Link: ...
 
     def listen(
         self, loop: Any, on_receive: Callable[[bytes, Frames, int], None], *, frame_bytes_max: int, watch: bool = False
