@@ -14,6 +14,8 @@ from kvstore.checkpoint.cut import CutSource, values
 from kvstore.errors import OptionError
 from kvstore.handle import Handle
 
+EXPLAIN_S = 5.0  # more than it takes to find out why a cut has not been taken in time
+
 Wait = Callable[[], CutSource]  # until the cut that was asked for has been taken
 
 
@@ -55,7 +57,7 @@ class Saving:
                 raise error
 
     def _start(self, what: str, work: Callable[[], Any], timeout_s: float) -> Handle:
-        handle = Handle(what, timeout_s, on_end=self._ended)
+        handle = Handle(what, timeout_s + EXPLAIN_S, on_end=self._ended)
         with self._lock:
             self._under_way.add(handle)
 

@@ -58,7 +58,10 @@ class Cuts:
             optimizer: dict[str, Any] = {}
             firsts = [self._session.ask(s, lambda i: ReadCut(i, cut, name.awaited, 0)) for s in servers]
             for server, first in enumerate(firsts):
-                reply = _result(first, end, f"a cut at cut point {name.at} of workers {list(name.awaited)}")
+                try:
+                    reply = _result(first, end, f"a cut at cut point {name.at} of workers {list(name.awaited)}")
+                except DeadlineError as error:
+                    raise DeadlineError(f"{error}; {self._session.explain(server, cut)}") from error
                 optimizer = self._collect(cut, name, server, reply, pieces, end)
             return _ClusterCut(self._session, cut, name.at, optimizer or None, pieces, end)
         except BaseException:

@@ -34,6 +34,8 @@ from kvstore.protocol.messages import (
     Departed,
     Done,
     EndCut,
+    Explain,
+    Explanation,
     Failed,
     Fetch,
     Init,
@@ -219,6 +221,10 @@ class Server:
             return
         if isinstance(message, ReadCut | ReadCopy | EndCut):
             self._handle_reader(peer, message)
+            return
+        if isinstance(message, Explain) and message.about in self._serving.cutting.open:
+            why = self._serving.explain_cut(message.about, None, self._reactor.now())
+            self._outbox(peer).put(Explanation(message.request_id, why))
             return
         try:
             arrays = self._check(sender.rank, message, payload)

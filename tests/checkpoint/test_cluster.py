@@ -14,15 +14,11 @@ import kvstore
 from kvstore import errors, optim
 from kvstore.checkpoint.cut import values
 from kvstore.checkpoint.reading import Checkpoint
-from kvstore.checkpoint.restoring import Restoring
-from kvstore.cluster.near import Neighbourhood
 from kvstore.cluster.periodic import Periodic
-from kvstore.cluster.server import Server
-from tests.clusters import Cluster, cluster
+from tests.clusters import cluster
 
 MODELS = ["sequential", "bounded(1)", "eventual"]
 BIG = 1_500_000  # elements: in two pieces of float32, on two servers
-ONE = np.float32(1)
 
 
 def keys_of(small: int = 12) -> dict[str, int]:
@@ -56,13 +52,9 @@ def training(steps: int, keys: dict[str, int], until: threading.Event | None = N
     return work
 
 
-def sum_of(counts: dict[int, int], model: str) -> int:
-    return min(counts.values()) if model == "sequential" else sum(counts.values())
-
-
 @pytest.mark.parametrize("model", MODELS)
 def test_a_cut_under_load_is_one_number_of_rounds_over_all_keys_and_servers(tmp_path, model):
-    """Momentum makes values and states tell in which order and how often they were updated; assigning tells the round."""
+    """Momentum makes values and states tell how often they were updated."""
     keys, enough = keys_of(), threading.Event()
 
     def work(kv: kvstore.KVStore):
@@ -119,7 +111,7 @@ def test_it_restores_onto_other_numbers_of_servers_and_workers(tmp_path, servers
     keys = keys_of(4)
     values_of = {key: np.arange(items, dtype=np.float32) / items for key, items in keys.items()}
     values_of["half"] = np.arange(7).astype(ml_dtypes.bfloat16)
-    rule = optim.Adam(lr=optim.schedules.StepLR(0.1, step_size=2))
+    rule = optim.Adam(lr=optim.schedules.Step(0.1, size=2))
 
     def first(kv):
         kv.set_optimizer(rule)
@@ -162,14 +154,16 @@ def test_it_restores_onto_other_numbers_of_servers_and_workers(tmp_path, servers
         return again
 
     restore = path if how == "servers that restore" else None
-    with restored(2, servers, restore) as running:
+    with cluster(2, servers, restore) as running:
         for again in running.run(second):
             for key in again:
                 np.testing.assert_allclose(
                     again[key].astype(np.float32), after[key].astype(np.float32), rtol=1e-6, err_msg=key
                 )
-    with restored(1, servers, path) as running:
-        saved = running.run(lambda kv: (kv.load_checkpoint(path), kv.save_checkpoint(tmp_path / "again").result())[1])[0]
+    with cluster(1, servers, path) as running:
+        saved = running.run(lambda kv: (kv.load_checkpoint(path), kv.save_checkpoint(tmp_path / "again").result())[1])[
+            0
+        ]
     before, now = Checkpoint(path), Checkpoint(saved)
     assert before.optimizer == now.optimizer == rule.to_wire()
     for record in before.records:
@@ -179,48 +173,27 @@ def test_it_restores_onto_other_numbers_of_servers_and_workers(tmp_path, servers
             assert before.array(record.key, name).tobytes() == now.array(record.key, name).tobytes()
 
 
-class restored(Cluster):  # noqa: N801  # used as a context manager, as ``cluster`` is
-    """A cluster whose servers begin with a checkpoint."""
-
-    def __init__(self, workers: int, servers: int, path: Path | None) -> None:
-        super().__init__(workers, 0 if path is not None else servers) if path is None else None
-        if path is not None:
-            self.workers = workers
-            self.scheduler = kvstore.cluster.scheduler.Scheduler("tcp://127.0.0.1:*", workers, servers)
-            self.scheduler.start()
-            self.servers = [
-                Server(self.address, neighbourhood=Neighbourhood(), restore=Restoring(path)) for _ in range(servers)
-            ]
-            self._starting = [threading.Thread(target=self._start, args=(server,)) for server in self.servers]
-            for thread in self._starting:
-                thread.start()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        self.stop()
-
-
 def test_a_flipped_byte_is_refused_by_load_and_by_servers(tmp_path):
     with cluster(1, 1) as running:
-        (path,) = running.run(lambda kv: (kv.init("w", np.ones(5, np.float32)), kv.save_checkpoint(tmp_path).result())[1:])[0]
+        (path,) = running.run(
+            lambda kv: (kv.init("w", np.ones(5, np.float32)), kv.save_checkpoint(tmp_path).result())[1:]
+        )[0]
     file = path / "values-00001.safetensors"
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
 
     def load(kv):
-        with pytest.raises(errors.CheckpointError, match="values-00001.safetensors: tensor 'w' is damaged"):
+        with pytest.raises(errors.CheckpointError, match=r"values-00001\.safetensors: tensor 'w' is damaged"):
             kv.load_checkpoint(tmp_path)
 
     def init(kv):
-        with pytest.raises(errors.CheckpointError, match="values-00001.safetensors: tensor 'w' is damaged"):
+        with pytest.raises(errors.CheckpointError, match=r"values-00001\.safetensors: tensor 'w' is damaged"):
             kv.init("w", np.ones(5, np.float32))
 
     with cluster(1, 1) as running:
         running.run(load)
-    with restored(1, 1, path) as running:
+    with cluster(1, 1, path) as running:
         running.run(init)
 
 
@@ -247,6 +220,18 @@ def test_a_worker_that_passes_no_cut_point_is_named_and_training_goes_on(tmp_pat
     with cluster(2, 1) as running:
         assert running.run(work) == [1.0, 1.0]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cut_that_nobody_marks_ends_with_the_deadline_and_says_why(tmp_path):
+    def work(kv):
+        kv.init("w", np.zeros(2, np.float32))
+        for handle in (kv.save_checkpoint(tmp_path, wait=False), kv.snapshot(wait=False)):
+            with pytest.raises(errors.DeadlineError, match=r"waits for workers 0 \(last heard .* cut point"):
+                handle.result()
+        kv.push("w", np.ones(2, np.float32)).result()
+
+    with cluster(1, 2) as running:
+        running.run(work, timeout=1.0)
 
 
 def test_who_leaves_or_is_lost_is_not_waited_for(tmp_path):

@@ -179,7 +179,7 @@ def test_a_manifest_cannot_name_files_elsewhere(tmp_path):
     content = json.loads(text)
     del content["checksum"]
     content["checksum"] = manifest._checksum(content)
-    with pytest.raises(CheckpointError, match="a file of this checkpoint, not '../secret'"):
+    with pytest.raises(CheckpointError, match=r"a file of this checkpoint, not '\.\./secret'"):
         manifest.load(json.dumps(content), "manifest")
 
 

@@ -45,6 +45,8 @@ def test_who_does_not_answer_is_asked_again_and_then_named_in_the_error():
     assert naming.tick(WORKERS, AGAIN_S * 2, lambda rank: 0.0) == [("peer 1", Halt(0, 77))]
     sends = naming.tick(WORKERS, ANSWER_S + 1, lambda rank: 2.0)
     assert [peer for peer, _ in sends] == ["peer 0", "asker"]
-    assert all(isinstance(message, Failed) and "workers 1 (last heard 4.0 s ago)" in message.text for _, message in sends)
+    assert all(
+        isinstance(message, Failed) and "workers 1 (last heard 4.0 s ago)" in message.text for _, message in sends
+    )
     (late,) = naming.passed("peer 1", 1, Passed(11, 77, 5, True))
     assert isinstance(late[1], Failed)
