@@ -378,7 +378,9 @@ class ClusterHome(Home):
         self._cut_points.last()
 
     def ask_cut(self, versions: Mapping[Key, int], timeout_s: float) -> Callable[[], CutSource]:
-        return partial(self._cuts.take, *self._cuts.ask(), timeout_s)
+        cut, named = self._cuts.ask()
+        self._cut_points.asks(cut, named)
+        return partial(self._cuts.take, cut, named, timeout_s)
 
     def restore(
         self, key: Key, value: Array, version: int, step: int, state: dict[str, Array], timeout_s: float

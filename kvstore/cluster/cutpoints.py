@@ -10,7 +10,9 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
+from typing import Any
 
 from kvstore.cluster.session import SCHEDULER, Session
 from kvstore.protocol.messages import Halt, Named, Passed
@@ -36,6 +38,7 @@ class CutPoints:
         self._mark = mark
         self._coupled = coupled
         self._halted: dict[int, float] = {}  # cuts that have no name yet, and since when
+        self._answered: set[int] = set()  # of these, where the scheduler has been told how many have been passed
         self._named: dict[int, Named] = {}  # cuts that are to be marked
         self._resting = 0  # calls that are at their cut point, and will pass it when they end
         self._last = False  # there will be no more cut points
@@ -71,27 +74,41 @@ class CutPoints:
             self._last = True
         self._mark_due()
 
+    def asks(self, cut: int, named: Future[Any]) -> None:
+        """This worker itself asks for a cut: the next cut point is one at which it may be marked."""
+        with self._changed:
+            self._halted[cut] = time.monotonic()
+        named.add_done_callback(lambda _: self._go_on(cut))
+
     def halt(self, message: Halt) -> None:
         """The scheduler asks; in the session's loop."""
         with self._changed:
-            if message.cut in self._halted or message.cut in self._named:
+            if message.cut in self._answered or message.cut in self._named:
                 return
-            self._halted[message.cut] = time.monotonic()
+            self._answered.add(message.cut)
+            self._halted.setdefault(message.cut, time.monotonic())
             count = self.passed
         passed = Passed(self._session.next_id(), message.cut, count, self._coupled())
         self._session.submit([(Request(SCHEDULER, passed), lambda outcome: self._told(message.cut, outcome))])
 
     def _told(self, cut: int, outcome: Outcome | Divide) -> None:
         with self._changed:
-            self._halted.pop(cut, None)
+            self._answered.discard(cut)
             if isinstance(outcome, Answered) and isinstance(outcome.reply, Named):
                 at = outcome.reply.at
                 if at > self.passed or self._last:
                     self._named[cut] = outcome.reply
                 else:  # it waited no longer for the name, and a marker now would be wrong
                     log.warning("a cut at cut point %d: %d have been passed; it will fail", at, self.passed)
-            self._changed.notify_all()
+        self._go_on(cut)
         self._mark_due()
+
+    def _go_on(self, cut: int) -> None:
+        """The cut has a name here, or will have none."""
+        with self._changed:
+            if cut not in self._answered:
+                self._halted.pop(cut, None)
+                self._changed.notify_all()
 
     def _halt_left(self) -> float:
         """Seconds that have to be waited yet for the names of cuts."""
