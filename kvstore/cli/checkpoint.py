@@ -10,6 +10,9 @@ from typing import Any
 import click
 
 
+WIDTH = 1000  # where no terminal says: nothing is cut off in a pipe
+
+
 @click.group()
 def checkpoint() -> None:
     """Look at checkpoints, verify and convert them.
@@ -49,11 +52,12 @@ def inspect(path: Path, as_json: bool) -> None:
         click.echo(json.dumps({**about, "optimizer": manifest.optimizer, "keys": rows, "beside": beside}, indent=2))
         return
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     nbytes = sum(file.nbytes for file in manifest.files.values())
-    table = Table(title=escape(f"{one.path}, {manifest.created}, cut point {manifest.at}: {nbytes:,} bytes"))
+    click.echo(f"{one.path}, {manifest.created}, cut point {manifest.at}: {len(rows)} keys, {nbytes:,} bytes")
+    table = Table()
     columns = ("key", "shape", "dtype", "consistency", "version", "rounds", "state", "bytes", "file")
     for column in columns:
         table.add_column(column, no_wrap=True)
@@ -62,10 +66,9 @@ def inspect(path: Path, as_json: bool) -> None:
         rounds = " ".join(f"{rank}:{n}" for rank, n in row["rounds"].items())
         cells = (repr(row["key"]), shape, row["dtype"], row["consistency"], row["version"], rounds)
         rest = (" ".join(row["state"]), f"{row['bytes']:,}", row["file"])
-        table.add_row(*(escape(str(cell)) for cell in (*cells, *rest)))
-    console = Console()
-    width = None if console.is_terminal else max(console.width, console.measure(table).maximum)
-    console.print(table, width=width)
+        table.add_row(*(Text(str(cell)) for cell in (*cells, *rest)))
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    console.print(table)
     console.print(f"optimizer: {json.dumps(manifest.optimizer)}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"in this directory: {', '.join(beside)}", markup=False, highlight=False, soft_wrap=True)
 
