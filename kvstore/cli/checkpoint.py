@@ -9,7 +9,6 @@ from typing import Any
 
 import click
 
-
 WIDTH = 1000  # where no terminal says: nothing is cut off in a pipe
 
 
