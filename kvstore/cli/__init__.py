@@ -33,6 +33,11 @@ def main() -> None:
     """A two-level key-value store that keeps a model's parameters in step."""
 
 
+HEARTBEAT = click.option(
+    "--heartbeat",
+    type=click.FloatRange(0, min_open=True),
+    help="Seconds without a sign of life after which a member is lost (or KVSTORE_HEARTBEAT, else 3).",
+)
 main.add_command(checkpoint)
 
 
@@ -80,18 +85,29 @@ def run(workers: int, servers: int, grace: float, command: tuple[str, ...], **ch
 @click.option("--advertise", help="The address others reach it by, if another.")
 @click.option("-w", "--workers", type=int, help="Workers of the cluster (or KVSTORE_NUM_WORKERS).")
 @click.option("-s", "--servers", type=int, help="Servers of the cluster (or KVSTORE_NUM_SERVERS, else 1).")
-def scheduler(bind: str, advertise: str | None, workers: int | None, servers: int | None) -> None:
+@click.option("--journal", type=click.Path(dir_okay=False), help="A file from which a restarted one goes on.")
+@HEARTBEAT
+def scheduler(
+    bind: str,
+    advertise: str | None,
+    workers: int | None,
+    servers: int | None,
+    journal: str | None,
+    heartbeat: float | None,
+) -> None:
     """Run the scheduler of a cluster until SIGINT or SIGTERM."""
     from kvstore import environment
     from kvstore.cli.daemon import serve
     from kvstore.cluster.scheduler import Scheduler
+    from kvstore.transport.network import HEARTBEAT_S
 
     around = environment.read()
     workers = around.num_workers if workers is None else workers
     servers = (1 if around.num_servers is None else around.num_servers) if servers is None else servers
     if workers is None:
         raise click.UsageError("expected --workers or KVSTORE_NUM_WORKERS")
-    one = Scheduler(bind, workers, servers, advertise=advertise)
+    limit = heartbeat or around.heartbeat or HEARTBEAT_S
+    one = Scheduler(bind, workers, servers, advertise=advertise, journal=journal, heartbeat=limit)
     click.echo(f"scheduler at {one.address}")
     sys.exit(serve(one))
 
@@ -102,6 +118,8 @@ def scheduler(bind: str, advertise: str | None, workers: int | None, servers: in
 @click.option("--advertise", help="The address that workers reach it by, if another.")
 @click.option("--with-scheduler", is_flag=True, help="Be the scheduler too, bound at --address: a whole service.")
 @click.option("-w", "--workers", type=int, help="With --with-scheduler: workers of the cluster.")
+@click.option("--journal", type=click.Path(dir_okay=False), help="With --with-scheduler: the scheduler's journal.")
+@HEARTBEAT
 @_checkpoint_options
 def server(
     address: str | None,
@@ -109,6 +127,8 @@ def server(
     advertise: str | None,
     with_scheduler: bool,
     workers: int | None,
+    journal: str | None,
+    heartbeat: float | None,
     restore: str | None,
     checkpoint_dir: str | None,
     checkpoint_every: float,
@@ -125,17 +145,22 @@ def server(
     from kvstore.cluster.periodic import Periodic
     from kvstore.cluster.scheduler import Scheduler
     from kvstore.cluster.server import Server
+    from kvstore.transport.network import HEARTBEAT_S
 
     _check_every(checkpoint_every)
     restoring = None if restore is None else Restoring(restore)
     if with_scheduler != (workers is not None):
         raise click.UsageError("--with-scheduler and --workers belong together")
+    if journal is not None and not with_scheduler:
+        raise click.UsageError("--journal is the scheduler's: it needs --with-scheduler")
     keep_memory()
     around = environment.read()
     address = address or around.address
+    limit = heartbeat or around.heartbeat or HEARTBEAT_S
     beside = None
     if with_scheduler:
-        beside = Scheduler(address or "tcp://127.0.0.1:9091", workers or 0, 1)
+        at = address or "tcp://127.0.0.1:9091"
+        beside = Scheduler(at, workers or 0, 1, journal=journal, heartbeat=limit)
         beside.start()
         address = beside.address
         click.echo(f"scheduler at {address}")
@@ -143,7 +168,15 @@ def server(
         raise click.UsageError("expected --address or KVSTORE_ADDRESS, the scheduler's address")
     neighbourhood = Neighbourhood(0 if around.shared_memory is False else around.shared_memory_bytes)
     rank = around.rank if around.role == "server" else None
-    one = Server(address, bind=bind, advertise=advertise, rank=rank, neighbourhood=neighbourhood, restore=restoring)
+    one = Server(
+        address,
+        bind=bind,
+        advertise=advertise,
+        rank=rank,
+        neighbourhood=neighbourhood,
+        heartbeat=limit,
+        restore=restoring,
+    )
     click.echo(f"server at {one.address}")
     if checkpoint_dir is None:
         sys.exit(serve(one, beside))

@@ -56,7 +56,6 @@ class ClusterHome(Home):
 
     def __init__(self, session: Session, runtime: engine.Engine) -> None:
         self.rank = session.sender.rank
-        self.num_workers = session.num_workers
         self._session = session
         self._engine = runtime
         self._servers = range(len(session.servers))
@@ -71,6 +70,11 @@ class ClusterHome(Home):
     def __repr__(self) -> str:
         servers = f"{len(self._servers)} servers, {len(self._session.near)} on this host"
         return f"<ClusterHome of worker {self.rank}: {len(self._remotes)} keys on {servers}>"
+
+    @property
+    def workers(self) -> Sequence[int]:
+        """The ranks of those who take part now."""
+        return sorted(self._session.workers)
 
     # --- keys ---------------------------------------------------------------------------------
 
@@ -87,7 +91,8 @@ class ClusterHome(Home):
             )
         owners = tuple(owner(key, piece, len(self._servers)) for piece in range(len(spec.cut)))
         remote = self.remote(key, spec, owners)
-        value = value if self.rank else value.copy()  # the caller may overwrite it at once
+        first = self.rank == min(self._session.workers, default=self.rank)
+        value = value.copy() if first else value  # the caller may overwrite it at once
         left = len(remote.cut)
         rounds: list[int] = []
 
@@ -113,8 +118,8 @@ class ClusterHome(Home):
         requests = []
         for piece, server in enumerate(remote.owners):
             init = Init(self._session.next_id(), key, piece, spec)
-            payload = None if self.rank else _bytes(value, remote.cut, piece)
-            requests.append(Request(server, init, payload, 0 if payload is None else payload.nbytes))
+            payload = _bytes(value, remote.cut, piece)
+            requests.append(Request(server, init, payload, payload.nbytes, accepted=not first))
             remote.open[init.request_id] = server
         self._joining[key] = remote
         self._session.submit([(request, one_ended) for request in requests])
@@ -144,7 +149,7 @@ class ClusterHome(Home):
         """Move a key that was cut to one server, uncut; every worker calls it with the same value."""
         remote = self._remotes.pop(key)
         self.barrier(timeout_s)
-        if self.rank == 0:
+        if self.rank == min(self._session.workers, default=self.rank):
             self._ask_all(lambda i: Drop(i, key), timeout_s, f"dropping key {key!r}")
         self.barrier(timeout_s)
         moved = self.init(key, replace(remote.spec, piece_items=max(1, value.size)), value)
@@ -368,8 +373,7 @@ class ClusterHome(Home):
 
     @property
     def writes_checkpoints(self) -> bool:
-        gone = {departed.rank for departed in self._session.departed if departed.role == "worker"}
-        return self.rank == min(set(range(self.num_workers)) - gone, default=self.rank)
+        return self.rank == min(self._session.workers, default=self.rank)
 
     def cut_point(self) -> None:
         self._cut_points.reach()
@@ -439,7 +443,16 @@ class ClusterHome(Home):
         return "nothing is open on the servers"
 
     def dead_workers(self) -> list[int]:
-        return sorted({gone.rank for gone in self._session.departed if gone.role == "worker" and gone.reason})
+        return sorted(self._session.lost_workers)
+
+    def rounds(self, key: Key) -> int:
+        remote = self._remotes[key]
+        self._engine.wait(remote.latest.order)
+        return remote.latest.round
+
+    def leave(self, timeout_s: float) -> None:
+        self._ask_all(lambda i: Leave(i, "", True), timeout_s, "leave")
+        self._wait([(SCHEDULER, self._session.ask(SCHEDULER, lambda i: Leave(i, "", True)))], timeout_s, "leave")
 
     def close(self, reason: str, timeout_s: float) -> None:
         try:

@@ -39,6 +39,7 @@ from kvstore.protocol.messages import (
     Failed,
     Fetch,
     Init,
+    Joined,
     Meet,
     Message,
     Met,
@@ -75,7 +76,7 @@ from kvstore.protocol.serving import (
     Unite,
 )
 from kvstore.stored import Stored
-from kvstore.transport.network import Frames, Network
+from kvstore.transport.network import HEARTBEAT_S, Frames, Network
 from kvstore.transport.zeromq import NETWORK
 
 log = logging.getLogger(__name__)
@@ -99,6 +100,7 @@ class Server:
         restore: a checkpoint; new keys that it has begin with what it says.
         network: how others are reached, and reach it.
         runtime: the engine; None: the process's default.
+        heartbeat: seconds after which a scheduler that shows no life is taken for gone, and connected anew.
     """
 
     def __init__(
@@ -112,7 +114,9 @@ class Server:
         restore: Restoring | None = None,
         network: Network = NETWORK,
         runtime: engine.Engine | None = None,
+        heartbeat: float = HEARTBEAT_S,
     ) -> None:
+        self._heartbeat = heartbeat
         self._scheduler = reachable(address)
         self._wanted = NOBODY if rank is None else rank
         self._engine = runtime or engine.default()
@@ -155,7 +159,7 @@ class Server:
         kernels.prepare()
         self._engine.retain()
         self._retained = True
-        session = Session(self._scheduler, "server", self._departed, network=self._network)
+        session = Session(self._scheduler, "server", self._changed, network=self._network, heartbeat=self._heartbeat)
         self._session = session
         try:
             session.register(self._wanted, self.address, connect_timeout, JOIN_TIMEOUT_S)
@@ -190,7 +194,7 @@ class Server:
 
     # --- on the reactor's thread ----------------------------------------------------------------
 
-    def _receive(self, peer: bytes, frames: Frames, fd: int) -> None:
+    def _receive(self, peer: bytes, frames: Frames) -> None:
         assert self._session is not None
         try:
             sender, messages = decode(frames[0], len(frames) - 1)
@@ -413,7 +417,7 @@ class Server:
         stored, request_id = self._stored[action.piece], action.request_id
         if action.near and action.piece not in self._shared:
             self._share(action.piece)
-        reader = Reader(action.rank, self._serving.incarnations[action.rank], request_id)
+        reader = Reader(action.rank, self._serving.workers.incarnations[action.rank], request_id)
 
         def make() -> Outgoing:
             place = self._lend_in_place(action.piece, reader) if action.near else None
@@ -543,20 +547,33 @@ class Server:
             self._unflushed[peer] = outbox
             self._reactor.post(self._flush)
 
-    def _departed(self, gone: Departed) -> None:
-        def tell() -> None:
-            if gone.role == "worker":
-                self._take_all_back(gone.rank)
-            if self._serving is not None and gone.role == "worker" and gone.reason:
-                self._perform(self._serving.lost(gone.rank, gone.reason))
-                self._flush()
+    def _changed(self, change: Departed | Joined) -> None:
+        self._reactor.post(lambda: self._take_change(change))
 
-        self._reactor.post(tell)
+    def _take_change(self, change: Departed | Joined) -> None:
+        """A member is gone, or a worker has joined."""
+        if isinstance(change, Joined):
+            self._take_all_back(change.rank, change.incarnation - 1)
+            return
+        if change.role != "worker" or change.stays:
+            return
+        if not (change.reason and change.on_loss == "wait"):  # then it may go on reading when it is back
+            self._take_all_back(change.rank, change.incarnation)
+        if self._serving is None:
+            return
+        if change.reason:
+            lost = self._serving.lost(
+                change.rank, change.reason, change.on_loss, change.incarnation, self._reactor.now()
+            )
+            self._perform(lost)
+            self._flush()
+        else:
+            self._serving.forget(change.rank)
 
-    def _take_all_back(self, rank: int) -> None:
-        """A worker is gone and reads nothing any more."""
+    def _take_all_back(self, rank: int, incarnation: int) -> None:
+        """That life of a worker is over, and reads nothing any more."""
         with self._lending_lock:
-            over = self._lending.gone(rank)
+            over = self._lending.gone(rank, incarnation)
         for piece, reader in over:
             if piece in self._stored:
                 self._stored[piece].give_back(reader)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -48,7 +48,9 @@ class Cut:
     awaited: frozenset[int]
     marks: dict[int, dict[Key, int]] = field(default_factory=dict)  # rank -> key -> last round that belongs to it
     excused: set[int] = field(default_factory=set)
-    keys: list[tuple[Key, int]] | None = None  # pieces that belong to it: those that rank 0 had made by its marker
+    keys: list[tuple[Key, int]] | None = (
+        None  # pieces that belong to it: those that the first worker, who makes them, had made by its marker
+    )
     unsettled: list[tuple[Key, int]] | None = None  # of these, from when all markers are here
     until: float = math.inf
     failure: CheckpointError | None = None
@@ -97,14 +99,14 @@ class Cutting:
         waits = {cut.number: cut.missing for cut in self.open.values()}
         return f"<Cutting: waits for markers {waits}, holds {len(self._held)} pushes>"
 
-    def begin(self, number: int, awaited: tuple[int, ...], gone: Mapping[int, str]) -> Cut | None:
-        """The cut with this number, which may have begun; None if it is over."""
+    def begin(self, number: int, awaited: tuple[int, ...], here: Collection[int]) -> Cut | None:
+        """The cut with this number, which may have begun; None if it is over. ``here``: workers that are not gone."""
         if number in self._over:
             return None
         cut = self.open.get(number)
         if cut is None:
             cut = self.open[number] = Cut(number, frozenset(awaited))
-            cut.excused.update(cut.awaited.intersection(gone))
+            cut.excused.update(cut.awaited.difference(here))
         return cut
 
     def mark(self, cut: Cut, rank: int, rounds: dict[Key, int], pieces: Pieces, now: float) -> None:
@@ -122,7 +124,7 @@ class Cutting:
                 )
         cut.marks[rank] = rounds
         cut.until = min(cut.until, now + HOLD_S)
-        if rank == 0:
+        if rank == min(cut.awaited - cut.excused):
             cut.keys = mine
 
     def hold_back(self, held: Held) -> bool:

@@ -81,7 +81,10 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Init(Message):
-    """Create a piece. The one from rank 0 carries the value; the others check and wait for it."""
+    """Create a piece. The first worker's carries the value; the others check and wait for it.
+
+    Who is the first, the smallest rank that takes part, the server decides: it says Missing if the value did not come.
+    """
 
     key: Key
     piece: int
@@ -228,9 +231,25 @@ class Explain(Message):
 
 @dataclass(frozen=True, slots=True)
 class Leave(Message):
-    """The sender leaves: in order when ``reason`` is empty, else because it failed."""
+    """The sender leaves the rounds: in order when ``reason`` is empty, else because it failed.
+
+    ``stays``: it remains in the cluster and may pull; else it is gone.
+    """
 
     reason: str
+    stays: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Freeze(Message):
+    """The sender wants to join: say which rounds have begun, and let none begin until it has, or is gone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Admit(Message):
+    """The sender joins each of these keys from the round after this one, and those that will be created."""
+
+    rounds: dict[Key, int]
 
 
 # --- server to worker ---------------------------------------------------------------------------
@@ -314,6 +333,13 @@ class Failed(Message):
 
 
 @dataclass(frozen=True, slots=True)
+class Frozen(Message):
+    """The answer to :class:`Freeze`: for each key the largest round that anybody has begun on this server."""
+
+    rounds: dict[Key, int]
+
+
+@dataclass(frozen=True, slots=True)
 class PieceRecord:
     """A piece in a cut, but for its bytes."""
 
@@ -343,12 +369,16 @@ class Copied(Message):
 
 # --- with the scheduler -------------------------------------------------------------------------
 
+ON_LOSS = ("fail", "wait", "continue")  # what is to happen when a worker is lost
+
 
 @dataclass(frozen=True, slots=True)
 class Register(Message):
     """A worker or server presents itself. ``rank`` -1: any. ``address``: a server's own.
 
     ``token`` is drawn at random by the sender: the same one again is the same member again.
+    ``incarnation`` is what it was told when it registered before, 0 the first time. ``on_loss``: a worker's policy
+    for workers that are lost, one of :data:`ON_LOSS`.
     """
 
     role: str
@@ -357,6 +387,8 @@ class Register(Message):
     host: str
     pid: int
     token: int
+    incarnation: int = 0
+    on_loss: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -365,8 +397,10 @@ class Roster(Message):
 
     rank: int
     incarnation: int
-    num_workers: int
+    num_workers: int  # that the cluster was started with
     servers: tuple[str, ...]
+    workers: tuple[int, ...] = ()  # the ranks that take part now
+    joins: bool = False  # the worker is new to a running job: it has to be admitted by the servers, then Enter
 
 
 @dataclass(frozen=True, slots=True)
@@ -378,11 +412,30 @@ class Barrier(Message):
 
 @dataclass(frozen=True, slots=True)
 class Departed(Message):
-    """From the scheduler to all: a member is gone; in order when ``reason`` is empty."""
+    """From the scheduler to all: a member is gone (or, with ``stays``, a worker only left the rounds).
+
+    In order when ``reason`` is empty; else ``on_loss`` says what is to become of the rounds of a worker.
+    """
 
     role: str
     rank: int
     reason: str
+    incarnation: int = 1
+    on_loss: str = "fail"
+    stays: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Joined(Message):
+    """From the scheduler to all: this worker takes part now, or is back."""
+
+    rank: int
+    incarnation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Enter(Message):
+    """The sender has been admitted by all servers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -583,9 +636,11 @@ FORMS: dict[int, tuple[type[Message], tuple[Check, ...]]] = {
     7: (ReadState, (key, _natural)),
     8: (WriteState, (key, _natural, _natural, _name_list, _name_list)),
     9: (Explain, (_natural,)),
-    10: (Leave, (_text,)),
+    10: (Leave, (_text, _flag)),
     11: (Meet, (_place,)),
     12: (Bind, (_bundle, _key_list)),
+    13: (Freeze, ()),
+    14: (Admit, (_since,)),
     20: (Restore, (key, _natural, _natural, _natural, _name_list, _name_list)),
     21: (Mark, (_natural, _rank_list, _since)),
     22: (ReadCut, (_natural, _rank_list, _natural)),
@@ -602,14 +657,17 @@ FORMS: dict[int, tuple[type[Message], tuple[Check, ...]]] = {
     40: (Failed, (_text, _text)),
     41: (Met, (_maybe_place, _text)),
     42: (Divided, (_flag,)),
+    43: (Frozen, (_since,)),
     52: (CutPieces, (_natural, _described, _pieces)),
     53: (Copied, ()),
-    64: (Register, (_text, _rank, _text, _text, _natural, _natural)),
-    65: (Roster, (_natural, _natural, _natural, _address_list)),
+    64: (Register, (_text, _rank, _text, _text, _natural, _natural, _natural, _text)),
+    65: (Roster, (_natural, _natural, _natural, _address_list, _rank_list, _flag)),
     66: (Barrier, (_natural,)),
-    67: (Departed, (_text, _natural, _text)),
+    67: (Departed, (_text, _natural, _text, _natural, _text, _flag)),
     68: (ReadStatus, ()),
     69: (Status, (_report,)),
+    70: (Joined, (_natural, _natural)),
+    71: (Enter, ()),
     80: (AskCut, (_natural,)),
     81: (Halt, (_natural,)),
     82: (Passed, (_natural, _natural, _flag)),

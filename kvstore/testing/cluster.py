@@ -17,6 +17,7 @@ from kvstore.errors import DeadlineError, OptionError
 from kvstore.store import KVStore
 from kvstore.testing.network import SimulatedNetwork, Weather, Web
 from kvstore.testing.world import Crashed, Process, Program, World
+from kvstore.transport.network import HEARTBEAT_S
 
 HOST = "tcp://10.0.0.1"
 PATIENCE_S = 300.0  # where a real process would not wait so long for an answer: here many are lost
@@ -57,7 +58,8 @@ class Cluster:
     Args:
         workers, servers: how many.
         seed: of all chance.
-        delay_s, loss, repetition, heartbeat_s: of the network; see :class:`kvstore.testing.Weather`.
+        delay_s, loss, repetition: of the network; see :class:`kvstore.testing.Weather`.
+        heartbeat_s: after so long without a sign of life a member is lost.
         options: of :func:`kvstore.create`, for every worker.
     """
 
@@ -70,14 +72,15 @@ class Cluster:
         delay_s: tuple[float, float] = (0.0001, 0.001),
         loss: float = 0.0,
         repetition: float = 0.0,
-        heartbeat_s: float = 3.0,
+        heartbeat_s: float = HEARTBEAT_S,
         **options: Any,
     ) -> None:
         self.world = World(seed)
-        self.web = Web(self.world, Weather(delay_s, loss, repetition, heartbeat_s))
+        self.web = Web(self.world, Weather(delay_s, loss, repetition))
         self.workers = workers
         self.servers = servers
-        self._options = options
+        self._options = {"heartbeat": heartbeat_s, **options}
+        self._heartbeat_s = heartbeat_s
         self._processes: dict[Member, Process] = {}
         self._outcomes: dict[Member, Future[Any]] = {}
         self._over: list[Future[Any]] = []  # outcomes, the earliest first: a later error may follow from it
@@ -241,14 +244,21 @@ class Cluster:
     def _start_scheduler(self) -> None:
         process = self._process("scheduler", 0)
         network = SimulatedNetwork(self.web, process)
-        scheduler = Scheduler(self.address, self.workers, self.servers, network=network)
+        scheduler = Scheduler(self.address, self.workers, self.servers, network=network, heartbeat=self._heartbeat_s)
         self._daemons["scheduler", 0] = scheduler
         scheduler.start()
 
     def _start_server(self, rank: int) -> None:
         process = self._process("server", rank)
         network = SimulatedNetwork(self.web, process)
-        server = Server(self.address, bind=f"{HOST}:*", rank=rank, network=network, runtime=_Engine(self.world))
+        server = Server(
+            self.address,
+            bind=f"{HOST}:*",
+            rank=rank,
+            network=network,
+            runtime=_Engine(self.world),
+            heartbeat=self._heartbeat_s,
+        )
         self._daemons["server", rank] = server
         self._begin(process, lambda: server.start(connect_timeout=PATIENCE_S))
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from kvstore.errors import OptionError
 from kvstore.testing.world import Awaited, Process, World
-from kvstore.transport.network import Frames
+from kvstore.transport.network import BULK_HEARTBEAT_S, Frames
 
 TICK_S = 0.5
 RETRY_S = 0.1  # a connection without a peer tries again
@@ -30,13 +30,11 @@ class Weather:
     Args:
         delay_s: the least and the most that a message takes; a delay drawn for each lets them overtake each other.
         loss, repetition: the share of messages that never come, or come twice.
-        heartbeat_s: after so long without a sign of life a connection is given up.
     """
 
     delay_s: tuple[float, float] = (0.0001, 0.001)
     loss: float = 0.0
     repetition: float = 0.0
-    heartbeat_s: float = 3.0
 
     def __post_init__(self) -> None:
         low, high = self.delay_s
@@ -93,8 +91,9 @@ class Web:
         now = self.world.now
         self._silent = {link: self._silent.get(link, now) for link in self.links if not link.passes}
         for link, since in self._silent.items():
-            if since == now:
-                self.world.later(self.weather.heartbeat_s, lambda link=link: self._give_up(link, now))  # type: ignore[misc]
+            if since == now and link.port is not None:
+                heartbeat_s = min(link.heartbeat_s, link.port.heartbeat_s)
+                self.world.later(heartbeat_s, lambda link=link: self._give_up(link, now))  # type: ignore[misc]
 
     def _give_up(self, link: SimulatedLink, since: float) -> None:
         if self._silent.get(link) == since:
@@ -199,9 +198,12 @@ class SimulatedLoop:
 class SimulatedPort:
     """Where links end; see :class:`kvstore.transport.network.Port`."""
 
-    def __init__(self, web: Web, loop: SimulatedLoop, on_receive: Callable[[bytes, Frames, int], None]) -> None:
+    def __init__(
+        self, web: Web, loop: SimulatedLoop, on_receive: Callable[[bytes, Frames], None], heartbeat_s: float
+    ) -> None:
         self.address = ""
-        self.on_disconnect: Callable[[int], None] | None = None
+        self.heartbeat_s = heartbeat_s
+        self.on_disconnect: Callable[[], None] | None = None
         self.process = loop.process
         self.loop = loop
         self._web = web
@@ -244,13 +246,12 @@ class SimulatedPort:
     def leave(self, peer: bytes) -> None:
         """Its link is gone."""
         if self._peers.pop(peer, None) is not None and self.on_disconnect is not None:
-            tell = self.on_disconnect
-            self.loop.post(lambda: tell(int(peer)))
+            self.loop.post(self.on_disconnect)
 
     def take(self, peer: bytes, frames: Frames) -> None:
         """A message has come."""
         if peer in self._peers:
-            self.process.later(0.0, lambda: self.loop.do(lambda: self._receive(peer, frames, int(peer))))
+            self.process.later(0.0, lambda: self.loop.do(lambda: self._receive(peer, frames)))
 
     def close(self) -> None:
         """All links end."""
@@ -263,13 +264,23 @@ class SimulatedPort:
 class SimulatedLink:
     """A connection to one address, made anew as often as it breaks; see :class:`kvstore.transport.network.Link`."""
 
-    def __init__(self, web: Web, loop: SimulatedLoop, address: str, on_receive: Callable[[Frames], None]) -> None:
+    def __init__(
+        self,
+        web: Web,
+        loop: SimulatedLoop,
+        address: str,
+        on_receive: Callable[[Frames], None],
+        on_lost: Callable[[], None] | None,
+        heartbeat_s: float,
+    ) -> None:
         self.address = address
+        self.heartbeat_s = heartbeat_s
         self.process = loop.process
         self.port: SimulatedPort | None = None
         self._loop = loop
         self._web = web
         self._receive = on_receive
+        self._on_lost = on_lost
         self._peer = b""
         self._unsent: list[Sequence[Any]] = []  # until there is a peer
         self._closed = False
@@ -315,8 +326,11 @@ class SimulatedLink:
         port, self.port = self.port, None
         if port is not None:
             port.leave(self._peer)
-        if not self._closed:
-            self.process.later(RETRY_S, self._connect)
+        if self._closed:
+            return
+        if port is not None and self._on_lost is not None:
+            self._loop.post(self._on_lost)
+        self.process.later(RETRY_S, self._connect)
 
     def close(self) -> None:
         """For good."""
@@ -359,10 +373,23 @@ class SimulatedNetwork:
     ) -> SimulatedLoop:
         return SimulatedLoop(self._process, on_tick)
 
-    def connect(self, loop: Any, address: str, on_receive: Callable[[Frames], None]) -> SimulatedLink:
-        return SimulatedLink(self._web, loop, address, on_receive)
+    def connect(
+        self,
+        loop: Any,
+        address: str,
+        on_receive: Callable[[Frames], None],
+        on_lost: Callable[[], None] | None = None,
+        heartbeat_s: float = BULK_HEARTBEAT_S,
+    ) -> SimulatedLink:
+        return SimulatedLink(self._web, loop, address, on_receive, on_lost, heartbeat_s)
 
     def listen(
-        self, loop: Any, on_receive: Callable[[bytes, Frames, int], None], *, frame_bytes_max: int, watch: bool = False
+        self,
+        loop: Any,
+        on_receive: Callable[[bytes, Frames], None],
+        *,
+        frame_bytes_max: int,
+        watch: bool = False,
+        heartbeat_s: float = BULK_HEARTBEAT_S,
     ) -> SimulatedPort:
-        return SimulatedPort(self._web, loop, on_receive)
+        return SimulatedPort(self._web, loop, on_receive, heartbeat_s)

@@ -222,6 +222,13 @@ class Reactor:
         if close:
             item.close()
 
+    def remove(self, socket: zmq.Socket[bytes]) -> None:
+        """Watch it no longer; from within the loop."""
+        fd = int(socket.getsockopt(zmq.FD))
+        del self._sockets[socket], self._on_readable[fd]
+        self._used.discard(socket)
+        self._epoll.unregister(fd)
+
     def call_later(self, delay_s: float, work: Callable[[], None]) -> None:
         """Run ``work`` after so many seconds. From within the loop."""
         heapq.heappush(self._timers, (time.monotonic() + delay_s, next(self._timer_count), work))
@@ -277,7 +284,8 @@ class Reactor:
             if on_readable is not None:
                 self._guarded(on_readable)
         for socket in readable:
-            self._guarded(self._sockets[socket])
+            if socket in self._sockets:  # or an earlier one has removed it
+                self._guarded(self._sockets[socket])
         self._run_posted()
         while self._timers[0][0] <= time.monotonic():
             self._guarded(heapq.heappop(self._timers)[2])

@@ -19,11 +19,10 @@ from zmq.utils.monitor import parse_monitor_message
 
 from kvstore.errors import OptionError
 from kvstore.transport.lines import Line, Lines, connect
-from kvstore.transport.network import Frames, Network
+from kvstore.transport.network import BULK_HEARTBEAT_S, Frames, Network
 from kvstore.transport.reactor import Reactor
 
-HEARTBEAT_MS = 1000
-HEARTBEAT_TIMEOUT_MS = 10000
+PING, TIMEOUT = 1 / 6, 1 / 2  # of the heartbeat's deadline: how often a peer is asked, how soon it must answer
 LOOPBACK_SNDBUF = 512 << 10  # more has left the caches before it is received; a far peer may need more
 COPY_BYTES = 64 << 10  # frames below this are cheaper to copy than to track
 LOOK_S, LOOK_S_MAX = 0.001, 0.05  # how often it is looked whether large frames have been sent
@@ -31,12 +30,12 @@ LOOK_S, LOOK_S_MAX = 0.001, 0.05  # how often it is looked whether large frames 
 _LOOPBACK = re.compile(r"tcp://(127\.\d+\.\d+\.\d+|localhost|\[::1\]):")
 
 
-def _tune(socket: zmq.Socket[bytes], address: str) -> None:
+def _tune(socket: zmq.Socket[bytes], address: str, heartbeat_s: float) -> None:
     """Options of a socket that is about to bind or connect to ``address``."""
     socket.set_hwm(0)
     socket.setsockopt(zmq.IPV6, 1)
-    socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
-    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
+    socket.setsockopt(zmq.HEARTBEAT_IVL, max(1, int(heartbeat_s * PING * 1000)))
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, max(1, int(heartbeat_s * TIMEOUT * 1000)))
     socket.setsockopt(zmq.LINGER, 0)
     if _LOOPBACK.match(address):
         socket.setsockopt(zmq.SNDBUF, LOOPBACK_SNDBUF)
@@ -71,15 +70,27 @@ def _receive(socket: zmq.Socket[bytes]) -> list[zmq.Frame] | None:
 
 
 class Connection:
-    """A DEALER to one peer. All methods within the reactor's loop; ``on_receive(frames)`` too."""
+    """A DEALER to one peer. All methods within the reactor's loop; ``on_receive(frames)`` too.
 
-    def __init__(self, reactor: Reactor, address: str, on_receive: Callable[[Frames], None]) -> None:
+    ``on_lost``, if given, is called when the connection has ended: what it has not sent it will send when it is
+    renewed, which may be out of place.
+    """
+
+    def __init__(
+        self,
+        reactor: Reactor,
+        address: str,
+        on_receive: Callable[[Frames], None],
+        on_lost: Callable[[], None] | None = None,
+        heartbeat_s: float = BULK_HEARTBEAT_S,
+    ) -> None:
         self.address = address
         self._reactor = reactor
         self._on_receive = on_receive
         self._line: Line | None = None
+        self._monitor: zmq.Socket[bytes] | None = None
         self._socket = reactor.context.socket(zmq.DEALER)
-        _tune(self._socket, address)
+        _tune(self._socket, address, heartbeat_s)
         self._socket.setsockopt(zmq.RECONNECT_IVL, 100)
         self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
         try:
@@ -88,9 +99,24 @@ class Connection:
             self._socket.close()
             raise OptionError(f"an address: expected tcp://host:port, got {address!r}") from error
         reactor.add(self._socket, self._receive)
+        if on_lost is not None:
+            monitor = self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+            reactor.add(monitor, lambda: _observe(monitor, lambda _: on_lost()))
 
     def __repr__(self) -> str:
         return f"<Connection to {self.address}>"
+
+    def close(self) -> None:
+        """End it at once; what it has not sent is forgotten."""
+        if self._line is not None:
+            self._reactor.forget(self._line)
+            self._line = None
+        if self._monitor is not None:
+            self._reactor.remove(self._monitor)
+            self._socket.disable_monitor()
+            self._monitor.close(linger=0)
+        self._reactor.remove(self._socket)
+        self._socket.close(linger=0)
 
     def shorten(self, offered: str) -> None:
         """Open the line that the peer's :meth:`Endpoint.offer` offered, for small messages."""
@@ -121,34 +147,35 @@ class Connection:
 
 
 class Endpoint:
-    """A ROUTER. ``on_receive(peer, frames, fd)``; ``peer`` addresses a reply.
+    """A ROUTER. ``on_receive(peer, frames)``; ``peer`` addresses a reply.
 
     A frame of more than ``frame_bytes_max`` costs its sender the connection before it is read. With ``watch``,
-    ``on_disconnect(fd)`` tells that the connection behind ``fd`` ended.
+    ``on_disconnect()`` tells that some connection ended; soon after, :meth:`send` knows which.
     """
 
     def __init__(
         self,
         reactor: Reactor,
-        on_receive: Callable[[bytes, Frames, int], None],
+        on_receive: Callable[[bytes, Frames], None],
         *,
         frame_bytes_max: int,
         watch: bool = False,
+        heartbeat_s: float = BULK_HEARTBEAT_S,
     ) -> None:
         self.address = ""
-        self.on_disconnect: Callable[[int], None] | None = None
+        self._heartbeat_s = heartbeat_s
+        self.on_disconnect: Callable[[], None] | None = None
         self._on_receive = on_receive
-        self._watch = watch
         self._reactor = reactor
         self._sending: list[tuple[list[zmq.MessageTracker], Sequence[Callable[[], None]]]] = []
         self._socket = reactor.context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._socket.setsockopt(zmq.MAXMSGSIZE, frame_bytes_max)
-        self._lines = Lines(reactor, lambda peer, frames: on_receive(peer, frames, -1))
+        self._lines = Lines(reactor, lambda peer, frames: on_receive(peer, frames))
         reactor.add(self._socket, self._receive)
         if watch:
             monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-            reactor.add(monitor, lambda: self._observe(monitor))
+            reactor.add(monitor, lambda: _observe(monitor, self._ended))
 
     def __repr__(self) -> str:
         return f"<Endpoint at {self.address or 'no address yet'}>"
@@ -159,7 +186,7 @@ class Endpoint:
         Raises:
             OptionError: not an address, or one that cannot be bound.
         """
-        _tune(self._socket, address)
+        _tune(self._socket, address, self._heartbeat_s)
         self._socket.setsockopt(zmq.IPV6, int("[" in address))
         try:
             self._socket.bind(address)
@@ -219,15 +246,18 @@ class Endpoint:
             self._look_for_sent()
         frames = _receive(self._socket)
         if frames is not None and len(frames) > 1:
-            fd = int(frames[1].get(zmq.SRCFD)) if self._watch else -1
-            self._on_receive(frames[0].bytes, [frame.buffer for frame in frames[1:]], fd)
+            self._on_receive(frames[0].bytes, [frame.buffer for frame in frames[1:]])
 
-    def _observe(self, monitor: zmq.Socket[bytes]) -> None:
-        with contextlib.suppress(zmq.Again):
-            while True:
-                event = parse_monitor_message(monitor.recv_multipart(zmq.NOBLOCK))
-                if self.on_disconnect is not None:
-                    self.on_disconnect(int(event["value"]))
+    def _ended(self, fd: int) -> None:
+        if self.on_disconnect is not None:
+            self.on_disconnect()
+
+
+def _observe(monitor: zmq.Socket[bytes], tell: Callable[[int], None]) -> None:
+    """Tell the value of each event, for one that ends a connection its file descriptor."""
+    with contextlib.suppress(zmq.Again):
+        while True:
+            tell(int(parse_monitor_message(monitor.recv_multipart(zmq.NOBLOCK))["value"]))
 
 
 class ZeroMQ:
@@ -247,20 +277,28 @@ class ZeroMQ:
         """A loop, not yet started."""
         return Reactor(name, on_tick, busy, io_threads=io_threads)
 
-    def connect(self, loop: Reactor, address: str, on_receive: Callable[[Frames], None]) -> Connection:
+    def connect(
+        self,
+        loop: Reactor,
+        address: str,
+        on_receive: Callable[[Frames], None],
+        on_lost: Callable[[], None] | None = None,
+        heartbeat_s: float = BULK_HEARTBEAT_S,
+    ) -> Connection:
         """A connection in this loop."""
-        return Connection(loop, address, on_receive)
+        return Connection(loop, address, on_receive, on_lost, heartbeat_s)
 
     def listen(
         self,
         loop: Reactor,
-        on_receive: Callable[[bytes, Frames, int], None],
+        on_receive: Callable[[bytes, Frames], None],
         *,
         frame_bytes_max: int,
         watch: bool = False,
+        heartbeat_s: float = BULK_HEARTBEAT_S,
     ) -> Endpoint:
         """An endpoint in this loop, not yet bound."""
-        return Endpoint(loop, on_receive, frame_bytes_max=frame_bytes_max, watch=watch)
+        return Endpoint(loop, on_receive, frame_bytes_max=frame_bytes_max, watch=watch, heartbeat_s=heartbeat_s)
 
 
 NETWORK: Network = ZeroMQ()

@@ -84,7 +84,7 @@ class Echo:
         for reactor in self.reactors:
             reactor.start()
 
-    def _answer(self, peer, frames, fd):
+    def _answer(self, peer, frames):
         self.peers.append(peer)
         self.endpoint.send(peer, frames)
 

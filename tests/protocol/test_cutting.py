@@ -105,13 +105,16 @@ def test_sequential_with_uneven_markers_is_the_last_round_of_all():
     assert (1, 2) in talk.applied["w"]
 
 
-@pytest.mark.parametrize("reason", ["", "it died"])
-def test_who_is_gone_is_not_waited_for(reason):
+@pytest.mark.parametrize("how", ["leave", "fail", "wait", "continue"])
+def test_who_is_gone_is_not_waited_for(how):
     talk = Talk({"w": "eventual"}, 2)
     talk.push(1, "w", 1)
     talk.say(0, Mark(5, 9, (0, 1), {"w": 0}))
     talk.push(0, "w", 1)
-    talk.say(1, Leave(6, reason))
+    if how == "leave":
+        talk.say(1, Leave(6, ""))
+    else:
+        talk.do(talk.serving.lost(1, "it died", how))
     assert talk.cuts == {9: {"w": {(1, 1)}}}
     assert (0, 1) in talk.applied["w"]
 
