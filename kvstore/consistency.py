@@ -15,7 +15,7 @@ NIPS 2013, section 3); asynchronous push and pull (Li et al., OSDI'14, section 3
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -59,6 +59,9 @@ class Model(Protocol):
     def in_effect(self, level: Level, participant: int, round: int) -> bool:
         """Has that push taken effect?"""
 
+    def settled(self, level: Level, marks: Mapping[int, int]) -> bool:
+        """Are the pushes up to these rounds in effect, as far as they can be without later ones of somebody?"""
+
     def updates_per_round(self, participants: int) -> int:
         """As how many updates does a round take effect that all of so many participants pushed?"""
 
@@ -91,6 +94,9 @@ class Sequential:
     def in_effect(self, level: Level, participant: int, round: int) -> bool:
         return round <= level.closed
 
+    def settled(self, level: Level, marks: Mapping[int, int]) -> bool:
+        return level.closed >= min((n for p, n in marks.items() if level.is_here(p)), default=0)
+
     def updates_per_round(self, participants: int) -> int:
         return 1
 
@@ -112,6 +118,9 @@ class _AtOnce:
 
     def in_effect(self, level: Level, participant: int, round: int) -> bool:
         return round <= level.rounds.get(participant, 0)
+
+    def settled(self, level: Level, marks: Mapping[int, int]) -> bool:
+        return all(level.rounds[p] >= n for p, n in marks.items())
 
     def updates_per_round(self, participants: int) -> int:
         return participants
@@ -309,6 +318,10 @@ class Level:
 
     def in_effect(self, participant: int, round: int) -> bool:
         return self.model.in_effect(self, participant, round)
+
+    def settled(self, marks: Mapping[int, int]) -> bool:
+        """Are the pushes of every participant up to its round in ``marks`` in effect, as far as they can be?"""
+        return self.model.settled(self, marks)
 
     def behind(self, needed: int) -> list[int]:
         """The members that have not yet pushed round ``needed``."""

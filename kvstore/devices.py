@@ -66,6 +66,7 @@ class Entry:
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     device_model: Model
+    version: int = 0  # updates that the value had seen before they were counted here
     level: Level | None = None  # from when the number of devices is known
     held: dict[tuple[int, int], _Contribution] = field(default_factory=dict)
     view: Held | None = None  # the last value that was pulled in place
@@ -81,7 +82,7 @@ class Entry:
 
     def count(self, devices: int) -> None:
         """From now on the rounds of so many devices are counted, from 0."""
-        self.level = Level(self.device_model, range(devices))
+        self.level = Level(self.device_model, range(devices), version=self.version)
 
     @property
     def single(self) -> bool:
@@ -91,7 +92,7 @@ class Entry:
     def answer(self, ticket: Hashable, device: int | None) -> Answer | None:
         """What the device level says to a pull: when it must wait, None, and the ticket is answered later."""
         if self.level is None:
-            return Answer(ticket, 0, 0)
+            return Answer(ticket, self.version, 0)
         if self.single:
             return Answer(ticket, self.level.version, 0)
         rounds = self.level.rounds

@@ -20,6 +20,7 @@ The first level below the root answers *whose fault it is*::
     │   ├── WorkerLostError        a worker that others wait for is gone
     │   ├── ServerLostError        a server is gone, or forgot what it held
     │   ├── SharedMemoryError      memory to be shared with a process of this host cannot be had or mapped
+    │   ├── CheckpointError        a checkpoint that is damaged or does not fit, or a cut that nobody could take
     │   ├── FencedError            this worker was replaced by a newer one of the same rank
     │   └── ProtocolError          what came is not our protocol
     │       └── ProtocolVersionError   it is, in another version
@@ -107,6 +108,10 @@ class ServerLostError(PeerError):
 
 class SharedMemoryError(PeerError):
     """Memory to be shared with another process of this host cannot be had, or cannot be mapped."""
+
+
+class CheckpointError(PeerError):
+    """A checkpoint is damaged, missing or of something else; or a cut was not taken."""
 
 
 class FencedError(PeerError):

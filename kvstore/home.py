@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from kvstore import comm
 from kvstore.arrays import Array
+from kvstore.checkpoint.cut import CutSource
 from kvstore.handle import Ended
 from kvstore.optim import Optimizer
 from kvstore.protocol.messages import Spec
@@ -148,6 +149,31 @@ class Home(Protocol):
     def write_state(self, key: Key, step: int, state: dict[str, Array], timeout_s: float) -> None: ...
 
     def barrier(self, timeout_s: float) -> None: ...
+
+    def restore(
+        self, key: Key, value: Array, version: int, step: int, state: dict[str, Array], timeout_s: float
+    ) -> None:
+        """Replace a value (flat) and the optimizer's state of it by what a checkpoint has."""
+
+    def meet(self, timeout_s: float) -> None:
+        """A barrier that is no cut point."""
+
+    @property
+    def writes_checkpoints(self) -> bool:
+        """Of the workers that ask for one together, is it this one that writes it?"""
+
+    def cut_point(self) -> None:
+        """All pushes before belong to the cuts that are taken here, later ones do not."""
+
+    def last_cut_point(self) -> None:
+        """Nothing more will be pushed."""
+
+    def ask_cut(self, versions: Mapping[Key, int], timeout_s: float) -> Callable[[], CutSource]:
+        """Ask for a cut, at a cut point to come; what is returned waits until it has been taken.
+
+        Args:
+            versions: how many updates the values have seen, for a home that does not count them itself.
+        """
 
     def drive(self, awaited: Future[Any], timeout_s: float) -> bool:
         """The caller is about to wait for this: let its thread do what has to be done, as far as it can."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 import engine
 from kvstore import comm
 from kvstore.arrays import Array
+from kvstore.checkpoint.cut import VALUE, CutSource, KeyRecord, Part
 from kvstore.errors import DuplicateKeyError, OptimizerError, UpdateError
 from kvstore.handle import Ended, when_ended
 from kvstore.home import Gradient, Held, Home, HomeBundle, Reading, Source, Updater
@@ -178,6 +179,47 @@ class LocalHome(Home):
             reads=[stored.var], writes=[stored.var], name="write state",
         ).result(timeout_s)  # fmt: skip
 
+    def restore(
+        self, key: Key, value: Array, version: int, step: int, state: dict[str, Array], timeout_s: float
+    ) -> None:
+        stored = self._stored[key]
+        generation = self._generation if step or state else 0  # without an update there is no state yet
+        shaped = {name: array.reshape(stored.value.shape).copy() for name, array in state.items()}
+        self._engine.push(
+            lambda: stored.restore(shaped, step, generation, value),
+            reads=[stored.var], writes=[stored.var], name="restore",
+        ).result(timeout_s)  # fmt: skip
+
+    @property
+    def writes_checkpoints(self) -> bool:
+        return True
+
+    def meet(self, timeout_s: float) -> None:
+        return
+
+    def cut_point(self) -> None:
+        return
+
+    def last_cut_point(self) -> None:
+        return
+
+    def ask_cut(self, versions: Mapping[Key, int], timeout_s: float) -> Callable[[], CutSource]:
+        cut = _LocalCut(self._optimizer)
+        keys = dict(self._stored)
+
+        def take() -> None:
+            for key, stored in keys.items():
+                cut.add(key, self._specs[key], versions.get(key, 0), stored)
+
+        reads = [stored.var for stored in keys.values()]
+        taken = self._engine.push(take, reads=reads, name="take cut", inline=True)
+
+        def wait() -> CutSource:
+            taken.result(timeout_s)
+            return cut
+
+        return wait
+
     def barrier(self, timeout_s: float) -> None:
         return
 
@@ -198,6 +240,34 @@ class LocalHome(Home):
 
     def close(self, reason: str, timeout_s: float) -> None:
         self._stored.clear()
+
+
+class _LocalCut(CutSource):
+    """All values of this process as they were in one moment: lent, the optimizer's state copied."""
+
+    def __init__(self, optimizer: Optimizer | None) -> None:
+        self.optimizer = None if optimizer is None else optimizer.to_wire()
+        self.records = []
+        self._arrays: list[dict[str, Array]] = []
+        self._lent: list[Stored] = []
+
+    def add(self, key: Key, spec: Spec, version: int, stored: Stored) -> None:
+        """One more value."""
+        state = {name: array.reshape(-1).copy() for name, array in stored.state.items()}
+        dtypes = {name: array.dtype.name for name, array in state.items()}
+        self.records.append(KeyRecord(key, spec, version, stored.step, {0: version}, dtypes))
+        self._arrays.append({VALUE: stored.lend(self).reshape(-1), **state})
+        self._lent.append(stored)
+
+    def parts(self) -> Iterator[Part]:
+        for record, arrays in zip(self.records, self._arrays, strict=True):
+            yield Part(record, 0, arrays)
+
+    def close(self) -> None:
+        for stored in self._lent:
+            stored.give_back(self)
+        self._lent.clear()
+        self._arrays.clear()
 
 
 class _LocalSource(Source):

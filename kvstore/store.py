@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, TypeVar
 
@@ -23,6 +24,9 @@ import numpy as np
 import engine
 from kvstore import consistency, plain, states
 from kvstore.arrays import Array, is_array, is_writable, view, writable_view
+from kvstore.checkpoint.loading import load
+from kvstore.checkpoint.reading import Checkpoint
+from kvstore.checkpoint.saving import Saving, checked_keep
 from kvstore.consistency import Model
 from kvstore.devices import Devices, Entry, Request
 from kvstore.errors import (
@@ -93,6 +97,7 @@ class KVStore:
         self._kind = ""  # of the keys: "str" or "int", from the first init on
         self._optimizer: Optimizer | None = None
         self._pushes: set[Handle] = set()  # not committed yet
+        self._saving = Saving()
         self._lock = threading.RLock()
         self._closed = False
         self._has_left = False
@@ -825,6 +830,104 @@ class KVStore:
                 raise OptimizerError(f"optimizer state of key {key!r}: expected {items} elements per array")
             self._home.write_state(key, step, state, self._limit(None))
 
+    # --- checkpoints ----------------------------------------------------------------------------
+
+    def cut_point(self) -> None:
+        """A point of the program at which checkpoints can be taken: pushes before it belong to them, later ones do not.
+
+        The end of :meth:`Trainer.step` and :meth:`barrier` are cut points too. Every worker passes the same ones.
+        It costs nothing, unless a checkpoint has just been asked for.
+        """
+        self._check_open()
+        self._home.cut_point()
+
+    def save_checkpoint(self, path: str | os.PathLike[str], *, keep: int | None = None, wait: bool = True) -> Handle:
+        """Write all keys of all servers, as they are at one cut point, to a directory of checkpoints.
+
+        Args:
+            path: the directory; a new checkpoint in it gets the name that sorts last.
+            keep: how many of the checkpoints there are kept, the new one included; None: all.
+            wait: every worker calls this, as it calls :meth:`barrier`; it is a cut point, and returns when the
+                checkpoint is whole. False: one worker calls it and goes on training; the checkpoint is taken at
+                a cut point to come and written in the background.
+
+        Returns:
+            A handle whose result is the path of the checkpoint at the worker that writes it (the smallest rank
+            that is here, or the caller if it does not wait), None at the others.
+
+        Raises:
+            CheckpointError: it cannot be written, or a worker has not reached its cut point; by the handle if
+                ``wait`` is False.
+        """
+        self._check_open()
+        keep, limit = checked_keep(keep), self._limit(None)
+        if wait and not self._home.writes_checkpoints:
+            handle = Handle("checkpoint", self.timeout)
+            handle.finish(None)
+        else:
+            handle = self._saving.save(path, keep, self._home.ask_cut(self._versions(), limit), limit)
+        return self._saved(handle) if wait else handle
+
+    def snapshot(self, *, wait: bool = True) -> Handle:
+        """The values of all keys at one cut point, as a checkpoint has them.
+
+        Args:
+            wait: as in :meth:`save_checkpoint`.
+
+        Returns:
+            A handle whose result is a dict with a new array by key.
+        """
+        self._check_open()
+        limit = self._limit(None)
+        handle = self._saving.snapshot(self._home.ask_cut(self._versions(), limit), limit)
+        return self._saved(handle) if wait else handle
+
+    def load_checkpoint(self, path: str | os.PathLike[str]) -> Path:
+        """Become what a checkpoint has: values, optimizer, its states, versions. Every worker calls it.
+
+        Args:
+            path: a checkpoint, or a directory of checkpoints, whose newest is meant. Every worker must be able to
+                read it. Keys that this store has not initialised are, with what the checkpoint says of them.
+
+        Returns:
+            The path of the checkpoint.
+
+        Raises:
+            CheckpointError: there is none, it is damaged (says which file and tensor), or lacks a key of this store.
+            ShapeError, DtypeError: a key is different here.
+        """
+        self._check_open()
+        self.wait_for_commits()
+        return load(self, path)
+
+    def _saved(self, handle: Handle) -> Handle:
+        """Meet the others at this cut point, and again when what they asked for is there."""
+        try:
+            self.barrier()
+            handle.result()
+        finally:
+            self._home.meet(self._limit(None))
+        return handle
+
+    def _versions(self) -> dict[Key, int]:
+        with self._lock:
+            entries = list(self._entries.items())
+        return {key: entry.version if entry.level is None else entry.level.version for key, entry in entries}
+
+    def _take(self, checkpoint: Checkpoint) -> None:
+        """All keys become what the checkpoint has; one worker brings it to the servers."""
+        limit = self._limit(None)
+        for record in checkpoint.records:
+            entry = self._entries[record.key]
+            with entry.alone():
+                entry.view_is_latest = False
+                entry.version = record.version
+                if entry.level is not None:
+                    entry.level.version = record.version
+            if self._home.writes_checkpoints:
+                value, state = checkpoint.array(record.key), checkpoint.state(record.key)
+                self._home.restore(record.key, value, record.version, record.step, state, limit)
+
     # --- waiting and leaving --------------------------------------------------------------------
 
     def _limit(self, timeout: float | None) -> float:
@@ -892,6 +995,8 @@ class KVStore:
             return
         try:
             self.wait_for_commits()
+            self._home.last_cut_point()
+            self._saving.wait(self._limit(None))
         except BaseException as error:
             committed = isinstance(error, KVStoreError) and not isinstance(error, DeadlineError)
             self._leave("" if committed else f"{type(error).__name__}: {error}")

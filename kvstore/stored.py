@@ -82,8 +82,12 @@ class Stored:
         self._become(target)
         self.step += 1
 
-    def restore(self, state: dict[str, Array], step: int, generation: int) -> None:
-        """Replace the optimizer's state."""
+    def restore(self, state: dict[str, Array], step: int, generation: int, value: Array | None = None) -> None:
+        """Replace the optimizer's state, and the value if there is one."""
+        if value is not None:
+            target = self._unread()
+            np.copyto(target, value.reshape(target.shape))
+            self._become(target)
         self.state = state
         self.step = step
         self._generation = generation

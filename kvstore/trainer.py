@@ -79,7 +79,7 @@ class Trainer:
         return handle
 
     def step(self, grads: Mapping[Key, Any] | None = None) -> list[Handle]:
-        """Push ``grads`` (in their order) and wait until every parameter holds its new weights.
+        """Push ``grads`` (in their order) and wait until every parameter holds its new weights; a cut point.
 
         Args:
             grads: gradients by key: an array, or a list with one per device. What :meth:`push` has
@@ -101,6 +101,7 @@ class Trainer:
             pulls[key].result()
         self.steps += 1
         self._ahead = {key: left - 1 for key, left in self._ahead.items() if left > 1}
+        self.store.cut_point()
         return [pulls[key] for key in self.params]
 
     def _scaled(self, key: Key, gradient: Any) -> Any:

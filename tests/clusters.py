@@ -6,9 +6,11 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import kvstore
+from kvstore.checkpoint.restoring import Restoring
 from kvstore.cluster.near import Neighbourhood
 from kvstore.cluster.scheduler import Scheduler
 from kvstore.cluster.server import Server
@@ -17,13 +19,24 @@ DEADLINE_S = 60.0
 
 
 class Cluster:
-    """A running scheduler with its servers; :meth:`run` runs a function as each of the workers."""
+    """A running scheduler with its servers; :meth:`run` runs a function as each of the workers.
 
-    def __init__(self, workers: int, servers: int) -> None:
+    Args:
+        restore: a checkpoint that the servers begin with.
+    """
+
+    def __init__(self, workers: int, servers: int, restore: Path | None = None) -> None:
         self.workers = workers
         self.scheduler = Scheduler("tcp://127.0.0.1:*", workers, servers)
         self.scheduler.start()
-        self.servers = [Server(self.address, neighbourhood=Neighbourhood()) for _ in range(servers)]
+        self.servers = [
+            Server(
+                self.address,
+                neighbourhood=Neighbourhood(),
+                restore=None if restore is None else Restoring(restore),
+            )
+            for _ in range(servers)
+        ]
         self._starting = [threading.Thread(target=self._start, args=(server,)) for server in self.servers]
         for thread in self._starting:
             thread.start()
@@ -61,8 +74,8 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def cluster(workers: int = 2, servers: int = 1) -> Iterator[Cluster]:
-    running = Cluster(workers, servers)
+def cluster(workers: int = 2, servers: int = 1, restore: Path | None = None) -> Iterator[Cluster]:
+    running = Cluster(workers, servers, restore)
     try:
         yield running
     finally:

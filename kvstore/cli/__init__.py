@@ -1,4 +1,4 @@
-"""The command line: ``kvstore run``, ``scheduler``, ``server``, ``status``, ``bench``.
+"""The command line: ``kvstore run``, ``scheduler``, ``server``, ``status``, ``checkpoint``, ``bench``.
 
 Commands import what they need when they run, so that ``--help`` is quick. A failure is one line on
 stderr and a non-zero code.
@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from kvstore.cli.checkpoint import checkpoint
 from kvstore.errors import KVStoreError
 
 
@@ -37,14 +38,28 @@ HEARTBEAT = click.option(
     type=click.FloatRange(0, min_open=True),
     help="Seconds without a sign of life after which a member is lost (or KVSTORE_HEARTBEAT, else 3).",
 )
+main.add_command(checkpoint)
+
+
+def _checkpoint_options(command: Any) -> Any:
+    """The options of a server that concern checkpoints."""
+    for option in (
+        click.option("--restore", type=click.Path(), help="Begin with this checkpoint, or the newest there."),
+        click.option("--checkpoint-keep", type=click.IntRange(1), help="How many checkpoints are kept; else all."),
+        click.option("--checkpoint-every", type=float, default=60.0, show_default=True, help="Seconds between them."),
+        click.option("--checkpoint-dir", type=click.Path(), help="Write checkpoints of the whole cluster there."),
+    ):
+        command = option(command)
+    return command
 
 
 @main.command(context_settings={"ignore_unknown_options": True})
 @click.option("-w", "--workers", type=int, default=1, show_default=True, help="Worker processes.")
 @click.option("-s", "--servers", type=int, default=1, show_default=True, help="Server processes.")
 @click.option("--grace", type=float, default=5.0, show_default=True, help="Seconds to end in before the kill.")
+@_checkpoint_options
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
-def run(workers: int, servers: int, grace: float, command: tuple[str, ...]) -> None:
+def run(workers: int, servers: int, grace: float, command: tuple[str, ...], **checkpoints: Any) -> None:
     """Run a whole cluster on this machine: COMMAND once per worker, with a scheduler and servers.
 
     Children's output is copied line by line with a prefix. When one fails, all are stopped and its code
@@ -59,7 +74,8 @@ def run(workers: int, servers: int, grace: float, command: tuple[str, ...]) -> N
         raise click.UsageError("expected a command for the workers, e.g. kvstore run -w 2 -- python train.py")
     from kvstore.cli.launch import run_cluster
 
-    sys.exit(run_cluster(workers, servers, list(command), grace))
+    _check_every(checkpoints["checkpoint_every"])
+    sys.exit(run_cluster(workers, servers, list(command), grace, checkpoints))
 
 
 @main.command()
@@ -104,6 +120,7 @@ def scheduler(
 @click.option("-w", "--workers", type=int, help="With --with-scheduler: workers of the cluster.")
 @click.option("--journal", type=click.Path(dir_okay=False), help="With --with-scheduler: the scheduler's journal.")
 @HEARTBEAT
+@_checkpoint_options
 def server(
     address: str | None,
     bind: str,
@@ -112,15 +129,26 @@ def server(
     workers: int | None,
     journal: str | None,
     heartbeat: float | None,
+    restore: str | None,
+    checkpoint_dir: str | None,
+    checkpoint_every: float,
+    checkpoint_keep: int | None,
 ) -> None:
-    """Run a server until SIGINT or SIGTERM."""
+    """Run a server until SIGINT or SIGTERM.
+
+    One server with --checkpoint-dir is enough: it writes the keys of all of them. All of them need --restore.
+    """
     from kvstore import environment
+    from kvstore.checkpoint.restoring import Restoring
     from kvstore.cli.daemon import keep_memory, serve
     from kvstore.cluster.near import Neighbourhood
+    from kvstore.cluster.periodic import Periodic
     from kvstore.cluster.scheduler import Scheduler
     from kvstore.cluster.server import Server
     from kvstore.transport.network import HEARTBEAT_S
 
+    _check_every(checkpoint_every)
+    restoring = None if restore is None else Restoring(restore)
     if with_scheduler != (workers is not None):
         raise click.UsageError("--with-scheduler and --workers belong together")
     if journal is not None and not with_scheduler:
@@ -140,9 +168,29 @@ def server(
         raise click.UsageError("expected --address or KVSTORE_ADDRESS, the scheduler's address")
     neighbourhood = Neighbourhood(0 if around.shared_memory is False else around.shared_memory_bytes)
     rank = around.rank if around.role == "server" else None
-    one = Server(address, bind=bind, advertise=advertise, rank=rank, neighbourhood=neighbourhood, heartbeat=limit)
+    one = Server(
+        address,
+        bind=bind,
+        advertise=advertise,
+        rank=rank,
+        neighbourhood=neighbourhood,
+        heartbeat=limit,
+        restore=restoring,
+    )
     click.echo(f"server at {one.address}")
-    sys.exit(serve(one, beside))
+    if checkpoint_dir is None:
+        sys.exit(serve(one, beside))
+    periodic = Periodic(address, checkpoint_dir, checkpoint_every, checkpoint_keep)
+    periodic.start()
+    try:
+        sys.exit(serve(one, beside))
+    finally:
+        periodic.stop()
+
+
+def _check_every(seconds: float) -> None:
+    if not seconds > 0:
+        raise click.UsageError(f"--checkpoint-every {seconds:g}: expected seconds > 0")
 
 
 @main.command()

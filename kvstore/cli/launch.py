@@ -5,6 +5,8 @@ from __future__ import annotations
 import queue
 import signal
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 import click
 
@@ -15,21 +17,34 @@ from kvstore.environment import Environment
 START_TIMEOUT_S = 60.0
 
 
-def run_cluster(workers: int, servers: int, command: list[str], grace_s: float) -> int:
-    """Run ``command`` as each worker; the exit code of the first that fails, else 0."""
+def run_cluster(
+    workers: int, servers: int, command: list[str], grace_s: float, checkpoints: Mapping[str, Any] | None = None
+) -> int:
+    """Run ``command`` as each worker; the exit code of the first that fails, else 0.
+
+    Args:
+        checkpoints: options of ``kvstore server``; all but ``restore`` are for the first server only.
+    """
     supervisor = Supervisor()
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     for number in before:
         signal.signal(number, lambda n, _: supervisor.events.put(n))
     try:
-        return _run(supervisor, workers, servers, command, grace_s)
+        return _run(supervisor, workers, servers, command, grace_s, checkpoints or {})
     finally:
         supervisor.stop(supervisor.children, grace_s)
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _run(supervisor: Supervisor, workers: int, servers: int, command: list[str], grace_s: float) -> int:
+def _run(
+    supervisor: Supervisor,
+    workers: int,
+    servers: int,
+    command: list[str],
+    grace_s: float,
+    checkpoints: Mapping[str, Any],
+) -> int:
     inherited = environment.inherited()
     own = [sys.executable, "-m", "kvstore"]
     first_line: queue.Queue[str] = queue.Queue()
@@ -52,7 +67,8 @@ def _run(supervisor: Supervisor, workers: int, servers: int, command: list[str],
         return {**inherited, "PYTHONUNBUFFERED": "1", **said}
 
     for rank in range(servers):
-        supervisor.start(f"server {rank}", [*own, "server", "--address", address], around("server", rank))
+        options = [*own, "server", "--address", address, *_options(checkpoints, first=rank == 0)]
+        supervisor.start(f"server {rank}", options, around("server", rank))
     running = set()
     for rank in range(workers):
         try:
@@ -74,6 +90,12 @@ def _run(supervisor: Supervisor, workers: int, servers: int, command: list[str],
         click.echo(f"kvstore run: {child.name} {how}: stopping everything", err=True)
         return code if code > 0 else 128 - code if code < 0 else 1
     return 0
+
+
+def _options(checkpoints: Mapping[str, Any], *, first: bool) -> list[str]:
+    """The options of a server that concern checkpoints."""
+    wanted = {name: value for name, value in checkpoints.items() if value is not None and (first or name == "restore")}
+    return [word for name, value in wanted.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 
 
 def _name(number: int) -> str:

@@ -14,7 +14,10 @@ import numpy as np
 import engine
 from kvstore import comm, consistency
 from kvstore.arrays import Array, dtype_named
+from kvstore.checkpoint.cut import CutSource
 from kvstore.cluster.bundles import Bundles
+from kvstore.cluster.cutpoints import CutPoints
+from kvstore.cluster.cuts import Cuts
 from kvstore.cluster.exchange import Arrivals, Exchange, Remote, near_pieces
 from kvstore.cluster.session import SCHEDULER, Session
 from kvstore.errors import DeadlineError, OptimizerError, ServerLostError, ShapeError
@@ -30,9 +33,12 @@ from kvstore.protocol.messages import (
     Init,
     Initialized,
     Leave,
+    Mark,
     Message,
+    Named,
     Push,
     ReadState,
+    Restore,
     SetHyperparameters,
     SetOptimizer,
     Spec,
@@ -57,6 +63,9 @@ class ClusterHome(Home):
         self._bundles = Bundles(self, session, runtime)
         self._joining: dict[Key, Remote] = {}  # init has not been answered
         self._barriers = 0
+        self._cuts = Cuts(session)
+        self._cut_points = CutPoints(session, self._mark, self._coupled)
+        session.on_halt = self._cut_points.halt
 
     def __repr__(self) -> str:
         servers = f"{len(self._servers)} servers, {len(self._session.near)} on this host"
@@ -344,6 +353,11 @@ class ClusterHome(Home):
     # --- the cluster --------------------------------------------------------------------------
 
     def barrier(self, timeout_s: float) -> None:
+        with self._cut_points.resting():
+            self.meet(timeout_s)
+
+    def meet(self, timeout_s: float) -> None:
+        """A barrier that is no cut point."""
         self._barriers += 1
         number = self._barriers
         waiting = self._session.ask(SCHEDULER, lambda i: Barrier(i, number))
@@ -354,6 +368,61 @@ class ClusterHome(Home):
                 raise
             why = self._session.explain(SCHEDULER, 0)
             raise DeadlineError(f"barrier: not passed after {timeout_s:g} s; {why}") from error
+
+    # --- checkpoints --------------------------------------------------------------------------
+
+    @property
+    def writes_checkpoints(self) -> bool:
+        return self.rank == min(self._session.workers, default=self.rank)
+
+    def cut_point(self) -> None:
+        self._cut_points.reach()
+
+    def last_cut_point(self) -> None:
+        self._cut_points.last()
+
+    def ask_cut(self, versions: Mapping[Key, int], timeout_s: float) -> Callable[[], CutSource]:
+        cut, named = self._cuts.ask()
+        self._cut_points.asks(cut, named)
+        return partial(self._cuts.take, cut, named, timeout_s)
+
+    def restore(
+        self, key: Key, value: Array, version: int, step: int, state: dict[str, Array], timeout_s: float
+    ) -> None:
+        remote = self._remotes[key]
+        names, dtypes = tuple(state), tuple(array.dtype.name for array in state.values())
+        asked = []
+        for piece, server in enumerate(remote.owners):
+            start, stop = remote.cut.span(piece)
+            frames = tuple(array[start:stop].view(np.uint8) for array in (value, *state.values()))
+            make = partial(Restore, key=key, piece=piece, version=version, step=step, names=names, dtypes=dtypes)
+            asked.append((server, self._session.ask(server, make, frames)))
+        self._wait(asked, timeout_s, f"restoring key {key!r}")
+
+    def _coupled(self) -> bool:
+        return any(remote.spec.cluster_model != "eventual" for remote in list(self._remotes.values()))
+
+    def _mark(self, named: Named) -> None:
+        """Tell all servers which of this worker's pushes belong to a cut; later pushes are sent once they know."""
+        latest = {key: remote.latest for key, remote in list(self._remotes.items())}
+        orders = {one.order for one in latest.values()} | {self._remotes[key].order for key in latest}
+
+        def start(completion: engine.Completion) -> None:
+            left = len(self._servers)
+
+            def told(outcome: Outcome | Divide) -> None:  # in the session's loop
+                nonlocal left
+                left -= 1
+                if not left:
+                    completion.set_result(None)
+
+            rounds = {key: remote.round for key, remote in latest.items()}
+            marks = [Mark(self._session.next_id(), named.cut, named.awaited, rounds) for _ in self._servers]
+            self._session.submit(
+                [(Request(s, mark, priority=PRIORITY_MAX), told) for s, mark in zip(self._servers, marks, strict=True)]
+            )
+
+        self._engine.push_async(start, writes=orders, name="cut point", inline=True)
 
     def drive(self, awaited: Future[Any], timeout_s: float) -> bool:
         return self._session.drive(awaited, timeout_s)

@@ -67,7 +67,7 @@ class Scheduler:
         self._unreachable: dict[bytes, float] = {}  # peer -> since when
         self._stopped = threading.Event()
         self._journal = Journal(journal) if journal is not None else None
-        self._reactor = network.loop("kvstore-scheduler")
+        self._reactor = network.loop("kvstore-scheduler", self._tick)
         self._endpoint = network.listen(
             self._reactor, self._receive, frame_bytes_max=HEADER_BYTES_MAX, watch=True, heartbeat_s=heartbeat
         )
@@ -142,6 +142,9 @@ class Scheduler:
     def _send_one(self, peer: bytes, message: Message) -> bool:
         sender = Sender(self.membership.cluster, self.membership.epoch, NOBODY, NOBODY)
         return self._endpoint.send(peer, envelope(sender, [(message, ())]))
+
+    def _tick(self, now: float) -> None:
+        self._send(self.membership.tick(now))
 
     def _look_soon(self) -> None:
         """A connection has ended: if it is not renewed soon, its member is lost."""

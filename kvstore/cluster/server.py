@@ -17,7 +17,9 @@ import numpy as np
 import engine
 from kvstore import kernels, optim
 from kvstore.arrays import Array, dtype_named
+from kvstore.checkpoint.restoring import RestoredPiece, Restoring
 from kvstore.cluster.address import advertised, reachable, split
+from kvstore.cluster.copies import Copies
 from kvstore.cluster.near import Neighbourhood
 from kvstore.cluster.outbox import OnSent, Outbox, Outgoing
 from kvstore.cluster.session import Session
@@ -31,6 +33,9 @@ from kvstore.protocol.messages import (
     NOBODY,
     Departed,
     Done,
+    EndCut,
+    Explain,
+    Explanation,
     Failed,
     Fetch,
     Init,
@@ -40,7 +45,10 @@ from kvstore.protocol.messages import (
     Met,
     Place,
     Push,
+    ReadCopy,
+    ReadCut,
     ReadStatus,
+    Restore,
     Sender,
     Spec,
     State,
@@ -56,6 +64,7 @@ from kvstore.protocol.serving import (
     Apply,
     Create,
     Forget,
+    LoseCut,
     Reply,
     ReplyAfter,
     ReplyValue,
@@ -63,6 +72,7 @@ from kvstore.protocol.serving import (
     Serving,
     Split,
     StoreState,
+    TakeCut,
     Unite,
 )
 from kvstore.stored import Stored
@@ -87,6 +97,7 @@ class Server:
         advertise: the address that workers reach it by, if another than the bound one.
         rank: its number among the servers; None: any.
         neighbourhood: memory for values that workers of this host read in place; None: none is shared.
+        restore: a checkpoint; new keys that it has begin with what it says.
         network: how others are reached, and reach it.
         runtime: the engine; None: the process's default.
         heartbeat: seconds after which a scheduler that shows no life is taken for gone, and connected anew.
@@ -100,6 +111,7 @@ class Server:
         advertise: str | None = None,
         rank: int | None = None,
         neighbourhood: Neighbourhood | None = None,
+        restore: Restoring | None = None,
         network: Network = NETWORK,
         runtime: engine.Engine | None = None,
         heartbeat: float = HEARTBEAT_S,
@@ -109,7 +121,8 @@ class Server:
         self._wanted = NOBODY if rank is None else rank
         self._engine = runtime or engine.default()
         self._network = network
-        self._reactor = network.loop("kvstore-server", io_threads=IO_THREADS)
+        self._restore = restore
+        self._reactor = network.loop("kvstore-server", self._tick, io_threads=IO_THREADS)
         self._endpoint = network.listen(self._reactor, self._receive, frame_bytes_max=FRAME_BYTES_MAX)
         try:
             split(bind)  # for ZeroMQ port 70000 is port 4464
@@ -123,6 +136,7 @@ class Server:
         self._values: SharedValues | None = None
         self._stored: dict[PieceId, Stored] = {}
         self._shared: set[PieceId] = set()  # those whose values lie in shared memory, as far as there is any
+        self._copies = Copies(self._engine, self._reactor.post, self._reply_to)
         self._lending = Lending()
         self._lending_lock = threading.Lock()
         self._peers: dict[int, bytes] = {}  # rank -> its latest connection
@@ -153,7 +167,11 @@ class Server:
             self.stop()
             raise
         name = f"server {session.sender.rank} at {self.address}"
-        self._serving = Serving(session.num_workers, optim.from_wire, name)
+        if self._restore is None:
+            self._serving = Serving(session.num_workers, optim.from_wire, name)
+        else:
+            self._serving = Serving(session.num_workers, optim.from_wire, name, self._restore.piece)
+            self._restore.begin(self._serving.settings)
         self._values = SharedValues(self._neighbourhood.arena, len(session.servers))
         kernels.wait(KERNELS_S)
         self._reactor.start()
@@ -205,6 +223,13 @@ class Server:
             probe, line = (self._neighbourhood.probe(), self._endpoint.offer(peer)) if met else (None, "")
             self._outbox(peer).put(Met(message.request_id, probe, line))
             return
+        if isinstance(message, ReadCut | ReadCopy | EndCut):
+            self._handle_reader(peer, message)
+            return
+        if isinstance(message, Explain) and message.about in self._serving.cutting.open:
+            why = self._serving.explain_cut(message.about, None, self._reactor.now())
+            self._outbox(peer).put(Explanation(message.request_id, why))
+            return
         try:
             arrays = self._check(sender.rank, message, payload)
         except KVStoreError as error:
@@ -216,6 +241,29 @@ class Server:
             self._take_back(sender, message)
         now = self._reactor.now()
         self._perform(self._serving.handle(sender.rank, sender.incarnation, message, arrays, now), priority)
+
+    def _handle_reader(self, peer: bytes, message: ReadCut | ReadCopy | EndCut) -> None:
+        """Somebody makes a checkpoint; it need not be a worker."""
+        assert self._serving is not None
+        if isinstance(message, ReadCopy):
+            self._copies.read_copy(peer, message)
+        elif isinstance(message, ReadCut):
+            self._copies.read(peer, message)
+            self._perform(self._serving.open_cut(message.cut, message.awaited, self._reactor.now()))
+        else:
+            self._perform(self._serving.end_cut(message.cut, self._reactor.now()))
+            self._copies.end(peer, message)
+
+    def _tick(self, now: float) -> None:
+        if self._serving is not None:
+            self._perform(self._serving.expire_cuts(now))
+            self._copies.tick(now)
+            self._flush()
+
+    def _reply_to(self, peer: bytes, message: Message, frames: Sequence[Any]) -> None:
+        """To a connection that need not be a worker's."""
+        self._outbox(peer).put(message, frames)
+        self._flush_soon()
 
     def _take_back(self, sender: Sender, message: Push | Fetch) -> None:
         """A request says which of the earlier ones' places its worker still reads."""
@@ -243,16 +291,15 @@ class Server:
                 return self._neighbourhood.array(rank, message.place, nbytes).view(kind)
             return self._one_frame(message, nbytes, kind, payload)
         if isinstance(message, WriteState):
-            if not len(payload) == len(message.names) == len(message.dtypes):
-                raise ProtocolError(f"optimizer state of key {message.key!r}: expected one frame and dtype per name")
+            return _state(self._serving.spec_of(message.key, message.piece), message, payload)
+        if isinstance(message, Restore):
             spec = self._serving.spec_of(message.key, message.piece)
-            state = {}
-            for name, dtype, frame in zip(message.names, message.dtypes, payload, strict=True):
-                kind = dtype_named(dtype)
-                if spec is not None and len(frame) != spec.cut.size(message.piece) * kind.itemsize:
-                    raise ProtocolError(f"optimizer state of key {message.key!r}: a frame of {len(frame)} bytes")
-                state[name] = np.frombuffer(frame, kind).copy()
-            return state
+            if spec is None:
+                return None
+            kind, nbytes = _form(spec, message.piece)
+            if not payload or len(payload[0]) != nbytes:
+                raise ProtocolError(f"restore of key {message.key!r}: expected a first frame of {nbytes} bytes")
+            return np.frombuffer(payload[0], kind).copy(), _state(spec, message, payload[1:])
         if payload:
             raise ProtocolError(f"{type(message).__name__}: expected no value frame, got {len(payload)}")
         return None
@@ -279,9 +326,8 @@ class Server:
                     self._then(self._stored[piece], rank, message.request_id, lambda m=message: (m, ()), priority)  # type: ignore[misc]
                 case Apply():
                     self._apply(action, priority)
-                case Create(piece, _, payload):
-                    assert isinstance(payload, np.ndarray)
-                    self._stored[piece] = Stored(payload, f"{piece[0]!r}[{piece[1]}]")
+                case Create():
+                    self._create(action)
                 case SendState(rank, request_id, piece, span):
                     stored = self._stored[piece]
                     self._then(stored, rank, request_id, lambda s=stored, i=request_id, p=span: _state_of(s, i, p))  # type: ignore[misc]
@@ -292,10 +338,24 @@ class Server:
                     self._stored.pop(piece, None)
                     self._shared.discard(piece)
                     self._values.forget(piece)
+                case TakeCut():
+                    self._copies.take(action, self._stored)
+                case LoseCut(cut, error):
+                    self._copies.lose(cut, error)
                 case Unite(bundle):
                     self._unite(bundle)
                 case Split(bundle):
                     self._split(bundle)
+
+    def _create(self, action: Create) -> None:
+        assert self._serving is not None
+        piece, value = action.piece, action.payload
+        if isinstance(action.restored, RestoredPiece):
+            value = action.restored.value
+        assert isinstance(value, np.ndarray)
+        stored = self._stored[piece] = Stored(value, f"{piece[0]!r}[{piece[1]}]")
+        if isinstance(action.restored, RestoredPiece):
+            stored.restore(action.restored.state, action.restored.step, self._serving.pieces[piece].generation)
 
     def _unite(self, bundle: Bundle) -> None:
         parts = [self._stored.pop(piece) for piece in bundle.members]
@@ -427,11 +487,12 @@ class Server:
             when_ended(handle, ended)
 
     def _store_state(self, action: StoreState) -> None:
-        message, state = action.message, action.payload
+        message = action.message
+        value, state = action.payload if isinstance(action.payload, tuple) else (None, action.payload)
         assert isinstance(state, dict)
         stored = self._stored[message.key, message.piece]
         self._engine.push(
-            lambda: stored.restore(state, message.step, action.generation),
+            lambda: stored.restore(state, message.step, action.generation, value),
             reads=[stored.var], writes=[stored.var], name="write state",
         )  # fmt: skip
         self._then(stored, action.rank, message.request_id, lambda: (Done(message.request_id), ()))
@@ -440,6 +501,9 @@ class Server:
         self, rank: int, message: Message, frames: Sequence[Any], priority: int, on_sent: OnSent | None
     ) -> None:
         self._reply(rank, message, frames, priority, on_sent)
+        self._flush_soon()
+
+    def _flush_soon(self) -> None:
         if not self._flushing:  # after all that was posted until now, in as few messages as that allows
             self._flushing = True
             self._reactor.post(self._flush)
@@ -545,6 +609,19 @@ def _slice(span: Span | None) -> slice:
 
 def _raise(error: Exception) -> None:
     raise error
+
+
+def _state(spec: Spec | None, message: WriteState | Restore, frames: Frames) -> dict[str, Array]:
+    """The arrays of an optimizer's state, by name."""
+    if not len(frames) == len(message.names) == len(message.dtypes):
+        raise ProtocolError(f"optimizer state of key {message.key!r}: expected one frame and dtype per name")
+    state = {}
+    for name, dtype, frame in zip(message.names, message.dtypes, frames, strict=True):
+        kind = dtype_named(dtype)
+        if spec is not None and len(frame) != spec.cut.size(message.piece) * kind.itemsize:
+            raise ProtocolError(f"optimizer state of key {message.key!r}: a frame of {len(frame)} bytes")
+        state[name] = np.frombuffer(frame, kind).copy()
+    return state
 
 
 def _state_of(stored: Stored, request_id: int, span: Span | None) -> Outgoing:

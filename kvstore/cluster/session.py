@@ -38,6 +38,7 @@ from kvstore.protocol.messages import (
     Explanation,
     Freeze,
     Frozen,
+    Halt,
     Joined,
     Leave,
     Meet,
@@ -106,6 +107,7 @@ class Session:
         self._heartbeat_s = heartbeat
         self._own_address = ""
         self._token = secrets.randbits(62)
+        self.on_halt: Callable[[Halt], None] | None = None  # called in the loop
         self._requests = Requesting()
         self._unanswered: dict[int, tuple[Request, OnOutcome]] = {}
         self._connections: dict[int, Link] = {}
@@ -400,6 +402,10 @@ class Session:
                 continue
             if isinstance(message, Roster):
                 self.workers = set(message.workers)
+            if isinstance(message, Halt):
+                if self.on_halt is not None:
+                    self.on_halt(message)
+                continue
             concluded = self._requests.reply(message, payload)
             if concluded is not None:
                 self._settle(concluded)

@@ -32,6 +32,7 @@ TEXT_BYTES_MAX = 1 << 16
 PRIORITY_MAX = (1 << 31) - 1
 HELD_MAX = 1024
 BUNDLE_KEYS_MAX = 1 << 20
+PIECES_MAX = 1024  # of a cut in one message
 
 NOBODY = -1  # rank and incarnation of a sender that has none (yet)
 
@@ -169,6 +170,52 @@ class WriteState(Message):
 
 
 @dataclass(frozen=True, slots=True)
+class Restore(Message):
+    """Replace a piece by what a checkpoint has: its value in a frame, then one frame per array of the state."""
+
+    key: Key
+    piece: int
+    version: int
+    step: int
+    names: tuple[str, ...]
+    dtypes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Mark(Message):
+    """The sender's marker of a cut: its pushes up to ``rounds[key]`` belong to it. ``awaited``: whose markers do."""
+
+    cut: int
+    awaited: tuple[int, ...]
+    rounds: dict[Key, int]
+
+
+@dataclass(frozen=True, slots=True)
+class ReadCut(Message):
+    """What pieces does the cut have, from the ``first`` on? Answered when it has been taken."""
+
+    cut: int
+    awaited: tuple[int, ...]
+    first: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReadCopy(Message):
+    """Send a piece as the cut has it."""
+
+    cut: int
+    key: Key
+    piece: int
+
+
+@dataclass(frozen=True, slots=True)
+class EndCut(Message):
+    """The cut is not needed any more."""
+
+    cut: int
+
+
+@dataclass(frozen=True, slots=True)
 class Meet(Message):
     """Are we on one host? ``probe`` is a place in the sender's memory."""
 
@@ -292,6 +339,34 @@ class Frozen(Message):
     rounds: dict[Key, int]
 
 
+@dataclass(frozen=True, slots=True)
+class PieceRecord:
+    """A piece in a cut, but for its bytes."""
+
+    key: Key
+    piece: int
+    spec: Spec
+    version: int
+    step: int  # updates by the optimizer
+    rounds: dict[int, int]  # by rank: pushes in the cut
+    names: tuple[str, ...] = ()  # of the arrays of the optimizer's state
+    dtypes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class CutPieces(Message):
+    """The answer to :class:`ReadCut`: some of the cut's ``total`` pieces."""
+
+    total: int
+    optimizer: dict[str, Any]  # empty: none
+    pieces: tuple[PieceRecord, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Copied(Message):
+    """The answer to :class:`ReadCopy`: a frame with the value, and one per array of the optimizer's state."""
+
+
 # --- with the scheduler -------------------------------------------------------------------------
 
 ON_LOSS = ("fail", "wait", "continue")  # what is to happen when a worker is lost
@@ -361,6 +436,38 @@ class Joined(Message):
 @dataclass(frozen=True, slots=True)
 class Enter(Message):
     """The sender has been admitted by all servers."""
+
+
+@dataclass(frozen=True, slots=True)
+class AskCut(Message):
+    """Let all workers mark a cut, which the asker has given this number, at a cut point to come."""
+
+    cut: int
+
+
+@dataclass(frozen=True, slots=True)
+class Halt(Message):
+    """From the scheduler to workers: say how many cut points you have passed, and pass none until you are told more."""
+
+    cut: int
+
+
+@dataclass(frozen=True, slots=True)
+class Passed(Message):
+    """A worker has passed ``count`` cut points. ``coupled``: it may have to wait for others' pushes."""
+
+    cut: int
+    count: int
+    coupled: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Named(Message):
+    """The answer to :class:`Passed` and :class:`AskCut`: at which cut point these workers mark the cut."""
+
+    cut: int
+    at: int
+    awaited: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -499,8 +606,22 @@ def _spec(value: Any) -> Spec:
     )
 
 
+def _rounds(value: Any) -> dict[int, int]:
+    if type(value) is not dict or len(value) > 1 << 20:
+        raise ValueError("a map of ranks to rounds")
+    return {_natural(rank): _natural(round) for rank, round in value.items()}
+
+
+def _piece_record(value: Any) -> PieceRecord:
+    checks = (key, _natural, _spec, _natural, _natural, _rounds, _name_list, _name_list)
+    if not isinstance(value, list | tuple) or len(value) != len(checks):
+        raise ValueError("a piece of a cut")
+    return PieceRecord(*[check(field) for check, field in zip(checks, value, strict=True)])
+
+
 _name_list = _many(_text, 64)
 _rank_list = _many(_natural, 1 << 20)
+_pieces = _many(_piece_record, PIECES_MAX)
 _address_list = _many(_text, 1 << 16)
 _key_list = _many(key, BUNDLE_KEYS_MAX)
 _held = _many(_natural, HELD_MAX)
@@ -520,6 +641,11 @@ FORMS: dict[int, tuple[type[Message], tuple[Check, ...]]] = {
     12: (Bind, (_bundle, _key_list)),
     13: (Freeze, ()),
     14: (Admit, (_since,)),
+    20: (Restore, (key, _natural, _natural, _natural, _name_list, _name_list)),
+    21: (Mark, (_natural, _rank_list, _since)),
+    22: (ReadCut, (_natural, _rank_list, _natural)),
+    23: (ReadCopy, (_natural, key, _natural)),
+    24: (EndCut, (_natural,)),
     32: (Initialized, (_natural,)),
     33: (Accepted, ()),
     34: (Committed, ()),
@@ -532,6 +658,8 @@ FORMS: dict[int, tuple[type[Message], tuple[Check, ...]]] = {
     41: (Met, (_maybe_place, _text)),
     42: (Divided, (_flag,)),
     43: (Frozen, (_since,)),
+    52: (CutPieces, (_natural, _described, _pieces)),
+    53: (Copied, ()),
     64: (Register, (_text, _rank, _text, _text, _natural, _natural, _natural, _text)),
     65: (Roster, (_natural, _natural, _natural, _address_list, _rank_list, _flag)),
     66: (Barrier, (_natural,)),
@@ -540,6 +668,10 @@ FORMS: dict[int, tuple[type[Message], tuple[Check, ...]]] = {
     69: (Status, (_report,)),
     70: (Joined, (_natural, _natural)),
     71: (Enter, ()),
+    80: (AskCut, (_natural,)),
+    81: (Halt, (_natural,)),
+    82: (Passed, (_natural, _natural, _flag)),
+    83: (Named, (_natural, _natural, _rank_list)),
 }
 _KINDS = {form[0]: kind for kind, form in FORMS.items()}
 _FIELDS = {form[0]: tuple(form[0].__dataclass_fields__)[1:] for form in FORMS.values()}
@@ -569,8 +701,13 @@ def encode(sender: Sender, messages: Iterable[tuple[Message, int]]) -> bytes:
         row.append(frames)
         rows.append(row)
     header = [PROTOCOL, sender.cluster, sender.epoch, sender.rank, sender.incarnation, rows]
-    packed: bytes = msgpack.packb(header)
+    packed: bytes = msgpack.packb(header, default=_as_list)
     return packed
+
+
+def _as_list(part: Any) -> list[Any]:
+    """A part of a field, as it is written."""
+    return [getattr(part, name) for name in part.__dataclass_fields__]
 
 
 def decode(header: bytes | memoryview, frames: int) -> tuple[Sender, list[tuple[Message, int]]]:

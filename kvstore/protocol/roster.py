@@ -18,6 +18,7 @@ from typing import Any
 from kvstore.errors import DisagreementError, FencedError, KVStoreError, ProtocolError, WorkerLostError, to_wire
 from kvstore.protocol.messages import (
     ON_LOSS,
+    AskCut,
     Barrier,
     Departed,
     Done,
@@ -28,11 +29,13 @@ from kvstore.protocol.messages import (
     Joined,
     Leave,
     Message,
+    Passed,
     ReadStatus,
     Register,
     Roster,
     Status,
 )
+from kvstore.protocol.naming import Naming
 
 Peer = Any  # how the shell addresses a connection; opaque here
 Actions = list[tuple[Peer, Message]]
@@ -86,6 +89,7 @@ class Membership:
     on_loss: str = ""  # the workers' policy; the first of them says it
     started: bool = False  # all that it was started with have come
     _changed: dict[tuple[str, int], None] = field(default_factory=dict)
+    naming: Naming = field(default_factory=Naming)  # of cut points
 
     def handle(self, peer: Peer, message: Message, now: float) -> Actions:
         """One message of a connection."""
@@ -103,6 +107,10 @@ class Membership:
                 return [(peer, Done(message.request_id)), *self._enter(member)]
             if member is not None and isinstance(message, Leave):
                 return [(peer, Done(message.request_id)), *self._depart(member, message.reason, stays=message.stays)]
+            if isinstance(message, AskCut):
+                return self.naming.ask(peer, message, self._workers_here(), now)
+            if member is not None and isinstance(message, Passed):
+                return self.naming.passed(peer, member.rank, message)
             if isinstance(message, Explain):
                 return [(peer, Explanation(message.request_id, self._explain(now)))]
             raise ProtocolError(f"the scheduler does not take {type(message).__name__} from a stranger")
@@ -115,6 +123,13 @@ class Membership:
         if member is None or not member.connected:
             return []
         return self._depart(member, f"its connection ended (pid {member.pid} on {member.host})")
+
+    def tick(self, now: float) -> list[tuple[Peer, Message]]:
+        """Called now and then: nobody's answer is awaited for ever."""
+        return self.naming.tick(self._workers_here(), now, lambda rank: self.members["worker", rank].heard)
+
+    def _workers_here(self) -> dict[int, Peer]:
+        return {member.rank: member.peer for member in self.here("worker") if member.connected}
 
     def recover(self, members: Iterable[Member]) -> None:
         """Take over what :meth:`records` told an earlier scheduler's journal."""
@@ -358,6 +373,8 @@ class Membership:
         if not member.connected:
             member.waiting = None
         actions = self._tell(self._notice(member), member)
+        if member.role == "worker":
+            actions += self.naming.gone(member.rank)
         if joined and reason and member.role == "worker" and self.on_loss == "fail":
             error = WorkerLostError(f"barrier: worker {member.rank} is lost: {reason}")
             for waiter in self.members.values():

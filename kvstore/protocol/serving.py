@@ -17,11 +17,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 from kvstore import consistency
 from kvstore.consistency import Answer, Level, Pull, Update
 from kvstore.errors import (
+    CheckpointError,
     DisagreementError,
     KVStoreError,
     ProtocolError,
@@ -30,6 +31,7 @@ from kvstore.errors import (
     to_wire,
 )
 from kvstore.protocol.bundles import BUNDLES_MAX, Bundle, Part
+from kvstore.protocol.cutting import Cutting, Held
 from kvstore.protocol.messages import (
     Accepted,
     Admit,
@@ -47,10 +49,13 @@ from kvstore.protocol.messages import (
     Init,
     Initialized,
     Leave,
+    Mark,
     Message,
     Missing,
+    PieceRecord,
     Push,
     ReadState,
+    Restore,
     SetHyperparameters,
     SetOptimizer,
     Spec,
@@ -60,16 +65,31 @@ from kvstore.protocol.pieces import BundleId, Key, PieceId, Span, bundle_id
 from kvstore.protocol.settings import Rule, Settings
 from kvstore.protocol.workers import Waiting, Workers
 
+
+class Restored(Protocol):
+    """A piece in a checkpoint, but for its arrays."""
+
+    @property
+    def version(self) -> int: ...
+    @property
+    def step(self) -> int: ...
+    @property
+    def names(self) -> tuple[str, ...]: ...
+    @property
+    def dtypes(self) -> tuple[str, ...]: ...
+
+
 # --- actions --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Create:
-    """Store this payload as the first value of the piece."""
+    """Store this payload as the first value of the piece; or what a checkpoint has of it."""
 
     piece: PieceId
     spec: Spec
     payload: object
+    restored: Restored | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,10 +145,10 @@ class SendState:
 
 @dataclass(frozen=True, slots=True)
 class StoreState:
-    """Replace the optimizer's state of the piece, then say Done."""
+    """Replace the optimizer's state of the piece (for Restore: the value too), then say Done."""
 
     rank: int
-    message: WriteState
+    message: WriteState | Restore
     payload: object
     generation: int  # of the optimizer whose state it is
 
@@ -154,7 +174,37 @@ class Split:
     bundle: Bundle
 
 
-Action = Create | Apply | Reply | ReplyAfter | ReplyValue | SendState | StoreState | Forget | Unite | Split
+@dataclass(frozen=True, slots=True)
+class TakeCut:
+    """Copy these pieces as the earlier actions leave them: each with what is to be recorded of it, or of its parts."""
+
+    cut: int
+    rule: Rule | None  # the latest optimizer
+    places: tuple[tuple[PieceId, tuple[tuple[PieceRecord, Span | None], ...]], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LoseCut:
+    """The cut will not be taken: tell who asks for it."""
+
+    cut: int
+    error: KVStoreError
+
+
+Action = (
+    Create
+    | Apply
+    | Reply
+    | ReplyAfter
+    | ReplyValue
+    | SendState
+    | StoreState
+    | Forget
+    | Unite
+    | Split
+    | TakeCut
+    | LoseCut
+)
 
 
 # --- state ----------------------------------------------------------------------------------------
@@ -210,10 +260,15 @@ class Serving:
         num_workers: ranks 0 .. num_workers-1 take part in keys that do not choose, before others join.
         parse_optimizer: from its description on the wire to a rule; raises OptimizerError.
         name: how this server calls itself in messages.
+        restored: what a checkpoint has of a new piece, in place of the value that rank 0 sends.
     """
 
     def __init__(
-        self, num_workers: int, parse_optimizer: Callable[[dict[str, Any]], Rule], name: str = "server"
+        self,
+        num_workers: int,
+        parse_optimizer: Callable[[dict[str, Any]], Rule],
+        name: str = "server",
+        restored: Callable[[PieceId, Spec], Restored | None] = lambda piece_id, spec: None,
     ) -> None:
         self.name = name
         self.workers = Workers(num_workers)
@@ -222,9 +277,11 @@ class Serving:
         self.bundles: dict[BundleId, Bundle] = {}
         self._united: dict[PieceId, tuple[Bundle, Span]] = {}  # members of united bundles
         self._moved: list[Action] = []  # Unite and Split: they come before what else is concluded from a message
+        self.cutting = Cutting()
         self._parse_optimizer = parse_optimizer
         self._early: dict[PieceId, dict[int, Init]] = {}  # init of others before the first worker's
         self._now = 0.0
+        self._restored = restored
         self._handlers: dict[type[Message], Callable[[int, Any, object], list[Action]]] = {
             Init: self._init,
             Bind: self._bind,
@@ -235,6 +292,8 @@ class Serving:
             Drop: self._drop,
             ReadState: self._read_state,
             WriteState: self._write_state,
+            Restore: self._restore,
+            Mark: self._mark,
             Leave: self._leave,
             Freeze: self._freeze,
             Admit: self._admit,
@@ -251,6 +310,15 @@ class Serving:
                 self._forget_requests(rank)
             if isinstance(message, Explain):
                 return [Reply(rank, Explanation(message.request_id, self._explain(rank, message.about, now)))]
+        except KVStoreError as error:
+            return [_failed(rank, message, error)]
+        if isinstance(message, Push) and self._held_back(rank, message, payload):
+            return [Reply(rank, Accepted(message.request_id))] if message.acknowledge else []
+        actions = self._conclude(rank, incarnation, message, payload)
+        return actions + self._take_cuts(now) if self.cutting.open else actions
+
+    def _conclude(self, rank: int, incarnation: int, message: Message, payload: object) -> list[Action]:
+        try:
             handler = self._handlers.get(type(message))
             if handler is None or rank < 0:
                 raise ProtocolError(f"a server does not take {type(message).__name__} from rank {rank}")
@@ -279,17 +347,18 @@ class Serving:
             return []
         self._forget_requests(rank)
         workers.give_up(rank)
+        self.cutting.excuse(rank)
         if on_loss == "wait":
             workers.miss(rank, reason, hopeless=False)
-            return self._resume()
+            return self._resume() + self._take_cuts(now)
         workers.fence(rank, incarnation)
         if on_loss == "continue":
-            return self._go_on_without(rank) + self._resume()
+            return self._go_on_without(rank) + self._resume() + self._take_cuts(now)
         workers.miss(rank, reason, hopeless=True)
         actions: list[Action] = []
         for piece_id, piece in self.counted():
             actions += self._fail_hopeless(piece_id, piece)
-        return actions + self._settle_early() + self._resume()
+        return actions + self._settle_early() + self._resume() + self._take_cuts(now)
 
     def forget(self, rank: int) -> None:
         """The worker has left in order, and wants no answers any more."""
@@ -333,12 +402,15 @@ class Serving:
                 f"got {list(members)}"
             )
         piece = Piece(message.spec, Level(consistency.parse(message.spec.cluster_model), members))
+        restored = self._restored(piece_id, message.spec)
+        if restored is not None:
+            self._count_restored(piece, restored)
         self.pieces[piece_id] = piece
         for member in members:
             if member not in self.workers.members:
                 piece.level.leave(member)
         actions: list[Action] = [
-            Create(piece_id, message.spec, payload),
+            Create(piece_id, message.spec, payload, restored),
             Reply(rank, Initialized(message.request_id, 0)),
         ]
         for other, init in self._early.pop(piece_id, {}).items():
@@ -599,6 +671,88 @@ class Serving:
         piece.steps, piece.written = message.step, (message.names, message.dtypes)
         return [StoreState(rank, message, payload, piece.generation)]
 
+    def _restore(self, rank: int, message: Restore, payload: object) -> list[Action]:
+        piece_id, piece = self._find(message.key, message.piece)
+        self._part(piece_id)
+        self._count_restored(piece, message)
+        return [StoreState(rank, message, payload, piece.generation)]
+
+    def _count_restored(self, piece: Piece, restored: Restored) -> None:
+        """The piece has seen what it had in a checkpoint. Without an update so far it has no state, of no optimizer."""
+        updated = bool(restored.step or restored.names)
+        piece.level.version, piece.steps = restored.version, restored.step
+        piece.generation = self.settings.generation if updated else 0
+        piece.written = (restored.names, restored.dtypes) if updated else None
+
+    # --- cuts ---------------------------------------------------------------------------------
+
+    def open_cut(self, cut: int, awaited: tuple[int, ...], now: float) -> list[Action]:
+        """Somebody asks for the cut with this number, of these workers."""
+        self.cutting.begin(cut, awaited, self.workers.members - set(self.workers.missed))
+        return self._take_cuts(now)
+
+    def end_cut(self, cut: int, now: float) -> list[Action]:
+        """The cut is not wanted any more: what was held back for it goes on."""
+        self.cutting.end(cut)
+        return self._take_cuts(now)
+
+    def expire_cuts(self, now: float) -> list[Action]:
+        """Called now and then: no marker is awaited for ever."""
+        actions: list[Action] = []
+        for cut in self.cutting.expire(now):
+            actions.append(LoseCut(cut.number, CheckpointError(self.explain_cut(cut.number, cut.missing, now))))
+        return [*actions, *self._take_cuts(now)] if actions else []
+
+    def explain_cut(self, cut: int, missing: list[int] | None, now: float) -> str:
+        """What the cut waits for."""
+        if missing is None:
+            missing = self.cutting.open[cut].missing if cut in self.cutting.open else []
+        if missing:
+            return f"a cut on {self.name}: {self.workers.missing(missing, now)}, who have not reached their cut point"
+        return f"a cut on {self.name}: pushes that belong to it have not come, or wait for others"
+
+    def _mark(self, rank: int, message: Mark, payload: object) -> list[Action]:
+        here = self.workers.members - set(self.workers.missed)
+        cut = self.cutting.begin(message.cut, message.awaited, here)
+        if cut is not None:
+            self.cutting.mark(cut, rank, message.rounds, self.pieces, self._now)
+        return [Reply(rank, Done(message.request_id))]
+
+    def _held_back(self, rank: int, message: Push, payload: object) -> bool:
+        """Does the push have to wait until a cut before it has been taken?"""
+        if not self.cutting.open:
+            return False
+        key = message.key
+        if isinstance(key, bytes):
+            if key not in self.bundles:
+                return False
+            key = self.bundles[key].keys[0]
+        return self.cutting.hold_back(Held(rank, self.workers.incarnations[rank], message, payload, key))
+
+    def _take_cuts(self, now: float) -> list[Action]:
+        """Take the cuts that are due, then let the pushes go on that waited for them."""
+        actions: list[Action] = []
+        for cut in self.cutting.due(self.pieces):
+            if cut.failure is not None:
+                actions.append(LoseCut(cut.number, cut.failure))
+                continue
+            places: dict[PieceId, list[tuple[PieceRecord, Span | None]]] = {}
+            for key, number in cut.keys or ():
+                piece = self.pieces.get((key, number))
+                if piece is not None:
+                    place, span = self._place_of((key, number))
+                    level, steps = piece.level, self.pieces[place].steps
+                    record = PieceRecord(key, number, piece.spec, level.version, steps, dict(level.rounds))
+                    places.setdefault(place, []).append((record, span))
+            many = tuple((place, tuple(parts)) for place, parts in places.items())
+            actions.append(TakeCut(cut.number, self.settings.latest, many))
+        for held in self.cutting.released():
+            if held.incarnation == self.workers.incarnations[held.rank]:
+                actions += self._conclude(held.rank, held.incarnation, held.message, held.payload)
+        if actions and self.cutting.open:
+            actions += self._take_cuts(now)
+        return actions
+
     # --- members ------------------------------------------------------------------------------
 
     def _leave(self, rank: int, message: Leave, payload: object) -> list[Action]:
@@ -613,6 +767,7 @@ class Serving:
         actions: list[Action] = []
         for piece_id, piece in self.counted():
             actions += self._perform(piece_id, piece, *piece.level.leave(rank))
+        self.cutting.excuse(rank)
         return actions + self._settle_early()
 
     def _freeze(self, rank: int, message: Freeze, payload: object) -> list[Action]:

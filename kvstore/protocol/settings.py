@@ -24,6 +24,7 @@ class Rule(Protocol):
         """Must it see every tensor by itself?"""
 
     def with_hyperparameters(self, **changes: Any) -> Rule: ...
+    def to_wire(self) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,11 @@ class Settings:
     def generation(self) -> int:
         """The latest; 0 without an optimizer."""
         return self._settings[-1].generation if self._settings else 0
+
+    @property
+    def latest(self) -> Rule | None:
+        """The rule that was set last; None without an optimizer."""
+        return self._settings[-1].rule if self._settings else None
 
     def set(self, rule: Rule, since: dict[Key, int], *, replace: bool, by: int) -> None:
         """The optimizer from here on; one that equals what is set, or was before its numbers changed, changes nothing.

@@ -21,6 +21,7 @@ from kvstore.protocol.messages import (
     Done,
     Failed,
     Fetch,
+    PieceRecord,
     Place,
     Push,
     Sender,
@@ -55,6 +56,9 @@ spec = st.builds(
 texts = st.lists(text, max_size=4).map(tuple)
 place = st.builds(Place, text, natural)
 bundle = st.binary(min_size=BUNDLE_ID_BYTES, max_size=BUNDLE_ID_BYTES)
+piece_record = st.builds(
+    PieceRecord, key, natural, spec, natural, natural, st.dictionaries(natural, natural, max_size=3), texts, texts
+)
 FIELDS = {
     messages.key: key,
     messages._bundle: bundle,
@@ -73,6 +77,8 @@ FIELDS = {
     messages._address_list: texts,
     messages._priority: st.integers(-messages.PRIORITY_MAX, messages.PRIORITY_MAX),
     messages._held: st.lists(natural, max_size=4).map(tuple),
+    messages._rank_list: st.lists(natural, max_size=4).map(tuple),
+    messages._pieces: st.lists(piece_record, max_size=3).map(tuple),
     messages._place: place,
     messages._maybe_place: st.one_of(st.none(), place),
 }

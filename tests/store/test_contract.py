@@ -518,3 +518,59 @@ def test_an_error_nobody_looked_at_is_raised_by_the_next_call_on_that_key():
         with pytest.raises(errors.UpdateError):
             kv.push("w", np.ones(1, np.float32))
         kv.set_updater(lambda key, merged, stored: None)
+
+
+# --- checkpoints --------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_is_what_was_pushed_before_it(kv, make, tmp_path):
+    kv.set_optimizer(optim.SGD(lr=0.5, momentum=0.9))
+    kv.init(["a", "b"], [np.zeros(3, np.float32), np.ones((2, 2), np.float32)])
+    for _ in range(3):
+        kv.push(["a", "b"], [np.ones(3, np.float32), np.ones((2, 2), np.float32)])
+    snapshot = kv.snapshot().result()
+    path = kv.save_checkpoint(tmp_path, keep=2).result()
+    after = kv.pushpull("a", np.ones(3, np.float32)).result().copy()
+    before = kv.load_checkpoint(tmp_path)
+    assert before == path
+    pull = kv.pull(["a", "b"])
+    for value, key in zip(pull.result(), ("a", "b"), strict=True):
+        np.testing.assert_array_equal(value, snapshot[key])
+        assert value.shape == snapshot[key].shape
+    np.testing.assert_array_equal(kv.pushpull("a", np.ones(3, np.float32)).result(), after)
+    other = make()
+    other.load_checkpoint(path)  # into a store that has no keys yet
+    pulled = other.pull("a")
+    np.testing.assert_array_equal(pulled.result(), snapshot["a"])
+    assert pulled.version == 3
+    np.testing.assert_array_equal(other.pushpull("a", np.ones(3, np.float32)).result(), after)
+
+
+def test_one_who_does_not_wait_goes_on(kv, tmp_path):
+    kv.init("w", np.zeros(3, np.float32))
+    kv.push("w", np.ones(3, np.float32))
+    handle, values = kv.save_checkpoint(tmp_path, wait=False), kv.snapshot(wait=False)
+    kv.cut_point()
+    kv.push("w", np.full(3, 2, np.float32)).result()
+    assert set(values.result()["w"]) == {1.0}
+    assert handle.result().parent == tmp_path
+    kv.load_checkpoint(tmp_path)
+    assert set(kv.pull("w").result()) == {1.0}
+
+
+def test_loading_what_does_not_fit_changes_nothing(kv, make, tmp_path):
+    kv.init("w", np.zeros(3, np.float32))
+    kv.save_checkpoint(tmp_path)
+    other = make()
+    other.init(["w", "more"], [np.ones(4, np.float32), np.ones(2)])
+    with pytest.raises(errors.CheckpointError, match=r"it lacks \['more'\]"):
+        other.load_checkpoint(tmp_path)
+    third = make()
+    third.init("w", np.ones(4, np.float32))
+    with pytest.raises(errors.ShapeError, match=r"expected shape \(4,\), got \(3,\)"):
+        third.load_checkpoint(tmp_path)
+    assert set(third.pull("w").result()) == {1.0}
+    with pytest.raises(errors.CheckpointError, match="there is none"):
+        third.load_checkpoint(tmp_path / "absent")
+    with pytest.raises(errors.OptionError, match="keep"):
+        third.save_checkpoint(tmp_path, keep=0)

@@ -36,7 +36,10 @@ CALLS: dict[str, Callable[[KVStore, Path], Any]] = {
     "close": lambda kv, _: (kv.push("w", VALUE), kv.close()),
 }
 NO_WAIT = {"dead_workers", "rounds", "set_updater"}
-TESTED_ELSEWHERE = {"staging"}  # its wait is on the real clock: tests/cluster/test_shared_memory.py
+TESTED_ELSEWHERE = {  # they wait on the real clock
+    "staging",  # tests/cluster/test_shared_memory.py
+    *("save_checkpoint", "load_checkpoint", "snapshot", "cut_point"),  # tests/checkpoint
+}
 
 
 def test_all_calls_are_listed() -> None:
