@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 GRACE = 1 / 6  # of the heartbeat's deadline: so long a connection that ended may take to come back
 RETURN_S = 10.0  # so long the members may take to come back to a scheduler that was restarted
 
+REMIND_S = 5.0  # so often everybody is told again who is lost
+
 _ANYBODY_THERE = Done(0)  # answers no request: it is sent to see whether it can be
 
 
@@ -55,9 +57,9 @@ class Scheduler:
         num_servers: int,
         *,
         advertise: str | None = None,
+        network: Network = NETWORK,
         journal: str | Path | None = None,
         heartbeat: float = HEARTBEAT_S,
-        network: Network = NETWORK,
     ) -> None:
         if num_workers < 1 or num_servers < 1:
             raise OptionError(
@@ -97,6 +99,7 @@ class Scheduler:
 
     def start(self) -> None:
         """Start to answer."""
+        self._reactor.call_later(REMIND_S, self._remind)
         self._reactor.start()
 
     def wait(self, timeout: float | None = None) -> bool:
@@ -142,6 +145,10 @@ class Scheduler:
     def _send_one(self, peer: bytes, message: Message) -> bool:
         sender = Sender(self.membership.cluster, self.membership.epoch, NOBODY, NOBODY)
         return self._endpoint.send(peer, envelope(sender, [(message, ())]))
+
+    def _remind(self) -> None:
+        self._reactor.call_later(REMIND_S, self._remind)
+        self._send(self.membership.reminders())
 
     def _look_soon(self) -> None:
         """A connection has ended: if it is not renewed soon, its member is lost."""

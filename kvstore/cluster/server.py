@@ -87,9 +87,9 @@ class Server:
         advertise: the address that workers reach it by, if another than the bound one.
         rank: its number among the servers; None: any.
         neighbourhood: memory for values that workers of this host read in place; None: none is shared.
-        heartbeat: seconds after which a scheduler that shows no life is taken for gone, and connected anew.
         network: how others are reached, and reach it.
         runtime: the engine; None: the process's default.
+        heartbeat: seconds after which a scheduler that shows no life is taken for gone, and connected anew.
     """
 
     def __init__(
@@ -100,9 +100,9 @@ class Server:
         advertise: str | None = None,
         rank: int | None = None,
         neighbourhood: Neighbourhood | None = None,
-        heartbeat: float = HEARTBEAT_S,
         network: Network = NETWORK,
         runtime: engine.Engine | None = None,
+        heartbeat: float = HEARTBEAT_S,
     ) -> None:
         self._heartbeat = heartbeat
         self._scheduler = reachable(address)
@@ -202,7 +202,8 @@ class Server:
             return
         if isinstance(message, Meet):
             met = self._neighbourhood.reaches(sender.rank, message.probe)
-            self._outbox(peer).put(Met(message.request_id, self._neighbourhood.probe() if met else None))
+            probe, line = (self._neighbourhood.probe(), self._endpoint.offer(peer)) if met else (None, "")
+            self._outbox(peer).put(Met(message.request_id, probe, line))
             return
         try:
             arrays = self._check(sender.rank, message, payload)

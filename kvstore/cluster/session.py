@@ -14,6 +14,7 @@ import socket
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 from kvstore.cluster.address import reachable
@@ -50,7 +51,7 @@ from kvstore.protocol.messages import (
 )
 from kvstore.protocol.pieces import Key
 from kvstore.protocol.requesting import Answered, Divide, Outcome, Refused, Request, Requesting
-from kvstore.transport.network import HEARTBEAT_S, Frames, Line, Network
+from kvstore.transport.network import HEARTBEAT_S, Frames, Link, Network
 from kvstore.transport.zeromq import NETWORK
 
 log = logging.getLogger(__name__)
@@ -73,9 +74,9 @@ class Session:
         role: ``worker`` or ``server``; ``observer`` registers nowhere.
         on_change: called on the session's thread for every member that is gone, and every worker that joined.
         neighbourhood: this process's memory that others on its host may read.
+        network: how the others are reached.
         on_loss: a worker's policy for workers that are lost.
         heartbeat: seconds after which a scheduler that shows no life is taken for gone, and connected anew.
-        network: how the others are reached.
     """
 
     def __init__(
@@ -85,9 +86,9 @@ class Session:
         on_change: Callable[[Departed | Joined], None] | None = None,
         neighbourhood: Neighbourhood | None = None,
         *,
+        network: Network = NETWORK,
         on_loss: str = "",
         heartbeat: float = HEARTBEAT_S,
-        network: Network = NETWORK,
     ) -> None:
         self.address = reachable(address)
         self.role = role
@@ -95,6 +96,7 @@ class Session:
         self.num_workers = 0  # that the cluster was started with
         self.workers: set[int] = set()  # who takes part now
         self.lost_workers: set[int] = set()
+        self._lives: dict[int, int] = {}  # of workers that have joined since
         self.joins = False  # new to a running job: `join` is to be called
         self.servers: tuple[str, ...] = ()
         self.departed: list[Departed] = []  # servers
@@ -107,7 +109,7 @@ class Session:
         self._token = secrets.randbits(62)
         self._requests = Requesting()
         self._unanswered: dict[int, tuple[Request, OnOutcome]] = {}
-        self._connections: dict[int, Line] = {}
+        self._connections: dict[int, Link] = {}
         self._heard_at: dict[int, float] = {}
         self._ids = 0
         self._lock = threading.Lock()
@@ -217,6 +219,7 @@ class Session:
                 met = answer.result(MEET_S)
                 if isinstance(met, Met) and self.neighbourhood.reaches(server, met.probe):
                     self.near.add(server)
+                    self._reactor.call(partial(self._connections[server].shorten, met.line))
 
     def future(self) -> Future[Any]:
         """A future that answers will settle."""
@@ -307,18 +310,18 @@ class Session:
 
     # --- within the reactor's loop ----------------------------------------------------------------
 
-    def _connect_scheduler(self) -> Line:
+    def _connect_scheduler(self) -> Link:
         """A connection that is replaced when it ends, so that Register is the first thing that the next one brings."""
-        line: Line = self._network.connect(
+        connection = self._network.connect(
             self._reactor,
             self.address,
             lambda frames: self._receive(SCHEDULER, frames),
-            on_lost=lambda: self._reactor.post(lambda: self._reconnect(line)),
-            heartbeat_s=self._heartbeat_s,
+            lambda: self._reactor.post(lambda: self._reconnect(connection)),
+            self._heartbeat_s,
         )
-        return line
+        return connection
 
-    def _reconnect(self, ended: Line) -> None:
+    def _reconnect(self, ended: Link) -> None:
         if self._connections[SCHEDULER] is not ended or self._closed is not None:
             return
         ended.close()
@@ -391,6 +394,7 @@ class Session:
                 self._take_departed(message)
                 continue
             if isinstance(message, Joined):
+                self._lives[message.rank] = message.incarnation
                 self.workers.add(message.rank)
                 self.lost_workers.discard(message.rank)
                 if self._on_change is not None:
@@ -405,6 +409,8 @@ class Session:
 
     def _take_departed(self, message: Departed) -> None:
         if message.role == "worker":
+            if message.incarnation < self._lives.get(message.rank, 0):
+                return  # which is known
             if message.reason:
                 self.lost_workers.add(message.rank)
             if message.on_loss == "continue" or not message.reason:

@@ -257,9 +257,12 @@ class Divided(Message):
 
 @dataclass(frozen=True, slots=True)
 class Met(Message):
-    """The answer to :class:`Meet`: a place in the server's memory, if it could read the worker's."""
+    """The answer to :class:`Meet`: if the server could read the worker's memory, a place in its own, and a line
+    (see :mod:`kvstore.transport.lines`) that the worker may open; "" for none.
+    """
 
     probe: Place | None
+    line: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -526,7 +529,7 @@ FORMS: dict[int, tuple[type[Message], tuple[Check, ...]]] = {
     38: (Done, ()),
     39: (Explanation, (_text,)),
     40: (Failed, (_text, _text)),
-    41: (Met, (_maybe_place,)),
+    41: (Met, (_maybe_place, _text)),
     42: (Divided, (_flag,)),
     43: (Frozen, (_since,)),
     64: (Register, (_text, _rank, _text, _text, _natural, _natural, _natural, _text)),

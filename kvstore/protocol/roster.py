@@ -134,6 +134,11 @@ class Membership:
         """Has anything changed that :meth:`records` would tell?"""
         return bool(self._changed)
 
+    def reminders(self) -> Actions:
+        """Who is lost, once more: that message may have been lost, too, with a connection."""
+        lost = [self._notice(m) for m in self.members.values() if m.reason]
+        return [action for notice in lost for action in self._tell(notice)]
+
     def records(self) -> list[Member]:
         """The members that have changed since the last call."""
         changed, self._changed = self._changed, {}

@@ -40,12 +40,13 @@ class Loop(Protocol):
     def abandon(self) -> None: ...
 
 
-class Line(Protocol):
+class Link(Protocol):
     """A connection to one peer, made by this side; see :class:`~kvstore.transport.zeromq.Connection`."""
 
     address: str
 
     def send(self, frames: Sequence[Any]) -> None: ...
+    def shorten(self, offered: str) -> None: ...
     def close(self) -> None: ...
 
 
@@ -56,6 +57,7 @@ class Port(Protocol):
     on_disconnect: Callable[[], None] | None
 
     def bind(self, address: str) -> str: ...
+    def offer(self, peer: bytes) -> str: ...
     def send(self, peer: bytes, frames: Sequence[Any], on_sent: Sequence[Callable[[], None]] = ()) -> bool: ...
 
 
@@ -76,10 +78,9 @@ class Network(Protocol):
         loop: Any,
         address: str,
         on_receive: Callable[[Frames], None],
-        *,
         on_lost: Callable[[], None] | None = None,
         heartbeat_s: float = BULK_HEARTBEAT_S,
-    ) -> Line: ...
+    ) -> Link: ...
 
     def listen(
         self,

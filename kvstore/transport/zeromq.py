@@ -3,7 +3,8 @@
 A :class:`Connection` (DEALER) speaks to one server, an :class:`Endpoint` (ROUTER) to all who connect. High-water marks
 are 0: the credit of :mod:`kvstore.protocol.requesting` is the bound. Nothing survives a reconnect;
 whoever sends keeps its requests until they are answered. Liveness is libzmq's own heartbeat, which
-its I/O thread answers even while Python is busy.
+its I/O thread answers even while Python is busy. Between processes of one host small messages may take
+a shorter way, see :mod:`kvstore.transport.lines`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from kvstore.errors import OptionError
+from kvstore.transport.lines import Line, Lines, connect
 from kvstore.transport.network import BULK_HEARTBEAT_S, Frames, Network
 from kvstore.transport.reactor import Reactor
 
@@ -85,6 +87,7 @@ class Connection:
         self.address = address
         self._reactor = reactor
         self._on_receive = on_receive
+        self._line: Line | None = None
         self._monitor: zmq.Socket[bytes] | None = None
         self._socket = reactor.context.socket(zmq.DEALER)
         _tune(self._socket, address, heartbeat_s)
@@ -105,6 +108,9 @@ class Connection:
 
     def close(self) -> None:
         """End it at once; what it has not sent is forgotten."""
+        if self._line is not None:
+            self._reactor.forget(self._line)
+            self._line = None
         if self._monitor is not None:
             self._reactor.remove(self._monitor)
             self._socket.disable_monitor()
@@ -112,14 +118,32 @@ class Connection:
         self._reactor.remove(self._socket)
         self._socket.close(linger=0)
 
+    def shorten(self, offered: str) -> None:
+        """Open the line that the peer's :meth:`Endpoint.offer` offered, for small messages."""
+        if self._line is None and (line := connect(offered)) is not None:
+            self._line = line
+            self._reactor.watch(line, lambda: self._receive_by(line))
+
     def send(self, frames: Sequence[Any]) -> None:
         """Queue one message; buffers of 64 KiB and more are sent in place and must not change."""
-        _send(self._socket, frames)
+        if self._line is None or not self._line.send(frames):
+            self._reactor.used(self._socket)
+            _send(self._socket, frames)
 
     def _receive(self) -> None:
         frames = _receive(self._socket)
         if frames is not None:
             self._on_receive([frame.buffer for frame in frames])
+
+    def _receive_by(self, line: Line) -> None:
+        try:
+            frames = line.receive()
+        except OSError:
+            self._line = None
+            self._reactor.forget(line)
+            return
+        if frames is not None:
+            self._on_receive(frames)
 
 
 class Endpoint:
@@ -147,6 +171,7 @@ class Endpoint:
         self._socket = reactor.context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._socket.setsockopt(zmq.MAXMSGSIZE, frame_bytes_max)
+        self._lines = Lines(reactor, lambda peer, frames: on_receive(peer, frames))
         reactor.add(self._socket, self._receive)
         if watch:
             monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
@@ -172,15 +197,25 @@ class Endpoint:
         self.address = self._socket.getsockopt(zmq.LAST_ENDPOINT).rstrip(b"\0").decode()  # type: ignore[union-attr]
         return self.address
 
+    def offer(self, peer: bytes) -> str:
+        """By what a peer of this host may :meth:`Connection.shorten` its connection."""
+        return self._lines.offer(peer)
+
     def send(self, peer: bytes, frames: Sequence[Any], on_sent: Sequence[Callable[[], None]] = ()) -> bool:
         """Queue one message; False when the peer's connection is gone.
 
         Each of ``on_sent`` is called, in time, once the frames' memory may be changed again.
         """
+        if self._lines.send(peer, frames):
+            for tell in on_sent:
+                tell()
+            return True
         trackers: list[zmq.MessageTracker] = []
+        self._reactor.used(self._socket)
         try:
             self._socket.send(peer, zmq.SNDMORE)
         except zmq.ZMQError:
+            self._lines.end(peer)
             return False
         else:
             trackers = _send(self._socket, frames, track=bool(on_sent))
@@ -247,7 +282,6 @@ class ZeroMQ:
         loop: Reactor,
         address: str,
         on_receive: Callable[[Frames], None],
-        *,
         on_lost: Callable[[], None] | None = None,
         heartbeat_s: float = BULK_HEARTBEAT_S,
     ) -> Connection:
