@@ -342,6 +342,8 @@ class Session:
                 self._fail_all(outcome.error)
             elif self._closed is None:
                 log.warning("%r: the scheduler does not take it back: %s", self, outcome.error)
+        else:
+            self._requests.resend(SCHEDULER)  # it knows now whose they are
 
     def _take_inbox(self) -> None:
         with self._lock:

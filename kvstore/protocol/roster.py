@@ -105,6 +105,8 @@ class Membership:
                 return [(peer, Done(message.request_id)), *self._depart(member, message.reason, stays=message.stays)]
             if isinstance(message, Explain):
                 return [(peer, Explanation(message.request_id, self._explain(now)))]
+            if member is None and isinstance(message, Barrier | Enter | Leave):
+                return []  # it has overtaken a Register, and will be sent again
             raise ProtocolError(f"the scheduler does not take {type(message).__name__} from a stranger")
         except KVStoreError as error:
             return [(peer, Failed(message.request_id, *to_wire(error)))]
@@ -353,9 +355,9 @@ class Membership:
     def _depart(self, member: Member, reason: str, *, stays: bool = False) -> Actions:
         if member.gone:
             return []
-        joined = member.state != "joining"
+        counted = member.role != "worker" or member.state == "here"
         member.reason = reason
-        if not joined:  # it is no member of any round yet, so that nobody has to wait for it, or fail
+        if not counted:  # it is no member of any round yet, or any more: nobody has to wait for it, or fail
             member.state = "left"
         else:
             member.state = "lost" if reason else "apart" if stays else "left"
@@ -363,7 +365,7 @@ class Membership:
         if not member.connected:
             member.waiting = None
         actions = self._tell(self._notice(member), member)
-        if joined and reason and member.role == "worker" and self.on_loss == "fail":
+        if counted and reason and member.role == "worker" and self.on_loss == "fail":
             error = WorkerLostError(f"barrier: worker {member.rank} is lost: {reason}")
             for waiter in self.members.values():
                 if waiter.waiting is not None:

@@ -178,6 +178,7 @@ class Run:
             for key in plan.keys:
                 self._look(Seen(life, key, life.pushed.get(key, 0), kv.pull(key).result()), final=True)
             life.ended = True
+            kv.close()
         except FencedError:
             self.fenced += 1
             raise _Gone from None
