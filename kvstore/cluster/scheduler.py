@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 GRACE = 1 / 6  # of the heartbeat's deadline: so long a connection that ended may take to come back
 RETURN_S = 10.0  # so long the members may take to come back to a scheduler that was restarted
 
+REMIND_S = 5.0  # so often everybody is told again who is lost
+
 _ANYBODY_THERE = Done(0)  # answers no request: it is sent to see whether it can be
 
 
@@ -97,6 +99,7 @@ class Scheduler:
 
     def start(self) -> None:
         """Start to answer."""
+        self._reactor.call_later(REMIND_S, self._remind)
         self._reactor.start()
 
     def wait(self, timeout: float | None = None) -> bool:
@@ -145,6 +148,10 @@ class Scheduler:
 
     def _tick(self, now: float) -> None:
         self._send(self.membership.tick(now))
+
+    def _remind(self) -> None:
+        self._reactor.call_later(REMIND_S, self._remind)
+        self._send(self.membership.reminders())
 
     def _look_soon(self) -> None:
         """A connection has ended: if it is not renewed soon, its member is lost."""

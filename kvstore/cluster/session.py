@@ -97,6 +97,7 @@ class Session:
         self.num_workers = 0  # that the cluster was started with
         self.workers: set[int] = set()  # who takes part now
         self.lost_workers: set[int] = set()
+        self._lives: dict[int, int] = {}  # of workers that have joined since
         self.joins = False  # new to a running job: `join` is to be called
         self.servers: tuple[str, ...] = ()
         self.departed: list[Departed] = []  # servers
@@ -313,14 +314,14 @@ class Session:
 
     def _connect_scheduler(self) -> Link:
         """A connection that is replaced when it ends, so that Register is the first thing that the next one brings."""
-        line = self._network.connect(
+        connection = self._network.connect(
             self._reactor,
             self.address,
             lambda frames: self._receive(SCHEDULER, frames),
-            on_lost=lambda: self._reactor.post(lambda: self._reconnect(line)),
-            heartbeat_s=self._heartbeat_s,
+            lambda: self._reactor.post(lambda: self._reconnect(connection)),
+            self._heartbeat_s,
         )
-        return line
+        return connection
 
     def _reconnect(self, ended: Link) -> None:
         if self._connections[SCHEDULER] is not ended or self._closed is not None:
@@ -343,6 +344,8 @@ class Session:
                 self._fail_all(outcome.error)
             elif self._closed is None:
                 log.warning("%r: the scheduler does not take it back: %s", self, outcome.error)
+        else:
+            self._requests.resend(SCHEDULER)  # it knows now whose they are
 
     def _take_inbox(self) -> None:
         with self._lock:
@@ -395,6 +398,7 @@ class Session:
                 self._take_departed(message)
                 continue
             if isinstance(message, Joined):
+                self._lives[message.rank] = message.incarnation
                 self.workers.add(message.rank)
                 self.lost_workers.discard(message.rank)
                 if self._on_change is not None:
@@ -413,6 +417,8 @@ class Session:
 
     def _take_departed(self, message: Departed) -> None:
         if message.role == "worker":
+            if message.incarnation < self._lives.get(message.rank, 0):
+                return  # which is known
             if message.reason:
                 self.lost_workers.add(message.rank)
             if message.on_loss == "continue" or not message.reason:

@@ -113,6 +113,8 @@ class Membership:
                 return self.naming.passed(peer, member.rank, message)
             if isinstance(message, Explain):
                 return [(peer, Explanation(message.request_id, self._explain(now)))]
+            if member is None and isinstance(message, Barrier | Enter | Leave):
+                return []  # it has overtaken a Register, and will be sent again
             raise ProtocolError(f"the scheduler does not take {type(message).__name__} from a stranger")
         except KVStoreError as error:
             return [(peer, Failed(message.request_id, *to_wire(error)))]
@@ -148,6 +150,11 @@ class Membership:
     def has_news(self) -> bool:
         """Has anything changed that :meth:`records` would tell?"""
         return bool(self._changed)
+
+    def reminders(self) -> Actions:
+        """Who is lost, once more: that message may have been lost, too, with a connection."""
+        lost = [self._notice(m) for m in self.members.values() if m.reason]
+        return [action for notice in lost for action in self._tell(notice)]
 
     def records(self) -> list[Member]:
         """The members that have changed since the last call."""
@@ -363,9 +370,9 @@ class Membership:
     def _depart(self, member: Member, reason: str, *, stays: bool = False) -> Actions:
         if member.gone:
             return []
-        joined = member.state != "joining"
+        counted = member.role != "worker" or member.state == "here"
         member.reason = reason
-        if not joined:  # it is no member of any round yet, so that nobody has to wait for it, or fail
+        if not counted:  # it is no member of any round yet, or any more: nobody has to wait for it, or fail
             member.state = "left"
         else:
             member.state = "lost" if reason else "apart" if stays else "left"
@@ -375,7 +382,7 @@ class Membership:
         actions = self._tell(self._notice(member), member)
         if member.role == "worker":
             actions += self.naming.gone(member.rank)
-        if joined and reason and member.role == "worker" and self.on_loss == "fail":
+        if counted and reason and member.role == "worker" and self.on_loss == "fail":
             error = WorkerLostError(f"barrier: worker {member.rank} is lost: {reason}")
             for waiter in self.members.values():
                 if waiter.waiting is not None:
