@@ -48,9 +48,7 @@ class Cut:
     awaited: frozenset[int]
     marks: dict[int, dict[Key, int]] = field(default_factory=dict)  # rank -> key -> last round that belongs to it
     excused: set[int] = field(default_factory=set)
-    keys: list[tuple[Key, int]] | None = (
-        None  # pieces that belong to it: those that the first worker, who makes them, had made by its marker
-    )
+    keys: list[tuple[Key, int]] | None = None  # its pieces: those there at the marker of the worker that makes keys
     unsettled: list[tuple[Key, int]] | None = None  # of these, from when all markers are here
     until: float = math.inf
     failure: CheckpointError | None = None

@@ -20,6 +20,7 @@ from kvstore.protocol.messages import AskCut, Failed, Halt, Message, Named, Pass
 
 ANSWER_S = 5.0  # how long a worker may take to say where it is
 AGAIN_S = 0.5  # it is asked again then
+APART_MAX = 64  # cut points; workers that wait for each other and are further apart do not pass the same ones
 
 Peer = Any  # how the shell addresses a connection; opaque here
 Sends = list[tuple[Peer, Message]]
@@ -100,6 +101,11 @@ class Naming:
         counts = [message.count for _, message in asked.answers.values()]
         common = max(counts, default=0) + 1
         coupled = any(message.coupled for _, message in asked.answers.values())
+        if coupled and common - 1 - min(counts) > APART_MAX:
+            passed = {rank: message.count for rank, (_, message) in sorted(asked.answers.items())}
+            error = CheckpointError(f"a cut: workers that wait for each other have passed cut points unlike: {passed}")
+            refused: Sends = [(peer, Failed(m.request_id, *to_wire(error))) for peer, m in asked.answers.values()]
+            return [*refused, (asked.peer, Failed(asked.request_id, *to_wire(error)))]
         sends: Sends = [
             (peer, Named(message.request_id, asked.cut, common if coupled else message.count + 1, awaited))
             for peer, message in asked.answers.values()

@@ -29,6 +29,12 @@ def test_workers_that_wait_for_nobody_get_their_own_next():
     assert [(peer, message.at) for peer, message in sends[:2]] == [("peer 0", 1001), ("peer 1", 5)]
 
 
+def test_coupled_workers_that_do_not_pass_the_same_cut_points_are_refused_before_anybody_waits():
+    _, sends = asked((0, 1000, True), (1, 4, True))
+    assert [peer for peer, _ in sends] == ["peer 0", "peer 1", "asker"]
+    assert all(isinstance(message, Failed) and "{0: 1000, 1: 4}" in message.text for _, message in sends)
+
+
 def test_without_workers_it_has_a_name_at_once():
     assert Naming().ask("asker", AskCut(3, 77), {}, 0.0) == [("asker", Named(3, 77, 1, ()))]
 
