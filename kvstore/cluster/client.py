@@ -451,12 +451,12 @@ class ClusterHome(Home):
         return remote.latest.round
 
     def leave(self, timeout_s: float) -> None:
-        self._ask_all(lambda i: Leave(i, "", True), timeout_s, "leave")
-        self._wait([(SCHEDULER, self._session.ask(SCHEDULER, lambda i: Leave(i, "", True)))], timeout_s, "leave")
+        for member in (SCHEDULER, *self._servers):  # it first: should this process die now, it tells the servers
+            self._wait([(member, self._session.ask(member, lambda i: Leave(i, "", True)))], timeout_s, "leave")
 
     def close(self, reason: str, timeout_s: float) -> None:
         try:
-            for member in (*self._servers, SCHEDULER):
+            for member in (SCHEDULER, *self._servers):
                 with contextlib.suppress(ServerLostError):  # who is gone need not be told
                     self._wait([(member, self._session.ask(member, lambda i: Leave(i, reason)))], timeout_s, "leave")
         finally:

@@ -555,7 +555,11 @@ class Server:
         if isinstance(change, Joined):
             self._take_all_back(change.rank, change.incarnation - 1)
             return
-        if change.role != "worker" or change.stays:
+        if change.role != "worker":
+            return
+        if change.stays:
+            self._perform(self._serving.leaves(change.rank, change.incarnation) if self._serving is not None else [])
+            self._flush()
             return
         if not (change.reason and change.on_loss == "wait"):  # then it may go on reading when it is back
             self._take_all_back(change.rank, change.incarnation)
@@ -566,9 +570,9 @@ class Server:
                 change.rank, change.reason, change.on_loss, change.incarnation, self._reactor.now()
             )
             self._perform(lost)
-            self._flush()
         else:
-            self._serving.forget(change.rank)
+            self._perform(self._serving.leaves(change.rank, change.incarnation))
+        self._flush()
 
     def _take_all_back(self, rank: int, incarnation: int) -> None:
         """That life of a worker is over, and reads nothing any more."""

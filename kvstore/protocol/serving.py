@@ -360,9 +360,11 @@ class Serving:
             actions += self._fail_hopeless(piece_id, piece)
         return actions + self._settle_early() + self._resume() + self._take_cuts(now)
 
-    def forget(self, rank: int) -> None:
-        """The worker has left in order, and wants no answers any more."""
-        self._forget_requests(rank)
+    def leaves(self, rank: int, incarnation: int) -> list[Action]:
+        """That life of the worker has left in order, as it has said here, too, unless it died just then."""
+        if self.workers.is_over(rank, incarnation):
+            return []
+        return self._go_on_without(rank)
 
     def counted(self) -> Iterator[tuple[PieceId, Piece]]:
         """The pieces that are counted by themselves: all but the members of united bundles."""

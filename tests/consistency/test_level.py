@@ -332,3 +332,55 @@ def test_other_models_have_other_histories():
     assert [[one.same_history(other) for other in levels] for one in levels] == [
         [one is other for other in levels] for one in levels
     ]
+
+
+# --- members that come and go -------------------------------------------------------------------------
+
+
+def test_a_joiner_counts_from_its_first_round():
+    level = Level(parse("sequential"), (0, 1))
+    level.push(0)
+    level.push(0)
+    level.join(2, 3)
+    assert level.pull(Pull("new", ((2, 2),))) == Answer("new", 0, 0)  # the newest value, at once
+    updates, _ = level.push(1)
+    assert [update.contributions for update in updates] == [((0, 1), (1, 1))]
+    updates, _ = level.push(1)
+    assert [update.contributions for update in updates] == [((0, 2), (1, 2))]
+    assert level.push(0) == level.push(1) == ([], [])
+    updates, _ = level.push(2)
+    assert [update.contributions for update in updates] == [((0, 3), (1, 3), (2, 3))]
+
+
+def test_one_who_comes_back_is_away_for_the_rounds_between():
+    level = Level(parse("sequential"), (0, 1))
+    for p in (0, 1, 1):
+        level.push(p)
+    level.leave(0)  # after round 1, which is in effect
+    assert level.closed == 2
+    level.join(0, 3)
+    assert [list(level.members_of(n)) for n in (1, 2, 3)] == [[0, 1], [1], [0, 1]]
+    level.leave(0)
+    assert [list(level.members_of(n)) for n in (2, 3, 4)] == [[1], [1], [1]]
+
+
+def test_rounds_without_members_are_passed_over():
+    level = Level(parse("sequential"), (0, 1))
+    level.push(0)
+    level.join(2, 4)  # round 3 has begun in another piece of the key
+    level.push(2)
+    level.leave(0)
+    updates, _ = level.leave(1)
+    assert [update.round for update in updates] == [1, 4]
+    assert (level.closed, level.version) == (4, 2)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_joiner_holds_nobody_up_who_did_not_wait_before(model):
+    level = Level(parse(model), (0, 1))
+    for p in (0, 1, 0):
+        level.push(p)
+    waited = level.pull(Pull("before", ((0, 2),))) is None
+    level.waiting.clear()
+    level.join(7, level.begun + 1)
+    assert (level.pull(Pull("after", ((0, 2),))) is None) == waited

@@ -27,7 +27,7 @@ from kvstore.errors import FencedError, KVStoreError, OptionError
 from kvstore.testing import Cluster
 
 MODELS = ("sequential", "bounded(0)", "bounded(2)", "eventual")
-RANKS, LIVES, PIECES = 7, 3, 3
+RANKS, LIVES, PIECES = 7, 5, 3
 SIGN = 16.0  # a push of life n adds SIGN ** (n - 1)
 LIMIT_S = 1500.0
 

@@ -75,18 +75,6 @@ def test_a_lost_worker_of_whom_nobody_is_told_is_found(monkeypatch: pytest.Monke
     assert found(range(20), "sequential", "continue")
 
 
-def test_a_worker_that_is_left_out_too_early_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    leave = Level.leave
-
-    def early(self: Level, participant: int) -> Any:
-        if self.rounds.get(participant, 0) > self.closed:
-            self.rounds[participant] -= 1  # its last accepted push, which waits for others, is forgotten
-        return leave(self, participant)
-
-    monkeypatch.setattr(Level, "leave", early)
-    assert found(range(60), "sequential", "continue")
-
-
 @pytest.mark.parametrize("loss", [0.0, 0.1])
 def test_wait_takes_up_a_round_that_was_half_sent(loss: float) -> None:
     with Cluster(2, 2, seed=5, on_worker_loss="wait", loss=loss, delay_s=(0.001, 0.3)) as cluster:
