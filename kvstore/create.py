@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 
 import engine
 from kvstore import consistency, environment, plain
 from kvstore.cluster.client import ClusterHome
+from kvstore.cluster.keys import Keys
 from kvstore.cluster.near import Neighbourhood
 from kvstore.cluster.session import Session
 from kvstore.consistency import Eventual, Model, Sequential
@@ -37,6 +39,7 @@ def create(
     timeout: float = 300.0,
     connect_timeout: float = 30.0,
     shared_memory: bool | None = None,
+    keys: str | os.PathLike[str] | None = None,
 ) -> KVStore:
     """Make a store.
 
@@ -57,11 +60,14 @@ def create(
         connect_timeout: seconds within which the scheduler must answer.
         shared_memory: exchange values with servers of this host through shared memory; None: as
             ``KVSTORE_SHARED_MEMORY`` says (0: no), else yes.
+        keys: the directory of this process's keys, for a protected cluster (``kvstore keygen``); None: as
+            ``KVSTORE_KEYS`` says, else there are none.
 
     Raises:
         OptionError: an unknown type or model, no address, an option that the type has not, or an environment
             that is ill-formed or meant for a server or scheduler.
         UnreachableError: nobody answers at the address.
+        AuthenticationError: somebody does, but the two do not accept each other's keys.
         DeadlineError: the cluster was not complete within ``timeout``.
     """
     if not isinstance(type, str) or (type not in _LOCAL and type not in _CLUSTER):
@@ -78,13 +84,18 @@ def create(
     cluster_model = defaults[1] if cluster_consistency is None else consistency.parse(cluster_consistency)
     runtime = engine.default()
     if type in _LOCAL:
-        for name, given in (("cluster_consistency", cluster_consistency), ("address", address), ("rank", rank)):
+        for name, given in (
+            ("cluster_consistency", cluster_consistency),
+            ("address", address),
+            ("rank", rank),
+            ("keys", keys),
+        ):
             if given is not None:
                 raise OptionError(f"create({type!r}): expected no {name}, which is for clusters; got {given!r}")
         runtime.retain()
         home: Home = LocalHome(runtime)
     else:
-        home = _join(address, rank, runtime, timeout, connect_timeout, shared_memory)
+        home = _join(address, rank, runtime, timeout, connect_timeout, shared_memory, keys)
     return KVStore(
         type, home, runtime, devices=devices, device_model=device_model, cluster_model=cluster_model, timeout=timeout
     )
@@ -97,6 +108,7 @@ def _join(
     timeout: float,
     connect_timeout: float,
     shared_memory: bool | None,
+    keys: str | os.PathLike[str] | None,
 ) -> ClusterHome:
     around = environment.read()
     address = address or around.address
@@ -110,7 +122,8 @@ def _join(
         raise OptionError(f"create('dist'): expected a rank >= 0, or -1 for any; got {rank!r}")
     share = around.shared_memory if shared_memory is None else shared_memory
     neighbourhood = Neighbourhood(0 if share is False else around.shared_memory_bytes)
-    session = Session(address, "worker", neighbourhood=neighbourhood)
+    keys = keys or around.keys
+    session = Session(address, "worker", neighbourhood=neighbourhood, keys=Keys(keys) if keys else None)
     try:
         session.register(wanted, "", connect_timeout, 1e9 if timeout == math.inf else timeout)
         session.connect_servers()

@@ -23,6 +23,7 @@ class Environment:
     num_servers: int | None = None
     shared_memory: bool | None = None
     shared_memory_bytes: int | None = None
+    keys: str | None = None
 
     def variables(self) -> dict[str, str]:
         """The environment that says this; for child processes."""
@@ -34,6 +35,7 @@ class Environment:
             "KVSTORE_NUM_SERVERS": self.num_servers,
             "KVSTORE_SHARED_MEMORY": None if self.shared_memory is None else int(self.shared_memory),
             "KVSTORE_SHARED_MEMORY_BYTES": self.shared_memory_bytes,
+            "KVSTORE_KEYS": self.keys,
         }
         return {name: str(value) for name, value in values.items() if value is not None}
 
@@ -72,6 +74,7 @@ def read(environ: Mapping[str, str] | None = None) -> Environment:
     if role is not None and role[1] not in ("worker", "server", "scheduler"):
         raise OptionError(f"{role[0]}: expected worker, server or scheduler, got {role[1]!r}")
     shared = number("KVSTORE_SHARED_MEMORY")
+    keys = text("KVSTORE_KEYS")
     return Environment(
         address[1] if address else None,
         role[1] if role else None,
@@ -80,4 +83,5 @@ def read(environ: Mapping[str, str] | None = None) -> Environment:
         number("KVSTORE_NUM_SERVERS", "DMLC_NUM_SERVER"),
         None if shared is None else bool(shared),
         number("KVSTORE_SHARED_MEMORY_BYTES"),
+        keys[1] if keys else None,
     )

@@ -25,6 +25,7 @@ The first level below the root answers *whose fault it is*::
     │       └── ProtocolVersionError   it is, in another version
     └── NetworkError               nobody is known to be at fault
         ├── UnreachableError       (ConnectionError) nothing answers at the address
+        │   └── AuthenticationError    it answers, but it and this process do not accept each other's keys
         └── DeadlineError          (TimeoutError)    a deadline passed; the operation stays pending
 
 Errors cross the wire as (class name, message); :func:`from_wire` looks the name up in this
@@ -127,6 +128,10 @@ class NetworkError(KVStoreError):
 
 class UnreachableError(NetworkError, ConnectionError):
     """Nothing answers at the address."""
+
+
+class AuthenticationError(UnreachableError):
+    """Something answers at the address, but it and this process do not accept each other's keys."""
 
 
 class DeadlineError(NetworkError, TimeoutError):

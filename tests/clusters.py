@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import kvstore
+from kvstore.cluster.keys import Keys
 from kvstore.cluster.near import Neighbourhood
 from kvstore.cluster.scheduler import Scheduler
 from kvstore.cluster.server import Server
@@ -19,11 +20,11 @@ DEADLINE_S = 60.0
 class Cluster:
     """A running scheduler with its servers; :meth:`run` runs a function as each of the workers."""
 
-    def __init__(self, workers: int, servers: int) -> None:
+    def __init__(self, workers: int, servers: int, keys: Keys | None = None) -> None:
         self.workers = workers
-        self.scheduler = Scheduler("tcp://127.0.0.1:*", workers, servers)
+        self.scheduler = Scheduler("tcp://127.0.0.1:*", workers, servers, keys=keys)
         self.scheduler.start()
-        self.servers = [Server(self.address, neighbourhood=Neighbourhood()) for _ in range(servers)]
+        self.servers = [Server(self.address, neighbourhood=Neighbourhood(), keys=keys) for _ in range(servers)]
         self._starting = [threading.Thread(target=self._start, args=(server,)) for server in self.servers]
         for thread in self._starting:
             thread.start()
@@ -61,8 +62,8 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def cluster(workers: int = 2, servers: int = 1) -> Iterator[Cluster]:
-    running = Cluster(workers, servers)
+def cluster(workers: int = 2, servers: int = 1, keys: Keys | None = None) -> Iterator[Cluster]:
+    running = Cluster(workers, servers, keys)
     try:
         yield running
     finally:

@@ -1,4 +1,4 @@
-"""The command line: ``kvstore run``, ``scheduler``, ``server``, ``status``, ``bench``.
+"""The command line: ``kvstore run``, ``scheduler``, ``server``, ``status``, ``keygen``, ``bench``.
 
 Commands import what they need when they run, so that ``--help`` is quick. A failure is one line on
 stderr and a non-zero code.
@@ -7,12 +7,19 @@ stderr and a non-zero code.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from typing import Any
 
 import click
 
 from kvstore.errors import KVStoreError
+
+_KEYS = click.option(
+    "--keys",
+    type=click.Path(file_okay=False),
+    help="The directory of its keys, for a protected cluster (or KVSTORE_KEYS).",
+)
 
 
 class _Commands(click.Group):
@@ -36,8 +43,9 @@ def main() -> None:
 @click.option("-w", "--workers", type=int, default=1, show_default=True, help="Worker processes.")
 @click.option("-s", "--servers", type=int, default=1, show_default=True, help="Server processes.")
 @click.option("--grace", type=float, default=5.0, show_default=True, help="Seconds to end in before the kill.")
+@_KEYS
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
-def run(workers: int, servers: int, grace: float, command: tuple[str, ...]) -> None:
+def run(workers: int, servers: int, grace: float, keys: str | None, command: tuple[str, ...]) -> None:
     """Run a whole cluster on this machine: COMMAND once per worker, with a scheduler and servers.
 
     Children's output is copied line by line with a prefix. When one fails, all are stopped and its code
@@ -52,7 +60,7 @@ def run(workers: int, servers: int, grace: float, command: tuple[str, ...]) -> N
         raise click.UsageError("expected a command for the workers, e.g. kvstore run -w 2 -- python train.py")
     from kvstore.cli.launch import run_cluster
 
-    sys.exit(run_cluster(workers, servers, list(command), grace))
+    sys.exit(run_cluster(workers, servers, list(command), grace, keys))
 
 
 @main.command()
@@ -62,7 +70,8 @@ def run(workers: int, servers: int, grace: float, command: tuple[str, ...]) -> N
 @click.option("--advertise", help="The address others reach it by, if another.")
 @click.option("-w", "--workers", type=int, help="Workers of the cluster (or KVSTORE_NUM_WORKERS).")
 @click.option("-s", "--servers", type=int, help="Servers of the cluster (or KVSTORE_NUM_SERVERS, else 1).")
-def scheduler(bind: str, advertise: str | None, workers: int | None, servers: int | None) -> None:
+@_KEYS
+def scheduler(bind: str, advertise: str | None, workers: int | None, servers: int | None, keys: str | None) -> None:
     """Run the scheduler of a cluster until SIGINT or SIGTERM."""
     from kvstore import environment
     from kvstore.cli.daemon import serve
@@ -73,7 +82,7 @@ def scheduler(bind: str, advertise: str | None, workers: int | None, servers: in
     servers = (1 if around.num_servers is None else around.num_servers) if servers is None else servers
     if workers is None:
         raise click.UsageError("expected --workers or KVSTORE_NUM_WORKERS")
-    one = Scheduler(bind, workers, servers, advertise=advertise)
+    one = Scheduler(bind, workers, servers, advertise=advertise, keys=_keys(keys))
     click.echo(f"scheduler at {one.address}")
     sys.exit(serve(one))
 
@@ -84,7 +93,15 @@ def scheduler(bind: str, advertise: str | None, workers: int | None, servers: in
 @click.option("--advertise", help="The address that workers reach it by, if another.")
 @click.option("--with-scheduler", is_flag=True, help="Be the scheduler too, bound at --address: a whole service.")
 @click.option("-w", "--workers", type=int, help="With --with-scheduler: workers of the cluster.")
-def server(address: str | None, bind: str, advertise: str | None, with_scheduler: bool, workers: int | None) -> None:
+@_KEYS
+def server(
+    address: str | None,
+    bind: str,
+    advertise: str | None,
+    with_scheduler: bool,
+    workers: int | None,
+    keys: str | None,
+) -> None:
     """Run a server until SIGINT or SIGTERM."""
     from kvstore import environment
     from kvstore.cli.daemon import keep_memory, serve
@@ -97,9 +114,9 @@ def server(address: str | None, bind: str, advertise: str | None, with_scheduler
     keep_memory()
     around = environment.read()
     address = address or around.address
-    beside = None
+    beside, own = None, _keys(keys)
     if with_scheduler:
-        beside = Scheduler(address or "tcp://127.0.0.1:9091", workers or 0, 1)
+        beside = Scheduler(address or "tcp://127.0.0.1:9091", workers or 0, 1, keys=own)
         beside.start()
         address = beside.address
         click.echo(f"scheduler at {address}")
@@ -107,7 +124,7 @@ def server(address: str | None, bind: str, advertise: str | None, with_scheduler
         raise click.UsageError("expected --address or KVSTORE_ADDRESS, the scheduler's address")
     neighbourhood = Neighbourhood(0 if around.shared_memory is False else around.shared_memory_bytes)
     rank = around.rank if around.role == "server" else None
-    one = Server(address, bind=bind, advertise=advertise, rank=rank, neighbourhood=neighbourhood)
+    one = Server(address, bind=bind, advertise=advertise, rank=rank, neighbourhood=neighbourhood, keys=own)
     click.echo(f"server at {one.address}")
     sys.exit(serve(one, beside))
 
@@ -116,7 +133,8 @@ def server(address: str | None, bind: str, advertise: str | None, with_scheduler
 @click.option("--address", help="The scheduler's (or KVSTORE_ADDRESS).")
 @click.option("--timeout", type=float, default=5.0, show_default=True, help="Seconds to wait for an answer.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def status(address: str | None, timeout: float, as_json: bool) -> None:
+@_KEYS
+def status(address: str | None, timeout: float, as_json: bool, keys: str | None) -> None:
     """Show the members of a cluster and what the servers hold."""
     from kvstore import environment
     from kvstore.cluster.status import read_status
@@ -124,7 +142,7 @@ def status(address: str | None, timeout: float, as_json: bool) -> None:
     address = address or environment.read().address
     if address is None:
         raise click.UsageError("expected --address or KVSTORE_ADDRESS, the scheduler's address")
-    report = read_status(address, timeout)
+    report = read_status(address, timeout, _keys(keys))
     if as_json:
         click.echo(json.dumps(report, indent=2))
         return
@@ -143,6 +161,41 @@ def status(address: str | None, timeout: float, as_json: bool) -> None:
             table.add_row(*map(str, cells), *held)
     console = Console()
     console.print(table, width=None if console.is_terminal else max(console.width, console.measure(table).maximum))
+
+
+@main.command()
+@click.argument("directory", type=click.Path(file_okay=False))
+@click.option("--client", "clients", multiple=True, metavar="NAME", help="Make keys for this client; may be repeated.")
+@click.option("--revoke", metavar="NAME", help="Take this client from the list of those who may connect.")
+def keygen(directory: str, clients: tuple[str, ...], revoke: str | None) -> None:
+    """Make the keys of a cluster in DIRECTORY, add a client to them or revoke one.
+
+    Schedulers and servers are given DIRECTORY as --keys; a client is given DIRECTORY/NAME, which can be copied to
+    where it runs. The first client is called "worker" if no other name is given. Nothing is ever overwritten.
+    """
+    from kvstore.cluster import keys
+
+    if revoke is not None:
+        if clients:
+            raise click.UsageError("--revoke and --client do not belong together")
+        keys.revoke(directory, revoke)
+        click.echo(f"{revoke} is no longer allowed; servers that run cut it off within a second")
+        return
+    if clients and os.path.exists(os.path.join(directory, keys.CLUSTER)):
+        written = [path for name in clients for path in keys.add_client(directory, name)]
+    else:
+        written = keys.make_cluster(directory, clients or (keys.DEFAULT_CLIENT,))
+    for path in written:
+        click.echo(path)
+
+
+def _keys(directory: str | None) -> Any:
+    """The keys in a directory, or where the environment says; None without either."""
+    from kvstore import environment
+    from kvstore.cluster.keys import Keys
+
+    directory = directory or environment.read().keys
+    return None if directory is None else Keys(directory)
 
 
 @main.group()

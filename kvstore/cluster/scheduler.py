@@ -8,6 +8,7 @@ import threading
 import time
 
 from kvstore.cluster.address import advertised, split
+from kvstore.cluster.keys import Keys, guard
 from kvstore.errors import OptionError, ProtocolError, to_wire
 from kvstore.protocol.messages import HEADER_BYTES_MAX, NOBODY, Failed, Message, Sender, decode, envelope
 from kvstore.protocol.roster import Membership
@@ -26,22 +27,34 @@ class Scheduler:
         bind: ``tcp://interface:port``; port ``*`` lets the system choose.
         num_workers, num_servers: how many the cluster has; at least one each.
         advertise: the address that others reach it by, if another than the bound one.
+        keys: of the cluster; None: it is not protected.
 
     Raises:
         OptionError: an address that cannot be bound, or a wrong number.
     """
 
-    def __init__(self, bind: str, num_workers: int, num_servers: int, *, advertise: str | None = None) -> None:
+    def __init__(
+        self,
+        bind: str,
+        num_workers: int,
+        num_servers: int,
+        *,
+        advertise: str | None = None,
+        keys: Keys | None = None,
+    ) -> None:
         if num_workers < 1 or num_servers < 1:
             raise OptionError(
                 f"a cluster: expected at least 1 worker and 1 server, got {num_workers} and {num_servers}"
             )
         self.membership = Membership(secrets.randbits(62) | 1, num_workers, num_servers)
         self._reactor = Reactor("kvstore-scheduler", self._tick)
-        self._endpoint: Endpoint = Endpoint(self._reactor, self._receive, frame_bytes_max=HEADER_BYTES_MAX, watch=True)
-        self._endpoint.on_disconnect = self._disconnected
         try:
             split(bind)  # for ZeroMQ port 70000 is port 4464
+            gate = guard(self._reactor, keys)
+            self._endpoint = Endpoint(
+                self._reactor, self._receive, frame_bytes_max=HEADER_BYTES_MAX, watch=True, gate=gate
+            )
+            self._endpoint.on_disconnect = self._disconnected
             self.address = advertised(self._endpoint.bind(bind), advertise)
         except OptionError:
             self._reactor.abandon()

@@ -19,6 +19,7 @@ import engine
 from kvstore import kernels, optim
 from kvstore.arrays import Array, dtype_named
 from kvstore.cluster.address import advertised, reachable, split
+from kvstore.cluster.keys import Keys, guard
 from kvstore.cluster.near import Neighbourhood
 from kvstore.cluster.outbox import OnSent, Outbox, Outgoing
 from kvstore.cluster.session import Session
@@ -87,6 +88,7 @@ class Server:
         advertise: the address that workers reach it by, if another than the bound one.
         rank: its number among the servers; None: any.
         neighbourhood: memory for values that workers of this host read in place; None: none is shared.
+        keys: of the cluster; None: it is not protected.
     """
 
     def __init__(
@@ -97,14 +99,17 @@ class Server:
         advertise: str | None = None,
         rank: int | None = None,
         neighbourhood: Neighbourhood | None = None,
+        keys: Keys | None = None,
     ) -> None:
+        self._keys = keys
         self._scheduler = reachable(address)
         self._wanted = NOBODY if rank is None else rank
         self._engine = engine.default()
         self._reactor = Reactor("kvstore-server", io_threads=IO_THREADS)
-        self._endpoint = Endpoint(self._reactor, self._receive, frame_bytes_max=FRAME_BYTES_MAX)
         try:
             split(bind)  # for ZeroMQ port 70000 is port 4464
+            gate = guard(self._reactor, keys)
+            self._endpoint = Endpoint(self._reactor, self._receive, frame_bytes_max=FRAME_BYTES_MAX, gate=gate)
             self.address = advertised(self._endpoint.bind(bind), advertise)
         except OptionError:
             self._reactor.abandon()
@@ -137,7 +142,7 @@ class Server:
         kernels.prepare()
         self._engine.retain()
         self._retained = True
-        session = Session(self._scheduler, "server", self._departed)
+        session = Session(self._scheduler, "server", self._departed, keys=self._keys)
         self._session = session
         try:
             session.register(self._wanted, self.address, connect_timeout, JOIN_TIMEOUT_S)

@@ -15,11 +15,14 @@ import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 from kvstore.cluster.address import reachable
+from kvstore.cluster.keys import Keys
 from kvstore.cluster.near import Neighbourhood
 from kvstore.errors import (
+    AuthenticationError,
     ClosedError,
     DeadlineError,
     KVStoreError,
@@ -66,6 +69,7 @@ class Session:
         role: ``worker`` or ``server``; ``observer`` registers nowhere.
         on_departed: called on the session's thread for every member that is gone.
         neighbourhood: this process's memory that others on its host may read.
+        keys: of this process; None: the cluster is not protected.
     """
 
     def __init__(
@@ -74,7 +78,9 @@ class Session:
         role: str,
         on_departed: Callable[[Departed], None] | None = None,
         neighbourhood: Neighbourhood | None = None,
+        keys: Keys | None = None,
     ) -> None:
+        self._keys = keys
         self.address = reachable(address)
         self.role = role
         self.sender = Sender(0, 0, NOBODY, NOBODY)
@@ -94,9 +100,7 @@ class Session:
         self._closed: KVStoreError | None = None
         self._reactor = Reactor(f"kvstore-{role}", self._tick, lambda: bool(self._requests.open))
         try:
-            self._connections[SCHEDULER] = Connection(
-                self._reactor, address, lambda frames: self._receive(SCHEDULER, frames)
-            )
+            self._connect(SCHEDULER, address)
         except KVStoreError:
             self._reactor.abandon()
             raise
@@ -111,6 +115,7 @@ class Session:
         Raises:
             UnreachableError: no scheduler answered within ``connect_timeout`` seconds.
             DeadlineError: the cluster was not complete within ``timeout`` seconds.
+            AuthenticationError: the scheduler and this process do not accept each other's keys.
             PeerError: the scheduler refused.
         """
         hello = self.ask(SCHEDULER, lambda i: Explain(i, 0))
@@ -119,9 +124,7 @@ class Session:
         try:
             hello.result(connect_timeout)
         except TimeoutError as error:
-            raise UnreachableError(
-                f"scheduler at {self.address}: expected an answer within {connect_timeout:g} s, none came"
-            ) from error
+            raise self.no_answer(connect_timeout) from error
         try:
             roster = joined.result(timeout)
         except TimeoutError as error:
@@ -133,19 +136,30 @@ class Session:
         self.num_workers, self.servers = roster.num_workers, roster.servers
         self.sender = Sender(self.sender.cluster, self.sender.epoch, roster.rank, roster.incarnation)
 
+    def no_answer(self, waited_s: float) -> UnreachableError:
+        """The scheduler has said nothing for so long, and why that may be."""
+        said = f"scheduler at {self.address}: expected an answer within {waited_s:g} s, none came"
+        suspicion = self._connections[SCHEDULER].suspicion
+        return AuthenticationError(f"{said}: {suspicion}") if suspicion else UnreachableError(said)
+
     def connect_servers(self) -> None:
         """Connect to all servers of the roster."""
 
         def connect() -> None:
             for number, address in enumerate(self.servers):
-                self._connections[number] = Connection(
-                    self._reactor,
-                    address,
-                    lambda frames, number=number: self._receive(number, frames),  # type: ignore[misc]
-                )
+                self._connect(number, address)
 
         self._reactor.call(connect)
         self._meet_servers()
+
+    def _connect(self, server: int, address: str) -> None:
+        self._connections[server] = Connection(
+            self._reactor,
+            address,
+            partial(self._receive, server),
+            own=None if self._keys is None else self._keys.identity,
+            on_refused=partial(self._refused, server),
+        )
 
     def _meet_servers(self) -> None:
         """Find out which servers are on this host."""
@@ -219,7 +233,7 @@ class Session:
 
     def explain(self, server: int, about: int) -> str:
         """Ask ``server`` why the request ``about`` has no answer yet."""
-        where = "the scheduler" if server == SCHEDULER else f"server {server} at {self.servers[server]}"
+        where = self._called(server)
         try:
             reply = self.ask(server, lambda i: Explain(i, about)).result(EXPLAIN_S)
         except (TimeoutError, KVStoreError):
@@ -277,8 +291,7 @@ class Session:
         try:
             sender, messages = decode(frames[0], len(frames) - 1)
         except ProtocolError as error:
-            who = "scheduler" if server == SCHEDULER else f"server {server}"
-            failure = type(error)(f"{who} at {self._connections[server].address}: {error}")
+            failure = type(error)(f"{self._called(server)}: {error}")
             for outcome in self._requests.abandon(server, failure):
                 self._settle(outcome)
             return
@@ -306,7 +319,23 @@ class Session:
         if self._on_departed is not None:
             self._on_departed(message)
 
-    def _server_gone(self, server: int) -> ServerLostError | None:
+    def _refused(self, server: int) -> None:
+        """The peer and this process do not accept each other's keys: there will be no answer."""
+        error = self._server_gone(server)
+        assert error is not None
+        for outcome in self._requests.abandon(server, error):
+            self._settle(outcome)
+
+    def _called(self, server: int) -> str:
+        """The server, or the scheduler, as messages name it."""
+        name = "scheduler" if server == SCHEDULER else f"server {server}"
+        return f"{name} at {self._connections[server].address}"
+
+    def _server_gone(self, server: int) -> KVStoreError | None:
+        """Why there is no sense in asking this server."""
+        connection = self._connections.get(server)
+        if connection is not None and connection.refused:
+            return AuthenticationError(f"{self._called(server)}: {connection.refused}")
         for gone in self.departed:
             if gone.role == "server" and gone.rank == server:
                 return ServerLostError(f"server {server} is gone: {gone.reason or 'it was stopped'}")

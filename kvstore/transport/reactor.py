@@ -172,9 +172,13 @@ class Reactor:
 
     def add(self, socket: zmq.Socket[bytes], on_readable: Callable[[], None]) -> None:
         """Watch a socket; from within the loop, or before it starts."""
-        self._sockets.append(socket)
+        self.keep(socket)
         self._on_readable[socket] = on_readable
         self._poller.register(socket, zmq.POLLIN)
+
+    def keep(self, socket: zmq.Socket[bytes]) -> None:
+        """Close the socket with the others, without watching it."""
+        self._sockets.append(socket)
 
     def call_later(self, delay_s: float, work: Callable[[], None]) -> None:
         """Run ``work`` after so many seconds. From within the loop."""

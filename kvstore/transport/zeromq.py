@@ -9,7 +9,10 @@ its I/O thread answers even while Python is busy.
 from __future__ import annotations
 
 import contextlib
+import logging
+import os
 import re
+import socket as sockets
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,17 +20,57 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from kvstore.errors import OptionError
+from kvstore.transport.curve import Gate, Identity, protect_connection
 from kvstore.transport.reactor import Reactor
+
+log = logging.getLogger(__name__)
 
 HEARTBEAT_MS = 1000
 HEARTBEAT_TIMEOUT_MS = 10000
 LOOPBACK_SNDBUF = 512 << 10  # more has left the caches before it is received; a far peer may need more
 COPY_BYTES = 64 << 10  # frames below this are cheaper to copy than to track
+HANDSHAKE_MS = 10000  # a peer that has not shown who it is by then is cut off
+REFUSALS_LOOK_S = 0.25  # how often it is looked whether a connection was refused
+REFUSALS_SUSPECT = 3  # handshakes in a row that end without a reason before that is a reason
 LOOK_S, LOOK_S_MAX = 0.001, 0.05  # how often it is looked whether large frames have been sent
 
 _LOOPBACK = re.compile(r"tcp://(127\.\d+\.\d+\.\d+|localhost|\[::1\]):")
+_HANDSHAKES = (
+    zmq.EVENT_HANDSHAKE_SUCCEEDED
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+)
 
 Frames = list[Any]  # the first a header (bytes-like), then value buffers
+
+
+def is_loopback(address: str) -> bool:
+    """Can only processes of this host reach it?"""
+    return _LOOPBACK.match(address) is not None
+
+
+def hang_up(fd: int) -> None:
+    """End the TCP connection behind a descriptor that ZeroMQ owns, which then learns that it ended."""
+    with contextlib.suppress(OSError):  # it has ended meanwhile
+        copy = os.dup(fd)
+        try:
+            with sockets.socket(fileno=copy) as connection:
+                copy = -1
+                connection.shutdown(sockets.SHUT_RDWR)
+        finally:
+            if copy >= 0:
+                os.close(copy)
+
+
+def _events(monitor: zmq.Socket[bytes]) -> list[tuple[int, int]]:
+    """What a monitor has seen since it was last asked: kinds of event with their values."""
+    seen = []
+    with contextlib.suppress(zmq.Again):
+        while True:
+            event = parse_monitor_message(monitor.recv_multipart(zmq.NOBLOCK))
+            seen.append((int(event["event"]), int(event["value"])))
+    return seen
 
 
 def _tune(socket: zmq.Socket[bytes], address: str) -> None:
@@ -36,8 +79,9 @@ def _tune(socket: zmq.Socket[bytes], address: str) -> None:
     socket.setsockopt(zmq.IPV6, 1)
     socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
+    socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
     socket.setsockopt(zmq.LINGER, 0)
-    if _LOOPBACK.match(address):
+    if is_loopback(address):
         socket.setsockopt(zmq.SNDBUF, LOOPBACK_SNDBUF)
 
 
@@ -46,13 +90,13 @@ def _send(socket: zmq.Socket[bytes], frames: Sequence[Any], *, track: bool = Fal
     last = len(frames) - 1
     trackers = []
     for index, frame in enumerate(frames):
-        more = zmq.SNDMORE if index < last else 0
+        flags = zmq.NOBLOCK | (zmq.SNDMORE if index < last else 0)
         if memoryview(frame).nbytes < COPY_BYTES:
-            socket.send(frame, more)
+            socket.send(frame, flags)
         elif track:
-            trackers.append(socket.send(frame, more, copy=False, track=True))
+            trackers.append(socket.send(frame, flags, copy=False, track=True))
         else:
-            socket.send(frame, more, copy=False)
+            socket.send(frame, flags, copy=False)
     return trackers
 
 
@@ -70,40 +114,90 @@ def _receive(socket: zmq.Socket[bytes]) -> list[zmq.Frame] | None:
 
 
 class Connection:
-    """A DEALER to one peer. All methods within the reactor's loop; ``on_receive(frames)`` too."""
+    """A DEALER to one peer. All methods within the reactor's loop; ``on_receive(frames)`` too.
 
-    def __init__(self, reactor: Reactor, address: str, on_receive: Callable[[Frames], None]) -> None:
+    Args:
+        own: this process's keys; None: it has none.
+        on_refused: called when it is certain that the peer and this process do not accept each other's keys.
+            ``refused`` says why, and nothing more will come. ``suspicion`` is the same where it is only likely.
+    """
+
+    def __init__(
+        self,
+        reactor: Reactor,
+        address: str,
+        on_receive: Callable[[Frames], None],
+        *,
+        own: Identity | None = None,
+        on_refused: Callable[[], None] | None = None,
+    ) -> None:
         self.address = address
+        self.refused = self.suspicion = ""
+        self._failures = 0  # handshakes since the last one that went well
+        self._reactor = reactor
         self._on_receive = on_receive
+        self._on_refused = on_refused
+        self._own = own
         self._socket = reactor.context.socket(zmq.DEALER)
         _tune(self._socket, address)
         self._socket.setsockopt(zmq.RECONNECT_IVL, 100)
         self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
+        if own is not None:
+            protect_connection(self._socket, own)
+        self._monitor = self._socket.get_monitor_socket(_HANDSHAKES)  # before there is anything to see
         try:
             self._socket.connect(address)
         except zmq.ZMQError as error:
+            self._monitor.close()
             self._socket.close()
             raise OptionError(f"an address: expected tcp://host:port, got {address!r}") from error
         reactor.add(self._socket, self._receive)
+        reactor.keep(self._monitor)
+        reactor.call_later(REFUSALS_LOOK_S, self._look_for_refusal)
 
     def __repr__(self) -> str:
-        return f"<Connection to {self.address}>"
+        return f"<Connection to {self.address}{': ' * bool(self.refused)}{self.refused}>"
 
     def send(self, frames: Sequence[Any]) -> None:
         """Queue one message; buffers of 64 KiB and more are sent in place and must not change."""
-        _send(self._socket, frames)
+        with contextlib.suppress(zmq.Again):  # the peer has refused us, and ZeroMQ has nowhere to queue it
+            _send(self._socket, frames)
 
     def _receive(self) -> None:
         frames = _receive(self._socket)
         if frames is not None:
             self._on_receive([frame.buffer for frame in frames])
 
+    def _look_for_refusal(self) -> None:
+        for event, _ in _events(self._monitor):
+            if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+                self.refused = "it does not accept this process's key, which is unknown to it or was revoked"
+            elif event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
+                self.refused = self._mismatch()
+            elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                self._failures, self.suspicion = 0, ""
+            else:
+                self._failures += 1
+                if self._failures >= REFUSALS_SUSPECT:
+                    another = "it has another cluster's keys or none" if self._own else self._mismatch()
+                    self.suspicion = f"it ended the connection {self._failures} times; perhaps {another}"
+        if not self.refused:
+            self._reactor.call_later(REFUSALS_LOOK_S, self._look_for_refusal)
+        elif self._on_refused is not None:
+            self._on_refused()
+
+    def _mismatch(self) -> str:
+        if self._own is None:
+            return "it is protected by keys, and this process was given none (keys=, --keys or KVSTORE_KEYS)"
+        return "it is not protected by keys, and this process was given some"
+
 
 class Endpoint:
     """A ROUTER. ``on_receive(peer, frames, fd)``; ``peer`` addresses a reply.
 
     A frame of more than ``frame_bytes_max`` costs its sender the connection before it is read. With ``watch``,
-    ``on_disconnect(fd)`` tells that the connection behind ``fd`` ended.
+    ``on_disconnect(fd)`` tells that the connection behind ``fd`` ended. With a ``gate``, only those whom
+    it admits are heard, and the connection of one who is no longer admitted is ended.
     """
 
     def __init__(
@@ -113,19 +207,25 @@ class Endpoint:
         *,
         frame_bytes_max: int,
         watch: bool = False,
+        gate: Gate | None = None,
     ) -> None:
         self.address = ""
         self.on_disconnect: Callable[[int], None] | None = None
         self._on_receive = on_receive
         self._watch = watch
         self._reactor = reactor
+        self._gate = gate
+        self._keys: dict[int, str] = {}  # fd -> the key of the peer behind it, in a protected cluster
         self._sending: list[tuple[list[zmq.MessageTracker], Sequence[Callable[[], None]]]] = []
         self._socket = reactor.context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._socket.setsockopt(zmq.MAXMSGSIZE, frame_bytes_max)
         reactor.add(self._socket, self._receive)
-        if watch:
-            monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        if gate is not None:
+            gate.protect(self._socket)
+            gate.on_change.append(self._expel)
+        if watch or gate is not None:
+            monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | _HANDSHAKES)
             reactor.add(monitor, lambda: self._observe(monitor))
 
     def __repr__(self) -> str:
@@ -145,6 +245,8 @@ class Endpoint:
             raise OptionError(
                 f"bind: expected a free address such as tcp://0.0.0.0:9091, got {address!r} ({error})"
             ) from error
+        if self._gate is None and not is_loopback(address):
+            log.warning("%s is open to all who reach it, unencrypted: give it keys (kvstore keygen, --keys)", address)
         self.address = self._socket.getsockopt(zmq.LAST_ENDPOINT).rstrip(b"\0").decode()  # type: ignore[union-attr]
         return self.address
 
@@ -187,12 +289,26 @@ class Endpoint:
             self._look_for_sent()
         frames = _receive(self._socket)
         if frames is not None and len(frames) > 1:
-            fd = int(frames[1].get(zmq.SRCFD)) if self._watch else -1
+            fd = int(frames[1].get(zmq.SRCFD)) if self._watch or self._gate is not None else -1
+            if self._gate is not None:
+                key = self._keys[fd] = str(frames[1].get("User-Id"))
+                if not self._gate.admits(key):
+                    hang_up(fd)
+                    return
             self._on_receive(frames[0].bytes, [frame.buffer for frame in frames[1:]], fd)
 
     def _observe(self, monitor: zmq.Socket[bytes]) -> None:
-        with contextlib.suppress(zmq.Again):
-            while True:
-                event = parse_monitor_message(monitor.recv_multipart(zmq.NOBLOCK))
+        for event, value in _events(monitor):
+            if event == zmq.EVENT_DISCONNECTED:
+                self._keys.pop(value, None)
                 if self.on_disconnect is not None:
-                    self.on_disconnect(int(event["value"]))
+                    self.on_disconnect(value)
+            elif event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL and self._gate is not None:
+                self._gate.note("a peer that has no keys, or those of another cluster")
+
+    def _expel(self) -> None:
+        """End the connections of those who are not admitted any more."""
+        assert self._gate is not None
+        for fd, key in list(self._keys.items()):
+            if not self._gate.admits(key):
+                hang_up(fd)
