@@ -20,6 +20,7 @@ The first level below the root answers *whose fault it is*::
     │   ├── WorkerLostError        a worker that others wait for is gone
     │   ├── ServerLostError        a server is gone, or forgot what it held
     │   ├── SharedMemoryError      memory to be shared with a process of this host cannot be had or mapped
+    │   ├── LimitError             a peer was asked to hold more than it may
     │   ├── FencedError            this worker was replaced by a newer one of the same rank
     │   └── ProtocolError          what came is not our protocol
     │       └── ProtocolVersionError   it is, in another version
@@ -108,6 +109,10 @@ class ServerLostError(PeerError):
 
 class SharedMemoryError(PeerError):
     """Memory to be shared with another process of this host cannot be had, or cannot be mapped."""
+
+
+class LimitError(PeerError):
+    """A peer was asked to hold more than it may."""
 
 
 class FencedError(PeerError):

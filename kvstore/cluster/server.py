@@ -68,13 +68,18 @@ from kvstore.protocol.serving import (
 )
 from kvstore.stored import Stored
 from kvstore.transport.reactor import Reactor
-from kvstore.transport.zeromq import Endpoint, Frames
+from kvstore.transport.zeromq import Endpoint, Frames, hang_up
 
 log = logging.getLogger(__name__)
 
 INLINE_BYTES = 64 << 10  # up to this much, work is done on the thread of the socket: a hand-over costs more
 FAR_INLINE_BYTES = 1 << 20  # the same for what came through the socket and lies in this core's caches
 IO_THREADS = 2  # one copies what comes from or goes to all workers at 4-5 GB/s
+OUTBOX_BYTES = 256 << 20  # that wait for one peer, beside OUTBOX_SHARE times what is stored; looked at now and then
+OUTBOX_SHARE = 4
+REPLIES_MAX = 1 << 18  # that wait for one peer
+STALLED_S = 30.0  # how long a peer may take to read anything, while replies wait for it
+LENT_MAX = 32  # places of a piece that one worker may hold; beyond that it gets frames
 JOIN_TIMEOUT_S = 300.0
 KERNELS_S = 5.0  # more than the first start on a machine needs to compile what the first round needs
 
@@ -105,11 +110,15 @@ class Server:
         self._scheduler = reachable(address)
         self._wanted = NOBODY if rank is None else rank
         self._engine = engine.default()
-        self._reactor = Reactor("kvstore-server", io_threads=IO_THREADS)
+        self._reactor = Reactor("kvstore-server", self._tick, io_threads=IO_THREADS)
         try:
             split(bind)  # for ZeroMQ port 70000 is port 4464
             gate = guard(self._reactor, keys)
-            self._endpoint = Endpoint(self._reactor, self._receive, frame_bytes_max=FRAME_BYTES_MAX, gate=gate)
+            self._endpoint = Endpoint(
+                self._reactor, self._receive, frame_bytes_max=FRAME_BYTES_MAX, watch=True, gate=gate
+            )
+            self._endpoint.on_disconnect = self._disconnected
+            self._endpoint.on_stuck = self._drop
             self.address = advertised(self._endpoint.bind(bind), advertise)
         except OptionError:
             self._reactor.abandon()
@@ -123,7 +132,9 @@ class Server:
         self._lending = Lending()
         self._lending_lock = threading.Lock()
         self._peers: dict[int, bytes] = {}  # rank -> its latest connection
+        self._fds: dict[int, bytes] = {}  # the connection behind a descriptor
         self._outboxes: dict[bytes, Outbox] = {}  # by connection
+        self._outbox_bytes_max = OUTBOX_BYTES
         self._unflushed: dict[bytes, Outbox] = {}
         self._flushing = False
         self._stopped = threading.Event()
@@ -174,29 +185,33 @@ class Server:
     # --- on the reactor's thread ----------------------------------------------------------------
 
     def _receive(self, peer: bytes, frames: Frames, fd: int) -> None:
-        assert self._session is not None
+        assert self._session is not None and self._serving is not None
+        self._fds[fd] = peer
         try:
             sender, messages = decode(frames[0], len(frames) - 1)
-            if sender.cluster not in (0, self._session.sender.cluster):
+            if sender.cluster != self._session.sender.cluster:
                 raise DisagreementError("the sender belongs to another cluster than this server")
         except KVStoreError as error:
             self._outbox(peer).put(Failed(0, *to_wire(error)))
             self._flush()
             return
-        if sender.rank >= 0:
+        refusal = self._serving.refuses(sender.rank, sender.incarnation)
+        if refusal is None:
             self._peers[sender.rank] = peer
         position = 1
         for message, count in messages:
             payload = frames[position : position + count]
             position += count
-            self._handle(peer, sender, message, payload)
+            if isinstance(message, ReadStatus):
+                self._outbox(peer).put(Status(message.request_id, self._report()))
+            elif refusal is not None:
+                self._outbox(peer).put(Failed(message.request_id, *to_wire(refusal)))
+            else:
+                self._handle(peer, sender, message, payload)
         self._flush()
 
     def _handle(self, peer: bytes, sender: Sender, message: Message, payload: Frames) -> None:
         assert self._serving is not None
-        if isinstance(message, ReadStatus):
-            self._outbox(peer).put(Status(message.request_id, self._report()))
-            return
         if isinstance(message, Meet):
             met = self._neighbourhood.reaches(sender.rank, message.probe)
             self._outbox(peer).put(Met(message.request_id, self._neighbourhood.probe() if met else None))
@@ -351,19 +366,21 @@ class Server:
     def _reply_value(self, action: ReplyValue, priority: int) -> None:
         assert self._serving is not None
         stored, request_id = self._stored[action.piece], action.request_id
-        if action.near and action.piece not in self._shared:
+        with self._lending_lock:
+            near = action.near and self._lending.count(action.piece, action.rank) < LENT_MAX
+        if near and action.piece not in self._shared:
             self._share(action.piece)
         reader = Reader(action.rank, self._serving.incarnations[action.rank], request_id)
 
         def make() -> Outgoing:
-            place = self._lend_in_place(action.piece, reader) if action.near else None
+            place = self._lend_in_place(action.piece, reader) if near else None
             value = Value(request_id, action.version, action.staleness, place)
             if place is not None:
                 return value, ()
             return value, (stored.lend(reader).reshape(-1)[_slice(action.span)].view(np.uint8),)
 
         on_sent = partial(stored.give_back, reader)
-        self._then(stored, action.rank, request_id, make, priority, on_sent, far=not action.near)
+        self._then(stored, action.rank, request_id, make, priority, on_sent, far=not near)
 
     def _share(self, piece: PieceId) -> None:
         """From here on the value lies in shared memory, if there is enough."""
@@ -470,7 +487,8 @@ class Server:
             for batch in outbox.batches():
                 on_sent = [*batch.on_sent, lambda peer=peer: self._sent(peer)] if batch.on_sent else []  # type: ignore[misc]
                 if not self._endpoint.send(peer, envelope(self._session.sender, batch.messages), on_sent):
-                    self._outboxes.pop(peer, None)
+                    self._discard(peer)
+                    break
 
     def _sent(self, peer: bytes) -> None:
         """The socket has done with some large replies: the next may follow."""
@@ -478,6 +496,33 @@ class Server:
         if outbox is not None:
             self._unflushed[peer] = outbox
             self._reactor.post(self._flush)
+
+    def _disconnected(self, fd: int) -> None:
+        peer = self._fds.pop(fd, None)
+        if peer is not None:
+            self._discard(peer)
+
+    def _discard(self, peer: bytes) -> None:
+        """Forget the replies to a connection that has ended; whoever still wants them asks again."""
+        outbox = self._outboxes.pop(peer, None)
+        self._unflushed.pop(peer, None)
+        if outbox is not None:
+            for tell in outbox.discard():
+                tell()
+
+    def _drop(self, peer: bytes) -> None:
+        """End the connection of one who does not read its replies: it may not hold more of our memory."""
+        log.warning("%r: ended the connection of a peer that does not read its replies", self)
+        for fd, one in self._fds.items():
+            if one == peer:
+                hang_up(fd)
+        self._discard(peer)
+
+    def _tick(self, now: float) -> None:
+        self._outbox_bytes_max = OUTBOX_BYTES + OUTBOX_SHARE * int(self._report()["bytes"])
+        for peer, outbox in list(self._outboxes.items()):
+            if outbox.stalled(now, STALLED_S) or outbox.nbytes > self._outbox_bytes_max or len(outbox) > REPLIES_MAX:
+                self._drop(peer)
 
     def _departed(self, gone: Departed) -> None:
         def tell() -> None:

@@ -14,7 +14,7 @@ import os
 import re
 import socket as sockets
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import zmq
 from zmq.utils.monitor import parse_monitor_message
@@ -29,6 +29,7 @@ HEARTBEAT_MS = 1000
 HEARTBEAT_TIMEOUT_MS = 10000
 LOOPBACK_SNDBUF = 512 << 10  # more has left the caches before it is received; a far peer may need more
 COPY_BYTES = 64 << 10  # frames below this are cheaper to copy than to track
+QUEUE_MESSAGES = 4096  # that one peer has sent or been sent, and that have not been read; more ends its connection
 HANDSHAKE_MS = 10000  # a peer that has not shown who it is by then is cut off
 REFUSALS_LOOK_S = 0.25  # how often it is looked whether a connection was refused
 REFUSALS_SUSPECT = 3  # handshakes in a row that end without a reason before that is a reason
@@ -86,12 +87,12 @@ def _tune(socket: zmq.Socket[bytes], address: str) -> None:
 
 
 def _send(socket: zmq.Socket[bytes], frames: Sequence[Any], *, track: bool = False) -> list[zmq.MessageTracker]:
-    """Send the frames, big ones in place; if asked, what tells when the memory of those is free again."""
+    """Send the frames, big ones in place; if asked, what tells when they are on their way and their memory is free."""
     last = len(frames) - 1
     trackers = []
     for index, frame in enumerate(frames):
         flags = zmq.NOBLOCK | (zmq.SNDMORE if index < last else 0)
-        if memoryview(frame).nbytes < COPY_BYTES:
+        if memoryview(frame).nbytes < COPY_BYTES and not (track and index == 0):
             socket.send(frame, flags)
         elif track:
             trackers.append(socket.send(frame, flags, copy=False, track=True))
@@ -111,6 +112,14 @@ def _receive(socket: zmq.Socket[bytes]) -> list[zmq.Frame] | None:
         frame = socket.recv(zmq.NOBLOCK, copy=False)
         frames.append(frame)
     return frames
+
+
+def _told(frame: zmq.Frame, what: int | str, default: int | str) -> int | str:
+    """What ZeroMQ knows of the connection that a frame came by; it is not there when that has ended, sometimes."""
+    try:
+        return cast("int | str", frame.get(what))
+    except zmq.ZMQError:
+        return default
 
 
 class Connection:
@@ -197,7 +206,8 @@ class Endpoint:
 
     A frame of more than ``frame_bytes_max`` costs its sender the connection before it is read. With ``watch``,
     ``on_disconnect(fd)`` tells that the connection behind ``fd`` ended. With a ``gate``, only those whom
-    it admits are heard, and the connection of one who is no longer admitted is ended.
+    it admits are heard, and the connection of one who is no longer admitted is ended. ``on_stuck(peer)``
+    tells that a peer has not read the last ``QUEUE_MESSAGES`` that it was sent.
     """
 
     def __init__(
@@ -211,6 +221,7 @@ class Endpoint:
     ) -> None:
         self.address = ""
         self.on_disconnect: Callable[[int], None] | None = None
+        self.on_stuck: Callable[[bytes], None] | None = None
         self._on_receive = on_receive
         self._watch = watch
         self._reactor = reactor
@@ -238,6 +249,7 @@ class Endpoint:
             OptionError: not an address, or one that cannot be bound.
         """
         _tune(self._socket, address)
+        self._socket.set_hwm(QUEUE_MESSAGES)
         self._socket.setsockopt(zmq.IPV6, int("[" in address))
         try:
             self._socket.bind(address)
@@ -251,13 +263,17 @@ class Endpoint:
         return self.address
 
     def send(self, peer: bytes, frames: Sequence[Any], on_sent: Sequence[Callable[[], None]] = ()) -> bool:
-        """Queue one message; False when the peer's connection is gone.
+        """Queue one message; False when the peer's connection is gone, or its queue is full.
 
         Each of ``on_sent`` is called, in time, once the frames' memory may be changed again.
         """
         trackers: list[zmq.MessageTracker] = []
         try:
-            self._socket.send(peer, zmq.SNDMORE)
+            self._socket.send(peer, zmq.SNDMORE | zmq.NOBLOCK)
+        except zmq.Again:
+            if self.on_stuck is not None:
+                self.on_stuck(peer)
+            return False
         except zmq.ZMQError:
             return False
         else:
@@ -289,9 +305,9 @@ class Endpoint:
             self._look_for_sent()
         frames = _receive(self._socket)
         if frames is not None and len(frames) > 1:
-            fd = int(frames[1].get(zmq.SRCFD)) if self._watch or self._gate is not None else -1
+            fd = int(_told(frames[1], zmq.SRCFD, -1)) if self._watch or self._gate is not None else -1
             if self._gate is not None:
-                key = self._keys[fd] = str(frames[1].get("User-Id"))
+                key = self._keys[fd] = str(_told(frames[1], "User-Id", ""))
                 if not self._gate.admits(key):
                     hang_up(fd)
                     return
