@@ -14,7 +14,7 @@ import os
 import re
 import socket as sockets
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import zmq
 from zmq.utils.monitor import parse_monitor_message
@@ -117,7 +117,7 @@ def _receive(socket: zmq.Socket[bytes]) -> list[zmq.Frame] | None:
 def _told(frame: zmq.Frame, what: int | str, default: int | str) -> int | str:
     """What ZeroMQ knows of the connection that a frame came by; it is not there when that has ended, sometimes."""
     try:
-        return cast("int | str", frame.get(what))
+        return frame.get(what)
     except zmq.ZMQError:
         return default
 
