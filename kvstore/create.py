@@ -7,15 +7,18 @@ import os
 
 import engine
 from kvstore import consistency, environment, plain
+from kvstore.cluster import keys as key_files
 from kvstore.cluster.client import ClusterHome
-from kvstore.cluster.keys import Keys
 from kvstore.cluster.near import Neighbourhood
 from kvstore.cluster.session import Session
 from kvstore.consistency import Eventual, Model, Sequential
 from kvstore.errors import DeviceCountError, OptionError
 from kvstore.home import Home
 from kvstore.local import LocalHome
+from kvstore.protocol.messages import ON_LOSS
 from kvstore.store import KVStore
+from kvstore.transport.network import HEARTBEAT_S, Network
+from kvstore.transport.zeromq import NETWORK
 
 _LOCAL = ("local", "device", "nccl")
 _CLUSTER: dict[str, tuple[Model, Model]] = {  # type -> models of the device level and the cluster level
@@ -39,6 +42,8 @@ def create(
     timeout: float = 300.0,
     connect_timeout: float = 30.0,
     shared_memory: bool | None = None,
+    on_worker_loss: str | None = None,
+    heartbeat: float | None = None,
     keys: str | os.PathLike[str] | None = None,
 ) -> KVStore:
     """Make a store.
@@ -60,6 +65,11 @@ def create(
         connect_timeout: seconds within which the scheduler must answer.
         shared_memory: exchange values with servers of this host through shared memory; None: as
             ``KVSTORE_SHARED_MEMORY`` says (0: no), else yes.
+        on_worker_loss: what becomes of rounds that wait for a worker which is lost: ``fail`` (they raise
+            :class:`~kvstore.WorkerLostError`), ``wait`` (for it to come back under its rank) or ``continue``
+            (without it). All workers must agree. None: as ``KVSTORE_ON_WORKER_LOSS`` says, else ``fail``.
+        heartbeat: seconds after which a scheduler that shows no sign of life is taken for gone; None: as
+            ``KVSTORE_HEARTBEAT`` says, else 3. For how long a worker may be silent the scheduler is told the same way.
         keys: the directory of this process's keys, for a protected cluster (``kvstore keygen``); None: as
             ``KVSTORE_KEYS`` says, else there are none.
 
@@ -70,6 +80,42 @@ def create(
         AuthenticationError: somebody does, but the two do not accept each other's keys.
         DeadlineError: the cluster was not complete within ``timeout``.
     """
+    if type in _LOCAL and keys is not None:
+        raise OptionError(f"create({type!r}): expected no keys, which is for clusters; got {keys!r}")
+    return create_on(
+        NETWORK if type in _LOCAL else key_files.network(keys or environment.read().keys),
+        engine.default(),
+        type,
+        devices=devices,
+        device_consistency=device_consistency,
+        cluster_consistency=cluster_consistency,
+        address=address,
+        rank=rank,
+        timeout=timeout,
+        connect_timeout=connect_timeout,
+        shared_memory=shared_memory,
+        on_worker_loss=on_worker_loss,
+        heartbeat=heartbeat,
+    )
+
+
+def create_on(
+    network: Network,
+    runtime: engine.Engine,
+    type: str,
+    *,
+    devices: int | None = None,
+    device_consistency: str | Model | None = None,
+    cluster_consistency: str | Model | None = None,
+    address: str | None = None,
+    rank: int | None = None,
+    timeout: float = 300.0,
+    connect_timeout: float = 30.0,
+    shared_memory: bool | None = None,
+    on_worker_loss: str | None = None,
+    heartbeat: float | None = None,
+) -> KVStore:
+    """:func:`create`, on a network and an engine of the caller's choice."""
     if not isinstance(type, str) or (type not in _LOCAL and type not in _CLUSTER):
         raise OptionError(f"create: expected a type among {', '.join([*_LOCAL, *_CLUSTER])}; got {type!r}")
     if devices is not None:
@@ -82,33 +128,37 @@ def create(
     defaults = _CLUSTER.get(type, (Sequential(), Sequential()))
     device_model = defaults[0] if device_consistency is None else consistency.parse(device_consistency)
     cluster_model = defaults[1] if cluster_consistency is None else consistency.parse(cluster_consistency)
-    runtime = engine.default()
     if type in _LOCAL:
         for name, given in (
             ("cluster_consistency", cluster_consistency),
             ("address", address),
             ("rank", rank),
-            ("keys", keys),
+            ("on_worker_loss", on_worker_loss),
+            ("heartbeat", heartbeat),
         ):
             if given is not None:
                 raise OptionError(f"create({type!r}): expected no {name}, which is for clusters; got {given!r}")
         runtime.retain()
         home: Home = LocalHome(runtime)
     else:
-        home = _join(address, rank, runtime, timeout, connect_timeout, shared_memory, keys)
+        home = _join(
+            network, address, rank, runtime, timeout, connect_timeout, shared_memory, on_worker_loss, heartbeat
+        )
     return KVStore(
         type, home, runtime, devices=devices, device_model=device_model, cluster_model=cluster_model, timeout=timeout
     )
 
 
 def _join(
+    network: Network,
     address: str | None,
     rank: int | None,
     runtime: engine.Engine,
     timeout: float,
     connect_timeout: float,
     shared_memory: bool | None,
-    keys: str | os.PathLike[str] | None,
+    on_worker_loss: str | None,
+    heartbeat: float | None,
 ) -> ClusterHome:
     around = environment.read()
     address = address or around.address
@@ -122,11 +172,26 @@ def _join(
         raise OptionError(f"create('dist'): expected a rank >= 0, or -1 for any; got {rank!r}")
     share = around.shared_memory if shared_memory is None else shared_memory
     neighbourhood = Neighbourhood(0 if share is False else around.shared_memory_bytes)
-    keys = keys or around.keys
-    session = Session(address, "worker", neighbourhood=neighbourhood, keys=Keys(keys) if keys else None)
+    on_loss = on_worker_loss or around.on_worker_loss or ON_LOSS[0]
+    if on_loss not in ON_LOSS:
+        raise OptionError(f"on_worker_loss: expected one of {', '.join(ON_LOSS)}; got {on_loss!r}")
+    heartbeat = around.heartbeat if heartbeat is None else heartbeat
+    if heartbeat is not None and not 0 < heartbeat < 1e6:
+        raise OptionError(f"heartbeat: expected a number of seconds > 0, got {heartbeat!r}")
+    limit = 1e9 if timeout == math.inf else timeout
+    session = Session(
+        address,
+        "worker",
+        neighbourhood=neighbourhood,
+        network=network,
+        on_loss=on_loss,
+        heartbeat=heartbeat or HEARTBEAT_S,
+    )
     try:
-        session.register(wanted, "", connect_timeout, 1e9 if timeout == math.inf else timeout)
+        session.register(wanted, "", connect_timeout, limit)
         session.connect_servers()
+        if session.joins:
+            session.join(limit)
     except BaseException:
         session.close(linger_s=0)
         raise

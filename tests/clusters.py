@@ -6,10 +6,11 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import kvstore
-from kvstore.cluster.keys import Keys
+from kvstore.cluster.keys import network
 from kvstore.cluster.near import Neighbourhood
 from kvstore.cluster.scheduler import Scheduler
 from kvstore.cluster.server import Server
@@ -20,11 +21,13 @@ DEADLINE_S = 60.0
 class Cluster:
     """A running scheduler with its servers; :meth:`run` runs a function as each of the workers."""
 
-    def __init__(self, workers: int, servers: int, keys: Keys | None = None) -> None:
+    def __init__(self, workers: int, servers: int, keys: Path | None = None) -> None:
         self.workers = workers
-        self.scheduler = Scheduler("tcp://127.0.0.1:*", workers, servers, keys=keys)
+        self.scheduler = Scheduler("tcp://127.0.0.1:*", workers, servers, network=network(keys))
         self.scheduler.start()
-        self.servers = [Server(self.address, neighbourhood=Neighbourhood(), keys=keys) for _ in range(servers)]
+        self.servers = [
+            Server(self.address, neighbourhood=Neighbourhood(), network=network(keys)) for _ in range(servers)
+        ]
         self._starting = [threading.Thread(target=self._start, args=(server,)) for server in self.servers]
         for thread in self._starting:
             thread.start()
@@ -62,7 +65,7 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def cluster(workers: int = 2, servers: int = 1, keys: Keys | None = None) -> Iterator[Cluster]:
+def cluster(workers: int = 2, servers: int = 1, keys: Path | None = None) -> Iterator[Cluster]:
     running = Cluster(workers, servers, keys)
     try:
         yield running

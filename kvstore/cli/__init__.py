@@ -39,6 +39,13 @@ def main() -> None:
     """A two-level key-value store that keeps a model's parameters in step."""
 
 
+HEARTBEAT = click.option(
+    "--heartbeat",
+    type=click.FloatRange(0, min_open=True),
+    help="Seconds without a sign of life after which a member is lost (or KVSTORE_HEARTBEAT, else 3).",
+)
+
+
 @main.command(context_settings={"ignore_unknown_options": True})
 @click.option("-w", "--workers", type=int, default=1, show_default=True, help="Worker processes.")
 @click.option("-s", "--servers", type=int, default=1, show_default=True, help="Server processes.")
@@ -70,19 +77,33 @@ def run(workers: int, servers: int, grace: float, keys: str | None, command: tup
 @click.option("--advertise", help="The address others reach it by, if another.")
 @click.option("-w", "--workers", type=int, help="Workers of the cluster (or KVSTORE_NUM_WORKERS).")
 @click.option("-s", "--servers", type=int, help="Servers of the cluster (or KVSTORE_NUM_SERVERS, else 1).")
+@click.option("--journal", type=click.Path(dir_okay=False), help="A file from which a restarted one goes on.")
+@HEARTBEAT
 @_KEYS
-def scheduler(bind: str, advertise: str | None, workers: int | None, servers: int | None, keys: str | None) -> None:
+def scheduler(
+    bind: str,
+    advertise: str | None,
+    workers: int | None,
+    servers: int | None,
+    journal: str | None,
+    heartbeat: float | None,
+    keys: str | None,
+) -> None:
     """Run the scheduler of a cluster until SIGINT or SIGTERM."""
     from kvstore import environment
     from kvstore.cli.daemon import serve
     from kvstore.cluster.scheduler import Scheduler
+    from kvstore.transport.network import HEARTBEAT_S
 
     around = environment.read()
     workers = around.num_workers if workers is None else workers
     servers = (1 if around.num_servers is None else around.num_servers) if servers is None else servers
     if workers is None:
         raise click.UsageError("expected --workers or KVSTORE_NUM_WORKERS")
-    one = Scheduler(bind, workers, servers, advertise=advertise, keys=_keys(keys))
+    limit = heartbeat or around.heartbeat or HEARTBEAT_S
+    one = Scheduler(
+        bind, workers, servers, advertise=advertise, journal=journal, heartbeat=limit, network=_network(keys)
+    )
     click.echo(f"scheduler at {one.address}")
     sys.exit(serve(one))
 
@@ -93,6 +114,8 @@ def scheduler(bind: str, advertise: str | None, workers: int | None, servers: in
 @click.option("--advertise", help="The address that workers reach it by, if another.")
 @click.option("--with-scheduler", is_flag=True, help="Be the scheduler too, bound at --address: a whole service.")
 @click.option("-w", "--workers", type=int, help="With --with-scheduler: workers of the cluster.")
+@click.option("--journal", type=click.Path(dir_okay=False), help="With --with-scheduler: the scheduler's journal.")
+@HEARTBEAT
 @_KEYS
 def server(
     address: str | None,
@@ -100,6 +123,8 @@ def server(
     advertise: str | None,
     with_scheduler: bool,
     workers: int | None,
+    journal: str | None,
+    heartbeat: float | None,
     keys: str | None,
 ) -> None:
     """Run a server until SIGINT or SIGTERM."""
@@ -108,15 +133,20 @@ def server(
     from kvstore.cluster.near import Neighbourhood
     from kvstore.cluster.scheduler import Scheduler
     from kvstore.cluster.server import Server
+    from kvstore.transport.network import HEARTBEAT_S
 
     if with_scheduler != (workers is not None):
         raise click.UsageError("--with-scheduler and --workers belong together")
+    if journal is not None and not with_scheduler:
+        raise click.UsageError("--journal is the scheduler's: it needs --with-scheduler")
     keep_memory()
     around = environment.read()
     address = address or around.address
-    beside, own = None, _keys(keys)
+    limit = heartbeat or around.heartbeat or HEARTBEAT_S
+    beside, network = None, _network(keys)
     if with_scheduler:
-        beside = Scheduler(address or "tcp://127.0.0.1:9091", workers or 0, 1, keys=own)
+        at = address or "tcp://127.0.0.1:9091"
+        beside = Scheduler(at, workers or 0, 1, journal=journal, heartbeat=limit, network=network)
         beside.start()
         address = beside.address
         click.echo(f"scheduler at {address}")
@@ -124,7 +154,15 @@ def server(
         raise click.UsageError("expected --address or KVSTORE_ADDRESS, the scheduler's address")
     neighbourhood = Neighbourhood(0 if around.shared_memory is False else around.shared_memory_bytes)
     rank = around.rank if around.role == "server" else None
-    one = Server(address, bind=bind, advertise=advertise, rank=rank, neighbourhood=neighbourhood, keys=own)
+    one = Server(
+        address,
+        bind=bind,
+        advertise=advertise,
+        rank=rank,
+        neighbourhood=neighbourhood,
+        heartbeat=limit,
+        network=network,
+    )
     click.echo(f"server at {one.address}")
     sys.exit(serve(one, beside))
 
@@ -142,7 +180,7 @@ def status(address: str | None, timeout: float, as_json: bool, keys: str | None)
     address = address or environment.read().address
     if address is None:
         raise click.UsageError("expected --address or KVSTORE_ADDRESS, the scheduler's address")
-    report = read_status(address, timeout, _keys(keys))
+    report = read_status(address, timeout, _network(keys))
     if as_json:
         click.echo(json.dumps(report, indent=2))
         return
@@ -189,13 +227,12 @@ def keygen(directory: str, clients: tuple[str, ...], revoke: str | None) -> None
         click.echo(path)
 
 
-def _keys(directory: str | None) -> Any:
-    """The keys in a directory, or where the environment says; None without either."""
+def _network(directory: str | None) -> Any:
+    """The network for who has the keys in a directory, or where the environment says."""
     from kvstore import environment
-    from kvstore.cluster.keys import Keys
+    from kvstore.cluster.keys import network
 
-    directory = directory or environment.read().keys
-    return None if directory is None else Keys(directory)
+    return network(directory or environment.read().keys)
 
 
 @main.group()

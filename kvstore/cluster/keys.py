@@ -27,8 +27,9 @@ import zmq
 from zmq.auth.certs import load_certificate
 
 from kvstore.errors import OptionError
-from kvstore.transport.curve import Gate, Identity
-from kvstore.transport.reactor import Reactor
+from kvstore.transport.curve import Identity
+from kvstore.transport.network import Network
+from kvstore.transport.zeromq import NETWORK, ZeroMQ
 
 log = logging.getLogger(__name__)
 
@@ -90,20 +91,16 @@ class Keys:
         return self._allowed
 
 
-def guard(reactor: Reactor, keys: Keys | None) -> Gate | None:
-    """By what a process that listens lets peers in; None: everybody may come who can.
+def network(directory: str | os.PathLike[str] | None) -> Network:
+    """The network as a process with these keys reaches it; None: without keys.
 
     Raises:
-        OptionError: these are the keys of a client, or the list of allowed keys cannot be read.
+        OptionError: a file is missing or not what it should be, or a secret can be read by other users.
     """
-    if keys is None:
-        return None
-    if not keys.serves:
-        raise OptionError(
-            f"keys: expected {CLUSTER_SECRET} in {keys.directory}, which a scheduler or server needs; "
-            "it holds the keys of a client"
-        )
-    return Gate(reactor, keys.identity, Keys(keys.directory).allowed)  # a reader of its own for each thread
+    if directory is None:
+        return NETWORK
+    keys = Keys(directory)
+    return ZeroMQ(keys.identity, keys.allowed if keys.serves else None)
 
 
 # --- making them -----------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any
@@ -19,7 +18,6 @@ import engine
 from kvstore import kernels, optim
 from kvstore.arrays import Array, dtype_named
 from kvstore.cluster.address import advertised, reachable, split
-from kvstore.cluster.keys import Keys, guard
 from kvstore.cluster.near import Neighbourhood
 from kvstore.cluster.outbox import OnSent, Outbox, Outgoing
 from kvstore.cluster.session import Session
@@ -36,6 +34,7 @@ from kvstore.protocol.messages import (
     Failed,
     Fetch,
     Init,
+    Joined,
     Meet,
     Message,
     Met,
@@ -67,8 +66,8 @@ from kvstore.protocol.serving import (
     Unite,
 )
 from kvstore.stored import Stored
-from kvstore.transport.reactor import Reactor
-from kvstore.transport.zeromq import Endpoint, Frames, hang_up
+from kvstore.transport.network import HEARTBEAT_S, Frames, Network
+from kvstore.transport.zeromq import NETWORK
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +92,9 @@ class Server:
         advertise: the address that workers reach it by, if another than the bound one.
         rank: its number among the servers; None: any.
         neighbourhood: memory for values that workers of this host read in place; None: none is shared.
-        keys: of the cluster; None: it is not protected.
+        network: how others are reached, and reach it.
+        runtime: the engine; None: the process's default.
+        heartbeat: seconds after which a scheduler that shows no life is taken for gone, and connected anew.
     """
 
     def __init__(
@@ -104,21 +105,21 @@ class Server:
         advertise: str | None = None,
         rank: int | None = None,
         neighbourhood: Neighbourhood | None = None,
-        keys: Keys | None = None,
+        network: Network = NETWORK,
+        runtime: engine.Engine | None = None,
+        heartbeat: float = HEARTBEAT_S,
     ) -> None:
-        self._keys = keys
+        self._heartbeat = heartbeat
         self._scheduler = reachable(address)
         self._wanted = NOBODY if rank is None else rank
-        self._engine = engine.default()
-        self._reactor = Reactor("kvstore-server", self._tick, io_threads=IO_THREADS)
+        self._engine = runtime or engine.default()
+        self._network = network
+        self._reactor = network.loop("kvstore-server", self._tick, io_threads=IO_THREADS)
         try:
-            split(bind)  # for ZeroMQ port 70000 is port 4464
-            gate = guard(self._reactor, keys)
-            self._endpoint = Endpoint(
-                self._reactor, self._receive, frame_bytes_max=FRAME_BYTES_MAX, watch=True, gate=gate
-            )
-            self._endpoint.on_disconnect = self._disconnected
+            self._endpoint = network.listen(self._reactor, self._receive, frame_bytes_max=FRAME_BYTES_MAX, watch=True)
+            self._endpoint.on_gone = self._discard
             self._endpoint.on_stuck = self._drop
+            split(bind)  # for ZeroMQ port 70000 is port 4464
             self.address = advertised(self._endpoint.bind(bind), advertise)
         except OptionError:
             self._reactor.abandon()
@@ -132,7 +133,6 @@ class Server:
         self._lending = Lending()
         self._lending_lock = threading.Lock()
         self._peers: dict[int, bytes] = {}  # rank -> its latest connection
-        self._fds: dict[int, bytes] = {}  # the connection behind a descriptor
         self._outboxes: dict[bytes, Outbox] = {}  # by connection
         self._outbox_bytes_max = OUTBOX_BYTES
         self._unflushed: dict[bytes, Outbox] = {}
@@ -153,7 +153,7 @@ class Server:
         kernels.prepare()
         self._engine.retain()
         self._retained = True
-        session = Session(self._scheduler, "server", self._departed, keys=self._keys)
+        session = Session(self._scheduler, "server", self._changed, network=self._network, heartbeat=self._heartbeat)
         self._session = session
         try:
             session.register(self._wanted, self.address, connect_timeout, JOIN_TIMEOUT_S)
@@ -184,9 +184,8 @@ class Server:
 
     # --- on the reactor's thread ----------------------------------------------------------------
 
-    def _receive(self, peer: bytes, frames: Frames, fd: int) -> None:
+    def _receive(self, peer: bytes, frames: Frames) -> None:
         assert self._session is not None and self._serving is not None
-        self._fds[fd] = peer
         try:
             sender, messages = decode(frames[0], len(frames) - 1)
             if sender.cluster != self._session.sender.cluster:
@@ -214,7 +213,8 @@ class Server:
         assert self._serving is not None
         if isinstance(message, Meet):
             met = self._neighbourhood.reaches(sender.rank, message.probe)
-            self._outbox(peer).put(Met(message.request_id, self._neighbourhood.probe() if met else None))
+            probe, line = (self._neighbourhood.probe(), self._endpoint.offer(peer)) if met else (None, "")
+            self._outbox(peer).put(Met(message.request_id, probe, line))
             return
         try:
             arrays = self._check(sender.rank, message, payload)
@@ -225,7 +225,7 @@ class Server:
         if isinstance(message, Push | Fetch):
             priority = message.priority
             self._take_back(sender, message)
-        now = time.monotonic()
+        now = self._reactor.now()
         self._perform(self._serving.handle(sender.rank, sender.incarnation, message, arrays, now), priority)
 
     def _take_back(self, sender: Sender, message: Push | Fetch) -> None:
@@ -370,7 +370,7 @@ class Server:
             near = action.near and self._lending.count(action.piece, action.rank) < LENT_MAX
         if near and action.piece not in self._shared:
             self._share(action.piece)
-        reader = Reader(action.rank, self._serving.incarnations[action.rank], request_id)
+        reader = Reader(action.rank, self._serving.workers.incarnations[action.rank], request_id)
 
         def make() -> Outgoing:
             place = self._lend_in_place(action.piece, reader) if near else None
@@ -424,7 +424,7 @@ class Server:
         def reply() -> None:
             message, frames = make()
             then = on_sent if frames else None
-            if threading.current_thread() is self._reactor.thread:
+            if self._reactor.is_here:
                 self._reply(rank, message, frames, priority, then)
             else:
                 self._reactor.post(lambda: self._reply_now(rank, message, frames, priority, then))
@@ -497,11 +497,6 @@ class Server:
             self._unflushed[peer] = outbox
             self._reactor.post(self._flush)
 
-    def _disconnected(self, fd: int) -> None:
-        peer = self._fds.pop(fd, None)
-        if peer is not None:
-            self._discard(peer)
-
     def _discard(self, peer: bytes) -> None:
         """Forget the replies to a connection that has ended; whoever still wants them asks again."""
         outbox = self._outboxes.pop(peer, None)
@@ -513,9 +508,7 @@ class Server:
     def _drop(self, peer: bytes) -> None:
         """End the connection of one who does not read its replies: it may not hold more of our memory."""
         log.warning("%r: ended the connection of a peer that does not read its replies", self)
-        for fd, one in self._fds.items():
-            if one == peer:
-                hang_up(fd)
+        self._endpoint.end(peer)
         self._discard(peer)
 
     def _tick(self, now: float) -> None:
@@ -524,20 +517,33 @@ class Server:
             if outbox.stalled(now, STALLED_S) or outbox.nbytes > self._outbox_bytes_max or len(outbox) > REPLIES_MAX:
                 self._drop(peer)
 
-    def _departed(self, gone: Departed) -> None:
-        def tell() -> None:
-            if gone.role == "worker":
-                self._take_all_back(gone.rank)
-            if self._serving is not None and gone.role == "worker" and gone.reason:
-                self._perform(self._serving.lost(gone.rank, gone.reason))
-                self._flush()
+    def _changed(self, change: Departed | Joined) -> None:
+        self._reactor.post(lambda: self._take_change(change))
 
-        self._reactor.post(tell)
+    def _take_change(self, change: Departed | Joined) -> None:
+        """A member is gone, or a worker has joined."""
+        if isinstance(change, Joined):
+            self._take_all_back(change.rank, change.incarnation - 1)
+            return
+        if change.role != "worker" or change.stays:
+            return
+        if not (change.reason and change.on_loss == "wait"):  # then it may go on reading when it is back
+            self._take_all_back(change.rank, change.incarnation)
+        if self._serving is None:
+            return
+        if change.reason:
+            lost = self._serving.lost(
+                change.rank, change.reason, change.on_loss, change.incarnation, self._reactor.now()
+            )
+            self._perform(lost)
+            self._flush()
+        else:
+            self._serving.forget(change.rank)
 
-    def _take_all_back(self, rank: int) -> None:
-        """A worker is gone and reads nothing any more."""
+    def _take_all_back(self, rank: int, incarnation: int) -> None:
+        """That life of a worker is over, and reads nothing any more."""
         with self._lending_lock:
-            over = self._lending.gone(rank)
+            over = self._lending.gone(rank, incarnation)
         for piece, reader in over:
             if piece in self._stored:
                 self._stored[piece].give_back(reader)

@@ -12,19 +12,18 @@ import os
 import secrets
 import socket
 import threading
-import time
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
 from kvstore.cluster.address import reachable
-from kvstore.cluster.keys import Keys
 from kvstore.cluster.near import Neighbourhood
 from kvstore.errors import (
     AuthenticationError,
     ClosedError,
     DeadlineError,
+    FencedError,
     KVStoreError,
     ProtocolError,
     ServerLostError,
@@ -32,9 +31,15 @@ from kvstore.errors import (
 )
 from kvstore.protocol.messages import (
     NOBODY,
+    PRIORITY_MAX,
+    Admit,
     Departed,
+    Enter,
     Explain,
     Explanation,
+    Freeze,
+    Frozen,
+    Joined,
     Leave,
     Meet,
     Message,
@@ -45,9 +50,10 @@ from kvstore.protocol.messages import (
     decode,
     envelope,
 )
+from kvstore.protocol.pieces import Key
 from kvstore.protocol.requesting import Answered, Divide, Outcome, Refused, Request, Requesting
-from kvstore.transport.reactor import Reactor
-from kvstore.transport.zeromq import Connection, Frames
+from kvstore.transport.network import HEARTBEAT_S, Frames, Link, Network
+from kvstore.transport.zeromq import NETWORK
 
 log = logging.getLogger(__name__)
 
@@ -67,40 +73,52 @@ class Session:
     Args:
         address: the scheduler's.
         role: ``worker`` or ``server``; ``observer`` registers nowhere.
-        on_departed: called on the session's thread for every member that is gone.
+        on_change: called on the session's thread for every member that is gone, and every worker that joined.
         neighbourhood: this process's memory that others on its host may read.
-        keys: of this process; None: the cluster is not protected.
+        network: how the others are reached.
+        on_loss: a worker's policy for workers that are lost.
+        heartbeat: seconds after which a scheduler that shows no life is taken for gone, and connected anew.
     """
 
     def __init__(
         self,
         address: str,
         role: str,
-        on_departed: Callable[[Departed], None] | None = None,
+        on_change: Callable[[Departed | Joined], None] | None = None,
         neighbourhood: Neighbourhood | None = None,
-        keys: Keys | None = None,
+        *,
+        network: Network = NETWORK,
+        on_loss: str = "",
+        heartbeat: float = HEARTBEAT_S,
     ) -> None:
-        self._keys = keys
         self.address = reachable(address)
         self.role = role
         self.sender = Sender(0, 0, NOBODY, NOBODY)
-        self.num_workers = 0
+        self.num_workers = 0  # that the cluster was started with
+        self.workers: set[int] = set()  # who takes part now
+        self.lost_workers: set[int] = set()
+        self.joins = False  # new to a running job: `join` is to be called
         self.servers: tuple[str, ...] = ()
-        self.departed: list[Departed] = []
+        self.departed: list[Departed] = []  # servers
         self.neighbourhood = neighbourhood or Neighbourhood(0)
         self.near: set[int] = set()  # servers whose memory can be mapped here, and the other way round
-        self._on_departed = on_departed
+        self._on_change = on_change
+        self._on_loss = on_loss
+        self._heartbeat_s = heartbeat
+        self._own_address = ""
+        self._token = secrets.randbits(62)
         self._requests = Requesting()
         self._unanswered: dict[int, tuple[Request, OnOutcome]] = {}
-        self._connections: dict[int, Connection] = {}
+        self._connections: dict[int, Link] = {}
         self._heard_at: dict[int, float] = {}
         self._ids = 0
         self._lock = threading.Lock()
         self._inbox: list[tuple[Request, bool]] = []
         self._closed: KVStoreError | None = None
-        self._reactor = Reactor(f"kvstore-{role}", self._tick, lambda: bool(self._requests.open))
+        self._network = network
+        self._reactor = network.loop(f"kvstore-{role}", self._tick, lambda: bool(self._requests.open))
         try:
-            self._connect(SCHEDULER, address)
+            self._connections[SCHEDULER] = self._connect_scheduler()
         except KVStoreError:
             self._reactor.abandon()
             raise
@@ -118,9 +136,9 @@ class Session:
             AuthenticationError: the scheduler and this process do not accept each other's keys.
             PeerError: the scheduler refused.
         """
+        self._own_address = own_address
         hello = self.ask(SCHEDULER, lambda i: Explain(i, 0))
-        host, token = socket.gethostname(), secrets.randbits(62)
-        joined = self.ask(SCHEDULER, lambda i: Register(i, self.role, rank, own_address, host, os.getpid(), token))
+        joined = self.ask(SCHEDULER, lambda i: self._registration(i, rank, 0))
         try:
             hello.result(connect_timeout)
         except TimeoutError as error:
@@ -134,6 +152,7 @@ class Session:
             ) from error
         assert isinstance(roster, Roster)
         self.num_workers, self.servers = roster.num_workers, roster.servers
+        self.joins = roster.joins
         self.sender = Sender(self.sender.cluster, self.sender.epoch, roster.rank, roster.incarnation)
 
     def no_answer(self, waited_s: float) -> UnreachableError:
@@ -142,24 +161,57 @@ class Session:
         suspicion = self._connections[SCHEDULER].suspicion
         return AuthenticationError(f"{said}: {suspicion}") if suspicion else UnreachableError(said)
 
+    def _registration(self, request_id: int, rank: int, incarnation: int) -> Register:
+        host, pid = socket.gethostname(), os.getpid()
+        return Register(
+            request_id, self.role, rank, self._own_address, host, pid, self._token, incarnation, self._on_loss
+        )
+
+    def join(self, timeout_s: float) -> None:
+        """Enter a running job: take part in every key from one round after the largest that anybody has begun.
+
+        Raises:
+            DeadlineError: a server did not answer within ``timeout_s`` seconds.
+        """
+        servers = range(len(self.servers))
+        frozen = self._ask_each(servers, Freeze, timeout_s)
+        rounds: dict[Key, int] = {}
+        for answer in frozen:
+            assert isinstance(answer, Frozen)
+            for key, round in answer.rounds.items():
+                rounds[key] = max(rounds.get(key, 0), round)
+        self._ask_each(servers, lambda i: Admit(i, rounds), timeout_s)
+        self._ask_each([SCHEDULER], Enter, timeout_s)
+        self.joins = False
+        self.workers.add(self.sender.rank)
+
+    def _ask_each(self, whom: Sequence[int], make: Callable[[int], Message], timeout_s: float) -> list[Message]:
+        """Their answers."""
+        asked = [self.ask(server, make) for server in whom]
+        answers = []
+        for server, answer in zip(whom, asked, strict=True):
+            try:
+                answers.append(answer.result(timeout_s))
+            except TimeoutError as error:
+                if answer.done():
+                    raise
+                why = self.explain(server, 0)
+                raise DeadlineError(f"joining: no answer after {timeout_s:g} s; {why}") from error
+        return answers
+
     def connect_servers(self) -> None:
         """Connect to all servers of the roster."""
 
         def connect() -> None:
             for number, address in enumerate(self.servers):
-                self._connect(number, address)
+                self._connections[number] = self._network.connect(
+                    self._reactor,
+                    address,
+                    lambda frames, number=number: self._receive(number, frames),  # type: ignore[misc]
+                )
 
         self._reactor.call(connect)
         self._meet_servers()
-
-    def _connect(self, server: int, address: str) -> None:
-        self._connections[server] = Connection(
-            self._reactor,
-            address,
-            partial(self._receive, server),
-            own=None if self._keys is None else self._keys.identity,
-            on_refused=partial(self._refused, server),
-        )
 
     def _meet_servers(self) -> None:
         """Find out which servers are on this host."""
@@ -172,10 +224,17 @@ class Session:
                 met = answer.result(MEET_S)
                 if isinstance(met, Met) and self.neighbourhood.reaches(server, met.probe):
                     self.near.add(server)
+                    self._reactor.call(partial(self._connections[server].shorten, met.line))
 
-    def drive(self, awaited: Future[Any], timeout_s: float) -> None:
-        """While this thread waits for ``awaited``, let it work the sockets, if no other does."""
-        self._reactor.drive(awaited, timeout_s)
+    def future(self) -> Future[Any]:
+        """A future that answers will settle."""
+        one: Future[Any] = self._reactor.future()
+        return one
+
+    def drive(self, awaited: Future[Any], timeout_s: float) -> bool:
+        """While this thread waits for ``awaited``, let it work the sockets, if no other does; has it waited?"""
+        waited: bool = self._reactor.drive(awaited, timeout_s)
+        return waited
 
     @property
     def may_wait(self) -> bool:
@@ -220,7 +279,7 @@ class Session:
         self, server: int, make: Callable[[int], Message], payload: object = None, *, whole: bool = False
     ) -> Future[Any]:
         """One request outside any channel; the future's result is the reply, with its payload if ``whole``."""
-        answer: Future[Any] = Future()
+        answer = self.future()
 
         def settle(outcome: Outcome | Divide) -> None:
             if isinstance(outcome, Answered):
@@ -233,12 +292,12 @@ class Session:
 
     def explain(self, server: int, about: int) -> str:
         """Ask ``server`` why the request ``about`` has no answer yet."""
-        where = self._called(server)
+        where = "the scheduler" if server == SCHEDULER else f"server {server} at {self.servers[server]}"
         try:
             reply = self.ask(server, lambda i: Explain(i, about)).result(EXPLAIN_S)
         except (TimeoutError, KVStoreError):
             heard = self._heard_at.get(server)
-            ago = "never heard of" if heard is None else f"last heard {time.monotonic() - heard:.1f} s ago"
+            ago = "never heard of" if heard is None else f"last heard {self._reactor.now() - heard:.1f} s ago"
             return f"{where} does not answer ({ago})"
         return reply.text if isinstance(reply, Explanation) else str(reply)
 
@@ -256,6 +315,39 @@ class Session:
 
     # --- within the reactor's loop ----------------------------------------------------------------
 
+    def _connect_scheduler(self) -> Link:
+        """A connection that is replaced when it ends, so that Register is the first thing that the next one brings."""
+        line = self._network.connect(
+            self._reactor,
+            self.address,
+            lambda frames: self._receive(SCHEDULER, frames),
+            on_lost=lambda: self._reactor.post(lambda: self._reconnect(line)),
+            heartbeat_s=self._heartbeat_s,
+        )
+        return line
+
+    def _reconnect(self, ended: Link) -> None:
+        if self._connections[SCHEDULER] is not ended or self._closed is not None:
+            return
+        ended.close()
+        self._connections[SCHEDULER] = self._connect_scheduler()
+        if self.sender.incarnation != NOBODY:  # and so it is a member, which that connection must be told first
+            registration = self._registration(self.next_id(), self.sender.rank, self.sender.incarnation)
+            again = Request(SCHEDULER, registration, priority=PRIORITY_MAX)
+            with self._lock:
+                self._unanswered[again.request_id] = again, self._renewed
+            self._requests.submit(again)
+        self._requests.resend(SCHEDULER)
+        self._pump()
+
+    def _renewed(self, outcome: Outcome | Divide) -> None:
+        """The scheduler's answer to a member that is back."""
+        if isinstance(outcome, Refused):
+            if isinstance(outcome.error, FencedError):
+                self._fail_all(outcome.error)
+            elif self._closed is None:
+                log.warning("%r: the scheduler does not take it back: %s", self, outcome.error)
+
     def _take_inbox(self) -> None:
         with self._lock:
             inbox, self._inbox = self._inbox, []
@@ -270,7 +362,7 @@ class Session:
         self._pump()
 
     def _pump(self) -> None:
-        now, stirred = time.monotonic(), self._requests.stirred
+        now, stirred = self._reactor.now(), self._requests.stirred
         while stirred:
             server = stirred.pop()
             connection = self._connections[server]
@@ -291,12 +383,13 @@ class Session:
         try:
             sender, messages = decode(frames[0], len(frames) - 1)
         except ProtocolError as error:
-            failure = type(error)(f"{self._called(server)}: {error}")
+            who = "scheduler" if server == SCHEDULER else f"server {server}"
+            failure = type(error)(f"{who} at {self._connections[server].address}: {error}")
             for outcome in self._requests.abandon(server, failure):
                 self._settle(outcome)
             return
-        self._heard_at[server] = time.monotonic()
-        if server == SCHEDULER and sender.cluster:
+        self._heard_at[server] = self._reactor.now()
+        if server == SCHEDULER and self.sender.cluster in (0, sender.cluster):
             self.sender = Sender(sender.cluster, sender.epoch, self.sender.rank, self.sender.incarnation)
         position = 1
         for message, count in messages:
@@ -305,39 +398,41 @@ class Session:
             if isinstance(message, Departed):
                 self._take_departed(message)
                 continue
+            if isinstance(message, Joined):
+                self.workers.add(message.rank)
+                self.lost_workers.discard(message.rank)
+                if self._on_change is not None:
+                    self._on_change(message)
+                continue
+            if isinstance(message, Roster):
+                self.workers = set(message.workers)
             concluded = self._requests.reply(message, payload)
             if concluded is not None:
                 self._settle(concluded)
         self._pump()
 
     def _take_departed(self, message: Departed) -> None:
-        self.departed.append(message)
-        if message.role == "server":
+        if message.role == "worker":
+            if message.reason:
+                self.lost_workers.add(message.rank)
+            if message.on_loss == "continue" or not message.reason:
+                self.workers.discard(message.rank)
+        else:
+            self.departed.append(message)
             error = ServerLostError(f"server {message.rank} is gone: {message.reason or 'it was stopped'}")
             for outcome in self._requests.abandon(message.rank, error):
                 self._settle(outcome)
-        if self._on_departed is not None:
-            self._on_departed(message)
-
-    def _refused(self, server: int) -> None:
-        """The peer and this process do not accept each other's keys: there will be no answer."""
-        error = self._server_gone(server)
-        assert error is not None
-        for outcome in self._requests.abandon(server, error):
-            self._settle(outcome)
-
-    def _called(self, server: int) -> str:
-        """The server, or the scheduler, as messages name it."""
-        name = "scheduler" if server == SCHEDULER else f"server {server}"
-        return f"{name} at {self._connections[server].address}"
+        if self._on_change is not None:
+            self._on_change(message)
 
     def _server_gone(self, server: int) -> KVStoreError | None:
         """Why there is no sense in asking this server."""
         connection = self._connections.get(server)
         if connection is not None and connection.refused:
-            return AuthenticationError(f"{self._called(server)}: {connection.refused}")
+            name = "scheduler" if server == SCHEDULER else f"server {server}"
+            return AuthenticationError(f"{name} at {connection.address}: {connection.refused}")
         for gone in self.departed:
-            if gone.role == "server" and gone.rank == server:
+            if gone.rank == server:
                 return ServerLostError(f"server {server} is gone: {gone.reason or 'it was stopped'}")
         return None
 
@@ -359,6 +454,10 @@ class Session:
             log.exception("%r: a completion failed", self)
 
     def _tick(self, now: float) -> None:
+        for server, connection in self._connections.items():
+            if connection.refused and (error := self._server_gone(server)) is not None:
+                for outcome in self._requests.abandon(server, error):
+                    self._settle(outcome)
         self._requests.tick(now)
         self._pump()
 

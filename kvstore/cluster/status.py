@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
-from kvstore.cluster.keys import Keys
 from kvstore.cluster.session import SCHEDULER, Session
 from kvstore.errors import KVStoreError
 from kvstore.protocol.messages import ReadStatus, Status
+from kvstore.transport.network import Network
+from kvstore.transport.zeromq import NETWORK
 
 
-def read_status(address: str, timeout: float = 5.0, keys: Keys | None = None) -> dict[str, Any]:
+def read_status(address: str, timeout: float = 5.0, network: Network = NETWORK) -> dict[str, Any]:
     """Ask the scheduler at ``address``, and each server it knows, about themselves.
 
     Returns:
@@ -23,7 +24,7 @@ def read_status(address: str, timeout: float = 5.0, keys: Keys | None = None) ->
         UnreachableError: no scheduler answered within ``timeout`` seconds.
         AuthenticationError: it and this process do not accept each other's keys.
     """
-    session = Session(address, "observer", keys=keys)
+    session = Session(address, "observer", network=network)
     try:
         try:
             reply = session.ask(SCHEDULER, ReadStatus).result(timeout)

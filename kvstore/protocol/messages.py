@@ -88,7 +88,10 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Init(Message):
-    """Create a piece. The one from rank 0 carries the value; the others check and wait for it."""
+    """Create a piece. The first worker's carries the value; the others check and wait for it.
+
+    Who is the first, the smallest rank that takes part, the server decides: it says Missing if the value did not come.
+    """
 
     key: Key
     piece: int
@@ -189,9 +192,25 @@ class Explain(Message):
 
 @dataclass(frozen=True, slots=True)
 class Leave(Message):
-    """The sender leaves: in order when ``reason`` is empty, else because it failed."""
+    """The sender leaves the rounds: in order when ``reason`` is empty, else because it failed.
+
+    ``stays``: it remains in the cluster and may pull; else it is gone.
+    """
 
     reason: str
+    stays: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Freeze(Message):
+    """The sender wants to join: say which rounds have begun, and let none begin until it has, or is gone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Admit(Message):
+    """The sender joins each of these keys from the round after this one, and those that will be created."""
+
+    rounds: dict[Key, int]
 
 
 # --- server to worker ---------------------------------------------------------------------------
@@ -246,9 +265,12 @@ class Divided(Message):
 
 @dataclass(frozen=True, slots=True)
 class Met(Message):
-    """The answer to :class:`Meet`: a place in the server's memory, if it could read the worker's."""
+    """The answer to :class:`Meet`: if the server could read the worker's memory, a place in its own, and a line
+    (see :mod:`kvstore.transport.lines`) that the worker may open; "" for none.
+    """
 
     probe: Place | None
+    line: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,7 +293,16 @@ class Failed(Message):
     text: str
 
 
+@dataclass(frozen=True, slots=True)
+class Frozen(Message):
+    """The answer to :class:`Freeze`: for each key the largest round that anybody has begun on this server."""
+
+    rounds: dict[Key, int]
+
+
 # --- with the scheduler -------------------------------------------------------------------------
+
+ON_LOSS = ("fail", "wait", "continue")  # what is to happen when a worker is lost
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,6 +310,8 @@ class Register(Message):
     """A worker or server presents itself. ``rank`` -1: any. ``address``: a server's own.
 
     ``token`` is drawn at random by the sender: the same one again is the same member again.
+    ``incarnation`` is what it was told when it registered before, 0 the first time. ``on_loss``: a worker's policy
+    for workers that are lost, one of :data:`ON_LOSS`.
     """
 
     role: str
@@ -287,6 +320,8 @@ class Register(Message):
     host: str
     pid: int
     token: int
+    incarnation: int = 0
+    on_loss: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,8 +330,10 @@ class Roster(Message):
 
     rank: int
     incarnation: int
-    num_workers: int
+    num_workers: int  # that the cluster was started with
     servers: tuple[str, ...]
+    workers: tuple[int, ...] = ()  # the ranks that take part now
+    joins: bool = False  # the worker is new to a running job: it has to be admitted by the servers, then Enter
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,11 +345,30 @@ class Barrier(Message):
 
 @dataclass(frozen=True, slots=True)
 class Departed(Message):
-    """From the scheduler to all: a member is gone; in order when ``reason`` is empty."""
+    """From the scheduler to all: a member is gone (or, with ``stays``, a worker only left the rounds).
+
+    In order when ``reason`` is empty; else ``on_loss`` says what is to become of the rounds of a worker.
+    """
 
     role: str
     rank: int
     reason: str
+    incarnation: int = 1
+    on_loss: str = "fail"
+    stays: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Joined(Message):
+    """From the scheduler to all: this worker takes part now, or is back."""
+
+    rank: int
+    incarnation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Enter(Message):
+    """The sender has been admitted by all servers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -469,6 +525,7 @@ def _spec(value: Any) -> Spec:
 
 
 _name_list = _many(_model, 64)
+_rank_list = _many(_natural, PARTICIPANTS_MAX)
 _address_list = _many(_name, 1 << 16)
 _key_list = _many(key, BUNDLE_KEYS_MAX)
 _held = _many(_natural, HELD_MAX)
@@ -483,9 +540,11 @@ FORMS: dict[int, tuple[type[Message], tuple[Check, ...]]] = {
     7: (ReadState, (key, _natural)),
     8: (WriteState, (key, _natural, _natural, _name_list, _name_list)),
     9: (Explain, (_natural,)),
-    10: (Leave, (_text,)),
+    10: (Leave, (_text, _flag)),
     11: (Meet, (_place,)),
     12: (Bind, (_bundle, _key_list)),
+    13: (Freeze, ()),
+    14: (Admit, (_since,)),
     32: (Initialized, (_natural,)),
     33: (Accepted, ()),
     34: (Committed, ()),
@@ -495,14 +554,17 @@ FORMS: dict[int, tuple[type[Message], tuple[Check, ...]]] = {
     38: (Done, ()),
     39: (Explanation, (_text,)),
     40: (Failed, (_name, _text)),
-    41: (Met, (_maybe_place,)),
+    41: (Met, (_maybe_place, _name)),
     42: (Divided, (_flag,)),
-    64: (Register, (_name, _rank, _name, _name, _natural, _natural)),
-    65: (Roster, (_natural, _natural, _natural, _address_list)),
+    43: (Frozen, (_since,)),
+    64: (Register, (_name, _rank, _name, _name, _natural, _natural, _natural, _name)),
+    65: (Roster, (_natural, _natural, _natural, _address_list, _rank_list, _flag)),
     66: (Barrier, (_natural,)),
-    67: (Departed, (_name, _natural, _text)),
+    67: (Departed, (_name, _natural, _text, _natural, _name, _flag)),
     68: (ReadStatus, ()),
     69: (Status, (_report,)),
+    70: (Joined, (_natural, _natural)),
+    71: (Enter, ()),
 }
 _KINDS = {form[0]: kind for kind, form in FORMS.items()}
 _FIELDS = {form[0]: tuple(form[0].__dataclass_fields__)[1:] for form in FORMS.values()}

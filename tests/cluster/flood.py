@@ -24,7 +24,7 @@ import zmq
 import kvstore
 from kvstore.cluster.status import read_status
 from kvstore.errors import ProtocolError
-from kvstore.protocol.messages import Sender, decode
+from kvstore.protocol.messages import Admit, Freeze, Sender, decode
 from tests.protocol import mutations
 
 WORKERS = 2
@@ -90,10 +90,11 @@ def train(address: str, rank: int, over: threading.Event, rounds: list[int]) -> 
 def harmless(frames: list[bytes], cluster: int) -> bool:
     """Would it not pass for a worker's own? Without keys, whoever knows the cluster's number is believed."""
     try:
-        sender, _ = decode(frames[0], len(frames) - 1)
+        sender, rows = decode(frames[0], len(frames) - 1)
     except ProtocolError:
         return True
-    return sender.cluster != cluster or not 0 <= sender.rank < WORKERS
+    joins = any(isinstance(row, Freeze | Admit) for row, _ in rows)
+    return sender.cluster != cluster or sender.rank < 0 or (sender.rank >= WORKERS and not joins)
 
 
 def flood(targets: list[str], cluster: int, count: int, seed: int) -> Iterator[int]:

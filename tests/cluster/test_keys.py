@@ -16,7 +16,7 @@ from zmq.auth.certs import load_certificate
 
 import kvstore
 from kvstore.cluster import keys as key_files
-from kvstore.cluster.keys import Keys
+from kvstore.cluster.keys import Keys, network
 from kvstore.cluster.scheduler import Scheduler
 from kvstore.cluster.server import Server
 from kvstore.cluster.status import read_status
@@ -35,7 +35,7 @@ def place(tmp_path: Path) -> Path:
 
 @contextlib.contextmanager
 def protected(place: Path, workers: int = 2, servers: int = 1) -> Iterator[Cluster]:
-    with cluster(workers, servers, keys=Keys(place)) as running:
+    with cluster(workers, servers, keys=place) as running:
         yield running
 
 
@@ -111,7 +111,7 @@ def test_files_that_are_not_what_they_should_be(place, file, text, what):
 def test_a_list_that_is_none(place, line):
     (place / "allowed").write_text(line)
     with pytest.raises(OptionError, match="line"):
-        Scheduler("tcp://127.0.0.1:*", 1, 1, keys=Keys(place))
+        Scheduler("tcp://127.0.0.1:*", 1, 1, network=network(place))
 
 
 def test_a_list_that_becomes_unreadable_changes_nothing(place, caplog):
@@ -128,9 +128,11 @@ def test_a_list_that_becomes_unreadable_changes_nothing(place, caplog):
 
 
 def test_a_client_s_keys_do_not_make_a_server(place):
-    for make in (lambda k: Scheduler("tcp://127.0.0.1:*", 1, 1, keys=k), lambda k: Server("tcp://127.0.0.1:1", keys=k)):
-        with pytest.raises(OptionError, match=r"cluster.key_secret.*a client"):
-            make(Keys(place / "worker"))
+    own = network(place / "worker")
+    with pytest.raises(OptionError, match=r"cluster.key_secret.*a client"):
+        Scheduler("tcp://127.0.0.1:*", 1, 1, network=own)
+    with pytest.raises(OptionError, match=r"cluster.key_secret.*a client"):
+        Server("tcp://127.0.0.1:1", network=own)
 
 
 # --- a running cluster -----------------------------------------------------------------------------
@@ -146,7 +148,7 @@ def ones(kv: kvstore.KVStore) -> float:
 def test_a_protected_cluster_trains(place):
     with protected(place, servers=2) as c:
         assert c.run(ones, keys=place / "worker", shared_memory=False) == [2.0, 2.0]
-        assert read_status(c.address, keys=Keys(place / "mallory"))["num_servers"] == 2
+        assert read_status(c.address, network=network(place / "mallory"))["num_servers"] == 2
 
 
 def test_the_environment_may_name_the_keys(place, monkeypatch):
@@ -158,9 +160,9 @@ def test_the_environment_may_name_the_keys(place, monkeypatch):
 def test_what_travels_cannot_be_read(place):
     """A man in the middle sees neither a value nor a key's name; without keys he sees both."""
     secret = np.frombuffer(b"attack at dawn! " * 64, np.uint8)
-    for keys, readable in ((Keys(place), False), (None, True)):
-        scheduler = Scheduler("tcp://127.0.0.1:*", 1, 1, keys=keys)
-        server = Server(scheduler.address, keys=keys)
+    for keys, readable in ((place, False), (None, True)):
+        scheduler = Scheduler("tcp://127.0.0.1:*", 1, 1, network=network(keys))
+        server = Server(scheduler.address, network=network(keys))
         scheduler.start()
         with listening(server) as heard:
             starting = threading.Thread(target=server.start)
@@ -310,6 +312,6 @@ def test_an_open_door_is_said_aloud_in_one_line(bind, caplog, place):
     (line,) = [record.getMessage() for record in caplog.records]
     assert bind in line and "keygen" in line and "\n" not in line
     caplog.clear()
-    Scheduler(bind, 1, 1, keys=Keys(place)).stop()
+    Scheduler(bind, 1, 1, network=network(place)).stop()
     Scheduler("tcp://127.0.0.1:*", 1, 1).stop()
     assert not caplog.records

@@ -59,7 +59,6 @@ def fuzz(seed: int, steps: int) -> dict[str, int]:
         if rng.random() < 0.01:
             serving.lost(rng.randrange(WORKERS), "it was lost")
             membership.lost(rng.randrange(6))
-    assert len(membership.members) <= WORKERS + 1
     return counts
 
 

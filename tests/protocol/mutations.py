@@ -56,6 +56,7 @@ _VALUES: dict[Any, Any] = {
     messages._spec: _spec,
     messages._name_list: lambda rng: tuple(rng.sample(["momentum", "mean", "float32"], rng.randrange(3))),
     messages._address_list: lambda rng: ("tcp://127.0.0.1:9", "tcp://[::1]:9"),
+    messages._rank_list: lambda rng: tuple(range(rng.randrange(4))),
     messages._held: lambda rng: tuple(range(rng.randrange(4))),
     messages._place: lambda rng: Place(f"{rng.randrange(1, 1 << 20)}.9.{'0' * 16}", rng.randrange(99)),
     messages._maybe_place: lambda rng: None if rng.random() < 0.7 else _VALUES[messages._place](rng),

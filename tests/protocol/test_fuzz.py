@@ -68,7 +68,7 @@ class TestLimits:
     @pytest.mark.parametrize("rank", [-1, 2, 1 << 30])
     def test_strangers_leave_nothing_behind(self, core, rank):
         assert self.ask(core, rank, Push(1, "w", 0, 1, False, False), object()) == ["ProtocolError"]
-        assert rank not in {*core.heard, *core.incarnations, *core.gone}
+        assert rank not in {*core.workers.heard, *core.workers.incarnations, *core.workers.known}
 
     def test_pushes_that_are_not_merged_yet(self, core):
         rounds = range(1, serving.AHEAD_MAX + 2)
