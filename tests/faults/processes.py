@@ -80,6 +80,12 @@ class Process:
         self.popen.kill()
         self.popen.wait(LIMIT_S)
 
+    def ends_within(self, timeout_s: float) -> bool:
+        """Does it end in that time?"""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.popen.wait(timeout_s)
+        return self.popen.poll() is not None
+
     def ends(self, timeout_s: float = LIMIT_S) -> int:
         """Its exit code."""
         return self.popen.wait(timeout_s)
@@ -88,10 +94,11 @@ class Process:
 class Processes:
     """A cluster; everything is killed at the end."""
 
-    def __init__(self, workers: int, servers: int, folder: Path, **around: str) -> None:
+    def __init__(self, workers: int, servers: int, folder: Path, *options: str, **around: str) -> None:
+        """``options``: of the scheduler's command."""
         self.around = {**os.environ, "PYTHONUNBUFFERED": "1", **around}
         self.children: list[Process] = []
-        self._sizes = ["-w", str(workers), "-s", str(servers)]
+        self._sizes = ["-w", str(workers), "-s", str(servers), *options]
         self._journal = str(folder / "journal")
         self.address = "tcp://127.0.0.1:*"
         self.scheduler = self.start_scheduler()
