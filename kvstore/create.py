@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 
 import engine
 from kvstore import consistency, environment, plain
+from kvstore.cluster import keys as key_files
 from kvstore.cluster.client import ClusterHome
 from kvstore.cluster.near import Neighbourhood
 from kvstore.cluster.session import Session
@@ -42,6 +44,7 @@ def create(
     shared_memory: bool | None = None,
     on_worker_loss: str | None = None,
     heartbeat: float | None = None,
+    keys: str | os.PathLike[str] | None = None,
 ) -> KVStore:
     """Make a store.
 
@@ -67,15 +70,20 @@ def create(
             (without it). All workers must agree. None: as ``KVSTORE_ON_WORKER_LOSS`` says, else ``fail``.
         heartbeat: seconds after which a scheduler that shows no sign of life is taken for gone; None: as
             ``KVSTORE_HEARTBEAT`` says, else 3. For how long a worker may be silent the scheduler is told the same way.
+        keys: the directory of this process's keys, for a protected cluster (``kvstore keygen``); None: as
+            ``KVSTORE_KEYS`` says, else there are none.
 
     Raises:
         OptionError: an unknown type or model, no address, an option that the type has not, or an environment
             that is ill-formed or meant for a server or scheduler.
         UnreachableError: nobody answers at the address.
+        AuthenticationError: somebody does, but the two do not accept each other's keys.
         DeadlineError: the cluster was not complete within ``timeout``.
     """
+    if type in _LOCAL and keys is not None:
+        raise OptionError(f"create({type!r}): expected no keys, which is for clusters; got {keys!r}")
     return create_on(
-        NETWORK,
+        NETWORK if type in _LOCAL else key_files.network(keys or environment.read().keys),
         engine.default(),
         type,
         devices=devices,

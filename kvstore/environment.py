@@ -25,6 +25,7 @@ class Environment:
     shared_memory_bytes: int | None = None
     on_worker_loss: str | None = None
     heartbeat: float | None = None
+    keys: str | None = None
 
     def variables(self) -> dict[str, str]:
         """The environment that says this; for child processes."""
@@ -38,6 +39,7 @@ class Environment:
             "KVSTORE_SHARED_MEMORY_BYTES": self.shared_memory_bytes,
             "KVSTORE_ON_WORKER_LOSS": self.on_worker_loss,
             "KVSTORE_HEARTBEAT": self.heartbeat,
+            "KVSTORE_KEYS": self.keys,
         }
         return {name: str(value) for name, value in values.items() if value is not None}
 
@@ -88,7 +90,7 @@ def read(environ: Mapping[str, str] | None = None) -> Environment:
     if role is not None and role[1] not in ("worker", "server", "scheduler"):
         raise OptionError(f"{role[0]}: expected worker, server or scheduler, got {role[1]!r}")
     shared = number("KVSTORE_SHARED_MEMORY")
-    on_loss = text("KVSTORE_ON_WORKER_LOSS")
+    on_loss, keys = text("KVSTORE_ON_WORKER_LOSS"), text("KVSTORE_KEYS")
     return Environment(
         address[1] if address else None,
         role[1] if role else None,
@@ -99,4 +101,5 @@ def read(environ: Mapping[str, str] | None = None) -> Environment:
         number("KVSTORE_SHARED_MEMORY_BYTES"),
         on_loss[1] if on_loss else None,
         seconds("KVSTORE_HEARTBEAT"),
+        keys[1] if keys else None,
     )

@@ -21,11 +21,13 @@ The first level below the root answers *whose fault it is*::
     │   ├── ServerLostError        a server is gone, or forgot what it held
     │   ├── SharedMemoryError      memory to be shared with a process of this host cannot be had or mapped
     │   ├── CheckpointError        a checkpoint that is damaged or does not fit, or a cut that nobody could take
+    │   ├── LimitError             a peer was asked to hold more than it may
     │   ├── FencedError            this worker was replaced by a newer one of the same rank
     │   └── ProtocolError          what came is not our protocol
     │       └── ProtocolVersionError   it is, in another version
     └── NetworkError               nobody is known to be at fault
         ├── UnreachableError       (ConnectionError) nothing answers at the address
+        │   └── AuthenticationError    it answers, but it and this process do not accept each other's keys
         └── DeadlineError          (TimeoutError)    a deadline passed; the operation stays pending
 
 Errors cross the wire as (class name, message); :func:`from_wire` looks the name up in this
@@ -114,6 +116,10 @@ class CheckpointError(PeerError):
     """A checkpoint is damaged, missing or of something else; or a cut was not taken."""
 
 
+class LimitError(PeerError):
+    """A peer was asked to hold more than it may."""
+
+
 class FencedError(PeerError):
     """A newer worker took over this worker's rank."""
 
@@ -132,6 +138,10 @@ class NetworkError(KVStoreError):
 
 class UnreachableError(NetworkError, ConnectionError):
     """Nothing answers at the address."""
+
+
+class AuthenticationError(UnreachableError):
+    """Something answers at the address, but it and this process do not accept each other's keys."""
 
 
 class DeadlineError(NetworkError, TimeoutError):

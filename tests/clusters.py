@@ -11,6 +11,7 @@ from typing import Any
 
 import kvstore
 from kvstore.checkpoint.restoring import Restoring
+from kvstore.cluster.keys import network
 from kvstore.cluster.near import Neighbourhood
 from kvstore.cluster.scheduler import Scheduler
 from kvstore.cluster.server import Server
@@ -23,16 +24,18 @@ class Cluster:
 
     Args:
         restore: a checkpoint that the servers begin with.
+        keys: the directory of the cluster's keys.
     """
 
-    def __init__(self, workers: int, servers: int, restore: Path | None = None) -> None:
+    def __init__(self, workers: int, servers: int, restore: Path | None = None, keys: Path | None = None) -> None:
         self.workers = workers
-        self.scheduler = Scheduler("tcp://127.0.0.1:*", workers, servers)
+        self.scheduler = Scheduler("tcp://127.0.0.1:*", workers, servers, network=network(keys))
         self.scheduler.start()
         self.servers = [
             Server(
                 self.address,
                 neighbourhood=Neighbourhood(),
+                network=network(keys),
                 restore=None if restore is None else Restoring(restore),
             )
             for _ in range(servers)
@@ -74,8 +77,10 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def cluster(workers: int = 2, servers: int = 1, restore: Path | None = None) -> Iterator[Cluster]:
-    running = Cluster(workers, servers, restore)
+def cluster(
+    workers: int = 2, servers: int = 1, restore: Path | None = None, keys: Path | None = None
+) -> Iterator[Cluster]:
+    running = Cluster(workers, servers, restore, keys)
     try:
         yield running
     finally:

@@ -1,4 +1,4 @@
-"""The command line: ``kvstore run``, ``scheduler``, ``server``, ``status``, ``checkpoint``, ``bench``.
+"""The command line: ``kvstore run``, ``scheduler``, ``server``, ``status``, ``checkpoint``, ``keygen``, ``bench``.
 
 Commands import what they need when they run, so that ``--help`` is quick. A failure is one line on
 stderr and a non-zero code.
@@ -7,6 +7,7 @@ stderr and a non-zero code.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from typing import Any
 
@@ -14,6 +15,12 @@ import click
 
 from kvstore.cli.checkpoint import checkpoint
 from kvstore.errors import KVStoreError
+
+_KEYS = click.option(
+    "--keys",
+    type=click.Path(file_okay=False),
+    help="The directory of its keys, for a protected cluster (or KVSTORE_KEYS).",
+)
 
 
 class _Commands(click.Group):
@@ -58,8 +65,11 @@ def _checkpoint_options(command: Any) -> Any:
 @click.option("-s", "--servers", type=int, default=1, show_default=True, help="Server processes.")
 @click.option("--grace", type=float, default=5.0, show_default=True, help="Seconds to end in before the kill.")
 @_checkpoint_options
+@_KEYS
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
-def run(workers: int, servers: int, grace: float, command: tuple[str, ...], **checkpoints: Any) -> None:
+def run(
+    workers: int, servers: int, grace: float, keys: str | None, command: tuple[str, ...], **checkpoints: Any
+) -> None:
     """Run a whole cluster on this machine: COMMAND once per worker, with a scheduler and servers.
 
     Children's output is copied line by line with a prefix. When one fails, all are stopped and its code
@@ -75,7 +85,7 @@ def run(workers: int, servers: int, grace: float, command: tuple[str, ...], **ch
     from kvstore.cli.launch import run_cluster
 
     _check_every(checkpoints["checkpoint_every"])
-    sys.exit(run_cluster(workers, servers, list(command), grace, checkpoints))
+    sys.exit(run_cluster(workers, servers, list(command), grace, checkpoints, keys))
 
 
 @main.command()
@@ -87,6 +97,7 @@ def run(workers: int, servers: int, grace: float, command: tuple[str, ...], **ch
 @click.option("-s", "--servers", type=int, help="Servers of the cluster (or KVSTORE_NUM_SERVERS, else 1).")
 @click.option("--journal", type=click.Path(dir_okay=False), help="A file from which a restarted one goes on.")
 @HEARTBEAT
+@_KEYS
 def scheduler(
     bind: str,
     advertise: str | None,
@@ -94,6 +105,7 @@ def scheduler(
     servers: int | None,
     journal: str | None,
     heartbeat: float | None,
+    keys: str | None,
 ) -> None:
     """Run the scheduler of a cluster until SIGINT or SIGTERM."""
     from kvstore import environment
@@ -107,7 +119,9 @@ def scheduler(
     if workers is None:
         raise click.UsageError("expected --workers or KVSTORE_NUM_WORKERS")
     limit = heartbeat or around.heartbeat or HEARTBEAT_S
-    one = Scheduler(bind, workers, servers, advertise=advertise, journal=journal, heartbeat=limit)
+    one = Scheduler(
+        bind, workers, servers, advertise=advertise, journal=journal, heartbeat=limit, network=_network(keys)
+    )
     click.echo(f"scheduler at {one.address}")
     sys.exit(serve(one))
 
@@ -121,6 +135,7 @@ def scheduler(
 @click.option("--journal", type=click.Path(dir_okay=False), help="With --with-scheduler: the scheduler's journal.")
 @HEARTBEAT
 @_checkpoint_options
+@_KEYS
 def server(
     address: str | None,
     bind: str,
@@ -133,6 +148,7 @@ def server(
     checkpoint_dir: str | None,
     checkpoint_every: float,
     checkpoint_keep: int | None,
+    keys: str | None,
 ) -> None:
     """Run a server until SIGINT or SIGTERM.
 
@@ -157,10 +173,10 @@ def server(
     around = environment.read()
     address = address or around.address
     limit = heartbeat or around.heartbeat or HEARTBEAT_S
-    beside = None
+    beside, network = None, _network(keys)
     if with_scheduler:
         at = address or "tcp://127.0.0.1:9091"
-        beside = Scheduler(at, workers or 0, 1, journal=journal, heartbeat=limit)
+        beside = Scheduler(at, workers or 0, 1, journal=journal, heartbeat=limit, network=network)
         beside.start()
         address = beside.address
         click.echo(f"scheduler at {address}")
@@ -176,6 +192,7 @@ def server(
         neighbourhood=neighbourhood,
         heartbeat=limit,
         restore=restoring,
+        network=network,
     )
     click.echo(f"server at {one.address}")
     if checkpoint_dir is None:
@@ -197,7 +214,8 @@ def _check_every(seconds: float) -> None:
 @click.option("--address", help="The scheduler's (or KVSTORE_ADDRESS).")
 @click.option("--timeout", type=float, default=5.0, show_default=True, help="Seconds to wait for an answer.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def status(address: str | None, timeout: float, as_json: bool) -> None:
+@_KEYS
+def status(address: str | None, timeout: float, as_json: bool, keys: str | None) -> None:
     """Show the members of a cluster and what the servers hold."""
     from kvstore import environment
     from kvstore.cluster.status import read_status
@@ -205,7 +223,7 @@ def status(address: str | None, timeout: float, as_json: bool) -> None:
     address = address or environment.read().address
     if address is None:
         raise click.UsageError("expected --address or KVSTORE_ADDRESS, the scheduler's address")
-    report = read_status(address, timeout)
+    report = read_status(address, timeout, _network(keys))
     if as_json:
         click.echo(json.dumps(report, indent=2))
         return
@@ -224,6 +242,40 @@ def status(address: str | None, timeout: float, as_json: bool) -> None:
             table.add_row(*map(str, cells), *held)
     console = Console()
     console.print(table, width=None if console.is_terminal else max(console.width, console.measure(table).maximum))
+
+
+@main.command()
+@click.argument("directory", type=click.Path(file_okay=False))
+@click.option("--client", "clients", multiple=True, metavar="NAME", help="Make keys for this client; may be repeated.")
+@click.option("--revoke", metavar="NAME", help="Take this client from the list of those who may connect.")
+def keygen(directory: str, clients: tuple[str, ...], revoke: str | None) -> None:
+    """Make the keys of a cluster in DIRECTORY, add a client to them or revoke one.
+
+    Schedulers and servers are given DIRECTORY as --keys; a client is given DIRECTORY/NAME, which can be copied to
+    where it runs. The first client is called "worker" if no other name is given. Nothing is ever overwritten.
+    """
+    from kvstore.cluster import keys
+
+    if revoke is not None:
+        if clients:
+            raise click.UsageError("--revoke and --client do not belong together")
+        keys.revoke(directory, revoke)
+        click.echo(f"{revoke} is no longer allowed; servers that run cut it off within a second")
+        return
+    if clients and os.path.exists(os.path.join(directory, keys.CLUSTER)):
+        written = [path for name in clients for path in keys.add_client(directory, name)]
+    else:
+        written = keys.make_cluster(directory, clients or (keys.DEFAULT_CLIENT,))
+    for path in written:
+        click.echo(path)
+
+
+def _network(directory: str | None) -> Any:
+    """The network for who has the keys in a directory, or where the environment says."""
+    from kvstore import environment
+    from kvstore.cluster.keys import network
+
+    return network(directory or environment.read().keys)
 
 
 @main.group()

@@ -18,19 +18,25 @@ START_TIMEOUT_S = 60.0
 
 
 def run_cluster(
-    workers: int, servers: int, command: list[str], grace_s: float, checkpoints: Mapping[str, Any] | None = None
+    workers: int,
+    servers: int,
+    command: list[str],
+    grace_s: float,
+    checkpoints: Mapping[str, Any] | None = None,
+    keys: str | None = None,
 ) -> int:
     """Run ``command`` as each worker; the exit code of the first that fails, else 0.
 
     Args:
         checkpoints: options of ``kvstore server``; all but ``restore`` are for the first server only.
+        keys: the directory of the cluster's keys, for all of them.
     """
     supervisor = Supervisor()
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     for number in before:
         signal.signal(number, lambda n, _: supervisor.events.put(n))
     try:
-        return _run(supervisor, workers, servers, command, grace_s, checkpoints or {})
+        return _run(supervisor, workers, servers, command, grace_s, checkpoints or {}, keys)
     finally:
         supervisor.stop(supervisor.children, grace_s)
         for number, handler in before.items():
@@ -44,8 +50,9 @@ def _run(
     command: list[str],
     grace_s: float,
     checkpoints: Mapping[str, Any],
+    keys: str | None,
 ) -> int:
-    inherited = environment.inherited()
+    inherited = {**environment.inherited(), **Environment(keys=keys).variables()}
     own = [sys.executable, "-m", "kvstore"]
     first_line: queue.Queue[str] = queue.Queue()
     supervisor.start(

@@ -15,6 +15,8 @@ from kvstore.protocol.messages import Message
 from kvstore.protocol.pieces import PIECE_BYTES
 
 WINDOW_BYTES = 2 * PIECE_BYTES  # of large replies that the socket has
+WINDOW_BYTES_MAX = 2 * WINDOW_BYTES  # of all that it is asked about
+TRACKED_BYTES = 16 << 10  # of less than this it is not asked when it is sent
 BATCH_BYTES = 256 << 10  # replies travel together up to this size
 
 Outgoing = tuple[Message, Sequence[Any]]
@@ -44,6 +46,8 @@ class Outbox:
 
     def __init__(self) -> None:
         self.in_flight = 0  # bytes that the socket has been given and not yet sent, as far as it tells
+        self.nbytes = 0  # of the frames that wait here
+        self._moved_at: float | None = None  # when it was first seen to wait like this
         self._waiting: list[_Waiting] = []
         self._count = 0
 
@@ -56,11 +60,13 @@ class Outbox:
         """A reply; ``on_sent`` is called when the memory of its frames is free again."""
         self._count += 1
         nbytes = sum(frame.nbytes for frame in frames)
+        self.nbytes += nbytes
         heapq.heappush(self._waiting, _Waiting((-priority, self._count), message, frames, nbytes, on_sent))
 
     def batches(self) -> Iterator[Batch]:
         """What may go to the socket now."""
         while self._waiting and self._may_go(self._waiting[0].nbytes):
+            self._moved_at = None
             messages: list[Outgoing] = []
             on_sent: list[OnSent] = []
             size = 0
@@ -70,13 +76,34 @@ class Outbox:
                 size += reply.nbytes
                 if reply.on_sent is not None:
                     on_sent.append(reply.on_sent)
-            if size > BATCH_BYTES:
+            self.nbytes -= size
+            if size > TRACKED_BYTES:
                 self.in_flight += size
                 on_sent.append(lambda size=size: self._sent(size))  # type: ignore[misc]
             yield Batch(messages, size, on_sent)
 
     def _may_go(self, nbytes: int) -> bool:
-        return nbytes <= BATCH_BYTES or not self.in_flight or self.in_flight + nbytes <= WINDOW_BYTES
+        window = WINDOW_BYTES_MAX if nbytes <= BATCH_BYTES else WINDOW_BYTES
+        return not self.in_flight or self.in_flight + nbytes <= window
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def stalled(self, now: float, patience_s: float) -> bool:
+        """Have the replies that wait here waited for so long, and nothing moved? Ask now and then."""
+        if not self._waiting:
+            self._moved_at = None
+            return False
+        if self._moved_at is None:
+            self._moved_at = now
+        return now - self._moved_at > patience_s
+
+    def discard(self) -> list[OnSent]:
+        """Forget what waits; returns whom to tell that its memory is free."""
+        waiting, self._waiting = self._waiting, []
+        self.nbytes = 0
+        return [reply.on_sent for reply in waiting if reply.on_sent is not None]
 
     def _sent(self, nbytes: int) -> None:
+        self._moved_at = None
         self.in_flight -= nbytes

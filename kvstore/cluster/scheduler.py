@@ -70,11 +70,11 @@ class Scheduler:
         self._stopped = threading.Event()
         self._journal = Journal(journal) if journal is not None else None
         self._reactor = network.loop("kvstore-scheduler", self._tick)
-        self._endpoint = network.listen(
-            self._reactor, self._receive, frame_bytes_max=HEADER_BYTES_MAX, watch=True, heartbeat_s=heartbeat
-        )
-        self._endpoint.on_disconnect = self._look_soon
         try:
+            self._endpoint = network.listen(
+                self._reactor, self._receive, frame_bytes_max=HEADER_BYTES_MAX, watch=True, heartbeat_s=heartbeat
+            )
+            self._endpoint.on_disconnect = self._look_soon
             self.membership = self._begin(num_workers, num_servers)
             split(bind)  # for ZeroMQ port 70000 is port 4464
             self.address = advertised(self._endpoint.bind(bind), advertise)

@@ -84,6 +84,11 @@ log = logging.getLogger(__name__)
 INLINE_BYTES = 64 << 10  # up to this much, work is done on the thread of the socket: a hand-over costs more
 FAR_INLINE_BYTES = 1 << 20  # the same for what came through the socket and lies in this core's caches
 IO_THREADS = 2  # one copies what comes from or goes to all workers at 4-5 GB/s
+OUTBOX_BYTES = 256 << 20  # that wait for one peer, beside OUTBOX_SHARE times what is stored; looked at now and then
+OUTBOX_SHARE = 4
+REPLIES_MAX = 1 << 18  # that wait for one peer
+STALLED_S = 30.0  # how long a peer may take to read anything, while replies wait for it
+LENT_MAX = 32  # places of a piece that one worker may hold; beyond that it gets frames
 JOIN_TIMEOUT_S = 300.0
 KERNELS_S = 5.0  # more than the first start on a machine needs to compile what the first round needs
 
@@ -123,8 +128,10 @@ class Server:
         self._network = network
         self._restore = restore
         self._reactor = network.loop("kvstore-server", self._tick, io_threads=IO_THREADS)
-        self._endpoint = network.listen(self._reactor, self._receive, frame_bytes_max=FRAME_BYTES_MAX)
         try:
+            self._endpoint = network.listen(self._reactor, self._receive, frame_bytes_max=FRAME_BYTES_MAX, watch=True)
+            self._endpoint.on_gone = self._discard
+            self._endpoint.on_stuck = self._drop
             split(bind)  # for ZeroMQ port 70000 is port 4464
             self.address = advertised(self._endpoint.bind(bind), advertise)
         except OptionError:
@@ -141,6 +148,7 @@ class Server:
         self._lending_lock = threading.Lock()
         self._peers: dict[int, bytes] = {}  # rank -> its latest connection
         self._outboxes: dict[bytes, Outbox] = {}  # by connection
+        self._outbox_bytes_max = OUTBOX_BYTES
         self._unflushed: dict[bytes, Outbox] = {}
         self._flushing = False
         self._stopped = threading.Event()
@@ -195,40 +203,36 @@ class Server:
     # --- on the reactor's thread ----------------------------------------------------------------
 
     def _receive(self, peer: bytes, frames: Frames) -> None:
-        assert self._session is not None
+        assert self._session is not None and self._serving is not None
         try:
             sender, messages = decode(frames[0], len(frames) - 1)
-            if sender.cluster not in (0, self._session.sender.cluster):
+            if sender.cluster != self._session.sender.cluster:
                 raise DisagreementError("the sender belongs to another cluster than this server")
         except KVStoreError as error:
             self._outbox(peer).put(Failed(0, *to_wire(error)))
             self._flush()
             return
-        if sender.rank >= 0:
+        refusal = self._serving.refuses(sender.rank, sender.incarnation)
+        if refusal is None:
             self._peers[sender.rank] = peer
         position = 1
         for message, count in messages:
             payload = frames[position : position + count]
             position += count
-            self._handle(peer, sender, message, payload)
+            if not isinstance(message, Push | Fetch) and self._handle_reader(peer, message):
+                continue
+            if refusal is not None:
+                self._outbox(peer).put(Failed(message.request_id, *to_wire(refusal)))
+            else:
+                self._handle(peer, sender, message, payload)
         self._flush()
 
     def _handle(self, peer: bytes, sender: Sender, message: Message, payload: Frames) -> None:
         assert self._serving is not None
-        if isinstance(message, ReadStatus):
-            self._outbox(peer).put(Status(message.request_id, self._report()))
-            return
         if isinstance(message, Meet):
             met = self._neighbourhood.reaches(sender.rank, message.probe)
             probe, line = (self._neighbourhood.probe(), self._endpoint.offer(peer)) if met else (None, "")
             self._outbox(peer).put(Met(message.request_id, probe, line))
-            return
-        if isinstance(message, ReadCut | ReadCopy | EndCut):
-            self._handle_reader(peer, message)
-            return
-        if isinstance(message, Explain) and message.about in self._serving.cutting.open:
-            why = self._serving.explain_cut(message.about, None, self._reactor.now())
-            self._outbox(peer).put(Explanation(message.request_id, why))
             return
         try:
             arrays = self._check(sender.rank, message, payload)
@@ -242,23 +246,34 @@ class Server:
         now = self._reactor.now()
         self._perform(self._serving.handle(sender.rank, sender.incarnation, message, arrays, now), priority)
 
-    def _handle_reader(self, peer: bytes, message: ReadCut | ReadCopy | EndCut) -> None:
-        """Somebody makes a checkpoint; it need not be a worker."""
+    def _handle_reader(self, peer: bytes, message: Message) -> bool:
+        """Somebody, who need not be a worker, asks about the server or makes a checkpoint; False: it is not so."""
         assert self._serving is not None
-        if isinstance(message, ReadCopy):
-            self._copies.read_copy(peer, message)
-        elif isinstance(message, ReadCut):
-            self._copies.read(peer, message)
-            self._perform(self._serving.open_cut(message.cut, message.awaited, self._reactor.now()))
-        else:
-            self._perform(self._serving.end_cut(message.cut, self._reactor.now()))
-            self._copies.end(peer, message)
+        now = self._reactor.now()
+        match message:
+            case ReadStatus():
+                self._outbox(peer).put(Status(message.request_id, self._report()))
+            case ReadCopy():
+                self._copies.read_copy(peer, message)
+            case ReadCut():
+                self._copies.read(peer, message)
+                self._perform(self._serving.open_cut(message.cut, message.awaited, now))
+            case EndCut():
+                self._perform(self._serving.end_cut(message.cut, now))
+                self._copies.end(peer, message)
+            case Explain(about=cut) if cut in self._serving.cutting.open:
+                why = self._serving.explain_cut(cut, None, now)
+                self._outbox(peer).put(Explanation(message.request_id, why))
+            case _:
+                return False
+        return True
 
     def _tick(self, now: float) -> None:
         if self._serving is not None:
             self._perform(self._serving.expire_cuts(now))
             self._copies.tick(now)
             self._flush()
+        self._drop_stalled(now)
 
     def _reply_to(self, peer: bytes, message: Message, frames: Sequence[Any]) -> None:
         """To a connection that need not be a worker's."""
@@ -415,19 +430,21 @@ class Server:
     def _reply_value(self, action: ReplyValue, priority: int) -> None:
         assert self._serving is not None
         stored, request_id = self._stored[action.piece], action.request_id
-        if action.near and action.piece not in self._shared:
+        with self._lending_lock:
+            near = action.near and self._lending.count(action.piece, action.rank) < LENT_MAX
+        if near and action.piece not in self._shared:
             self._share(action.piece)
         reader = Reader(action.rank, self._serving.workers.incarnations[action.rank], request_id)
 
         def make() -> Outgoing:
-            place = self._lend_in_place(action.piece, reader) if action.near else None
+            place = self._lend_in_place(action.piece, reader) if near else None
             value = Value(request_id, action.version, action.staleness, place)
             if place is not None:
                 return value, ()
             return value, (stored.lend(reader).reshape(-1)[_slice(action.span)].view(np.uint8),)
 
         on_sent = partial(stored.give_back, reader)
-        self._then(stored, action.rank, request_id, make, priority, on_sent, far=not action.near)
+        self._then(stored, action.rank, request_id, make, priority, on_sent, far=not near)
 
     def _share(self, piece: PieceId) -> None:
         """From here on the value lies in shared memory, if there is enough."""
@@ -538,7 +555,8 @@ class Server:
             for batch in outbox.batches():
                 on_sent = [*batch.on_sent, lambda peer=peer: self._sent(peer)] if batch.on_sent else []  # type: ignore[misc]
                 if not self._endpoint.send(peer, envelope(self._session.sender, batch.messages), on_sent):
-                    self._outboxes.pop(peer, None)
+                    self._discard(peer)
+                    break
 
     def _sent(self, peer: bytes) -> None:
         """The socket has done with some large replies: the next may follow."""
@@ -546,6 +564,26 @@ class Server:
         if outbox is not None:
             self._unflushed[peer] = outbox
             self._reactor.post(self._flush)
+
+    def _discard(self, peer: bytes) -> None:
+        """Forget the replies to a connection that has ended; whoever still wants them asks again."""
+        outbox = self._outboxes.pop(peer, None)
+        self._unflushed.pop(peer, None)
+        if outbox is not None:
+            for tell in outbox.discard():
+                tell()
+
+    def _drop(self, peer: bytes) -> None:
+        """End the connection of one who does not read its replies: it may not hold more of our memory."""
+        log.warning("%r: ended the connection of a peer that does not read its replies", self)
+        self._endpoint.end(peer)
+        self._discard(peer)
+
+    def _drop_stalled(self, now: float) -> None:
+        self._outbox_bytes_max = OUTBOX_BYTES + OUTBOX_SHARE * int(self._report()["bytes"])
+        for peer, outbox in list(self._outboxes.items()):
+            if outbox.stalled(now, STALLED_S) or outbox.nbytes > self._outbox_bytes_max or len(outbox) > REPLIES_MAX:
+                self._drop(peer)
 
     def _changed(self, change: Departed | Joined) -> None:
         self._reactor.post(lambda: self._take_change(change))

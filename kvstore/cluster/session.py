@@ -20,6 +20,7 @@ from typing import Any
 from kvstore.cluster.address import reachable
 from kvstore.cluster.near import Neighbourhood
 from kvstore.errors import (
+    AuthenticationError,
     ClosedError,
     DeadlineError,
     FencedError,
@@ -135,6 +136,7 @@ class Session:
         Raises:
             UnreachableError: no scheduler answered within ``connect_timeout`` seconds.
             DeadlineError: the cluster was not complete within ``timeout`` seconds.
+            AuthenticationError: the scheduler and this process do not accept each other's keys.
             PeerError: the scheduler refused.
         """
         self._own_address = own_address
@@ -143,9 +145,7 @@ class Session:
         try:
             hello.result(connect_timeout)
         except TimeoutError as error:
-            raise UnreachableError(
-                f"scheduler at {self.address}: expected an answer within {connect_timeout:g} s, none came"
-            ) from error
+            raise self.no_answer(connect_timeout) from error
         try:
             roster = joined.result(timeout)
         except TimeoutError as error:
@@ -157,6 +157,12 @@ class Session:
         self.num_workers, self.servers = roster.num_workers, roster.servers
         self.joins = roster.joins
         self.sender = Sender(self.sender.cluster, self.sender.epoch, roster.rank, roster.incarnation)
+
+    def no_answer(self, waited_s: float) -> UnreachableError:
+        """The scheduler has said nothing for so long, and why that may be."""
+        said = f"scheduler at {self.address}: expected an answer within {waited_s:g} s, none came"
+        suspicion = self._connections[SCHEDULER].suspicion
+        return AuthenticationError(f"{said}: {suspicion}") if suspicion else UnreachableError(said)
 
     def _registration(self, request_id: int, rank: int, incarnation: int) -> Register:
         host, pid = socket.gethostname(), os.getpid()
@@ -431,7 +437,12 @@ class Session:
         if self._on_change is not None:
             self._on_change(message)
 
-    def _server_gone(self, server: int) -> ServerLostError | None:
+    def _server_gone(self, server: int) -> KVStoreError | None:
+        """Why there is no sense in asking this server."""
+        connection = self._connections.get(server)
+        if connection is not None and connection.refused:
+            name = "scheduler" if server == SCHEDULER else f"server {server}"
+            return AuthenticationError(f"{name} at {connection.address}: {connection.refused}")
         for gone in self.departed:
             if gone.rank == server:
                 return ServerLostError(f"server {server} is gone: {gone.reason or 'it was stopped'}")
@@ -455,6 +466,10 @@ class Session:
             log.exception("%r: a completion failed", self)
 
     def _tick(self, now: float) -> None:
+        for server, connection in self._connections.items():
+            if connection.refused and (error := self._server_gone(server)) is not None:
+                for outcome in self._requests.abandon(server, error):
+                    self._settle(outcome)
         self._requests.tick(now)
         self._pump()
 

@@ -6,11 +6,13 @@ import contextlib
 from typing import Any
 
 from kvstore.cluster.session import SCHEDULER, Session
-from kvstore.errors import KVStoreError, UnreachableError
+from kvstore.errors import KVStoreError
 from kvstore.protocol.messages import ReadStatus, Status
+from kvstore.transport.network import Network
+from kvstore.transport.zeromq import NETWORK
 
 
-def read_status(address: str, timeout: float = 5.0) -> dict[str, Any]:
+def read_status(address: str, timeout: float = 5.0, network: Network = NETWORK) -> dict[str, Any]:
     """Ask the scheduler at ``address``, and each server it knows, about themselves.
 
     Returns:
@@ -20,15 +22,14 @@ def read_status(address: str, timeout: float = 5.0) -> dict[str, Any]:
 
     Raises:
         UnreachableError: no scheduler answered within ``timeout`` seconds.
+        AuthenticationError: it and this process do not accept each other's keys.
     """
-    session = Session(address, "observer")
+    session = Session(address, "observer", network=network)
     try:
         try:
             reply = session.ask(SCHEDULER, ReadStatus).result(timeout)
         except TimeoutError as error:
-            raise UnreachableError(
-                f"scheduler at {address}: expected an answer within {timeout:g} s, none came"
-            ) from error
+            raise session.no_answer(timeout) from error
         assert isinstance(reply, Status)
         report = reply.report
         for server in report["servers"]:

@@ -19,6 +19,7 @@ from kvstore.protocol.messages import Spec
 from kvstore.protocol.pieces import BundleId, Key, PieceId, Span
 
 BUNDLES_MAX = 4096  # per server
+BUNDLED_MAX = 1 << 22  # keys in all of them together
 
 
 @dataclass(slots=True)

@@ -57,6 +57,10 @@ class Lending:
         """``reader`` is answered with a place."""
         self._readers.setdefault((piece, reader.rank), []).append(reader)
 
+    def count(self, piece: PieceId, rank: int) -> int:
+        """How many places of the piece the worker reads."""
+        return len(self._readers.get((piece, rank), ()))
+
     def heard(self, piece: PieceId, speaker: Reader, held: tuple[int, ...]) -> list[Reader]:
         """A request for the piece has come. Returns the readers that have finished."""
         readers = self._readers.get((piece, speaker.rank))

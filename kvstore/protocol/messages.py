@@ -29,10 +29,18 @@ FRAME_BYTES_MAX = 1 << 32
 KEY_BYTES_MAX = 1024
 NDIM_MAX = 64
 TEXT_BYTES_MAX = 1 << 16
+NAME_BYTES_MAX = 256
+MODEL_BYTES_MAX = 64
+ITEMS_MAX = 1 << 48
+PARTICIPANTS_MAX = 1 << 16
+CONTAINERS_MAX = 1 << 19
+REPORT_DEPTH_MAX = 4
 PRIORITY_MAX = (1 << 31) - 1
 HELD_MAX = 1024
 BUNDLE_KEYS_MAX = 1 << 20
 PIECES_MAX = 1024  # of a cut in one message
+
+SMALL_HEADER_BYTES = 64 << 10  # up to this size its lists and maps need not be counted
 
 NOBODY = -1  # rank and incarnation of a sender that has none (yet)
 
@@ -527,6 +535,18 @@ def _text(value: Any) -> str:
     return value
 
 
+def _name(value: Any) -> str:
+    if type(value) is not str or len(value) > NAME_BYTES_MAX:
+        raise ValueError(f"a name of at most {NAME_BYTES_MAX} characters")
+    return value
+
+
+def _model(value: Any) -> str:
+    if type(value) is not str or len(value) > MODEL_BYTES_MAX:
+        raise ValueError(f"a model or dtype of at most {MODEL_BYTES_MAX} characters")
+    return value
+
+
 def key(value: Any) -> Key:
     """A ``str`` of 1-1024 UTF-8 bytes, or an int64; anything else raises ValueError."""
     if type(value) is str and 1 <= len(value) <= KEY_BYTES_MAX:
@@ -578,9 +598,14 @@ def _described(value: Any) -> dict[str, Any]:
 
 
 def _report(value: Any) -> dict[str, Any]:
-    if type(value) is not dict:
-        raise ValueError("a map")
+    if type(value) is not dict or not _is_flat(value, REPORT_DEPTH_MAX):
+        raise ValueError(f"a map, at most {REPORT_DEPTH_MAX} deep")
     return value
+
+
+def _is_flat(value: Any, depth: int) -> bool:
+    inner = value.values() if type(value) is dict else value if type(value) is list else ()
+    return depth > 0 and all(_is_flat(one, depth - 1) for one in inner) if inner else True
 
 
 def _since(value: Any) -> dict[Key, int]:
@@ -594,15 +619,15 @@ def _spec(value: Any) -> Spec:
         raise ValueError("shape, dtype, piece items, two models and participants")
     shape, dtype, piece_items, device_model, cluster_model, participants = value
     shape = _many(_natural, NDIM_MAX)(shape)
-    if math.prod(shape) >= 1 << 60 or _natural(piece_items) == 0:
+    if math.prod(shape) > ITEMS_MAX or _natural(piece_items) == 0:
         raise ValueError("a value that fits")
     return Spec(
         shape,
-        _text(dtype),
+        _model(dtype),
         piece_items,
-        _text(device_model),
-        _text(cluster_model),
-        None if participants is None else _many(_natural, 1 << 20)(participants),
+        _model(device_model),
+        _model(cluster_model),
+        None if participants is None else _many(_natural, PARTICIPANTS_MAX)(participants),
     )
 
 
@@ -619,10 +644,10 @@ def _piece_record(value: Any) -> PieceRecord:
     return PieceRecord(*[check(field) for check, field in zip(checks, value, strict=True)])
 
 
-_name_list = _many(_text, 64)
-_rank_list = _many(_natural, 1 << 20)
+_name_list = _many(_model, 64)
+_rank_list = _many(_natural, PARTICIPANTS_MAX)
 _pieces = _many(_piece_record, PIECES_MAX)
-_address_list = _many(_text, 1 << 16)
+_address_list = _many(_name, 1 << 16)
 _key_list = _many(key, BUNDLE_KEYS_MAX)
 _held = _many(_natural, HELD_MAX)
 
@@ -654,16 +679,16 @@ FORMS: dict[int, tuple[type[Message], tuple[Check, ...]]] = {
     37: (Missing, ()),
     38: (Done, ()),
     39: (Explanation, (_text,)),
-    40: (Failed, (_text, _text)),
-    41: (Met, (_maybe_place, _text)),
+    40: (Failed, (_name, _text)),
+    41: (Met, (_maybe_place, _name)),
     42: (Divided, (_flag,)),
     43: (Frozen, (_since,)),
     52: (CutPieces, (_natural, _described, _pieces)),
     53: (Copied, ()),
-    64: (Register, (_text, _rank, _text, _text, _natural, _natural, _natural, _text)),
+    64: (Register, (_name, _rank, _name, _name, _natural, _natural, _natural, _name)),
     65: (Roster, (_natural, _natural, _natural, _address_list, _rank_list, _flag)),
     66: (Barrier, (_natural,)),
-    67: (Departed, (_text, _natural, _text, _natural, _text, _flag)),
+    67: (Departed, (_name, _natural, _text, _natural, _name, _flag)),
     68: (ReadStatus, ()),
     69: (Status, (_report,)),
     70: (Joined, (_natural, _natural)),
@@ -720,7 +745,7 @@ def decode(header: bytes | memoryview, frames: int) -> tuple[Sender, list[tuple[
     if len(header) > HEADER_BYTES_MAX:
         raise ProtocolError(f"a header: expected at most {HEADER_BYTES_MAX} bytes, got {len(header)}")
     try:
-        fields = msgpack.unpackb(header, strict_map_key=False, use_list=True)
+        fields = _unpacked(header)
     except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
         raise ProtocolError(f"a header: expected msgpack, got {len(header)} bytes that are not") from error
     if not isinstance(fields, list) or not fields or type(fields[0]) is not int:
@@ -738,6 +763,27 @@ def decode(header: bytes | memoryview, frames: int) -> tuple[Sender, list[tuple[
     if frames > FRAMES_MAX or expected != frames:
         raise ProtocolError(f"value frames: the header announces {expected}, {frames} came")
     return sender, messages
+
+
+def _unpacked(header: bytes | memoryview) -> Any:
+    if len(header) <= SMALL_HEADER_BYTES:
+        return msgpack.unpackb(header, strict_map_key=False, use_list=True, ext_hook=_refuse)
+    left = CONTAINERS_MAX  # an empty list is one byte there and fifty here
+
+    def count(container: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise ValueError(f"at most {CONTAINERS_MAX} lists and maps")
+        return container
+
+    return msgpack.unpackb(
+        header, strict_map_key=False, use_list=True, ext_hook=_refuse, list_hook=count, object_hook=count
+    )
+
+
+def _refuse(code: int, data: bytes) -> None:
+    raise ValueError("no extension types")
 
 
 def _decode_one(row: Any) -> tuple[Message, int]:

@@ -24,13 +24,15 @@ from kvstore.consistency import Answer, Level, Pull, Update
 from kvstore.errors import (
     CheckpointError,
     DisagreementError,
+    FencedError,
     KVStoreError,
+    LimitError,
     ProtocolError,
     UnknownKeyError,
     WorkerLostError,
     to_wire,
 )
-from kvstore.protocol.bundles import BUNDLES_MAX, Bundle, Part
+from kvstore.protocol.bundles import BUNDLED_MAX, BUNDLES_MAX, Bundle, Part
 from kvstore.protocol.cutting import Cutting, Held
 from kvstore.protocol.messages import (
     Accepted,
@@ -64,6 +66,11 @@ from kvstore.protocol.messages import (
 from kvstore.protocol.pieces import BundleId, Key, PieceId, Span, bundle_id
 from kvstore.protocol.settings import Rule, Settings
 from kvstore.protocol.workers import Waiting, Workers
+
+RANKS_MAX = 1 << 16
+AHEAD_MAX = 8  # rounds of one worker and piece that are not merged yet
+PIECES_MAX = 1 << 20  # per server
+PARKED_MAX = 1 << 17  # pulls of one worker that wait; half of it when they are counted exactly
 
 
 class Restored(Protocol):
@@ -279,6 +286,7 @@ class Serving:
         self._moved: list[Action] = []  # Unite and Split: they come before what else is concluded from a message
         self.cutting = Cutting()
         self._parse_optimizer = parse_optimizer
+        self._parked: dict[int, int] = {}  # pulls of a worker that had to wait, since they were last counted
         self._early: dict[PieceId, dict[int, Init]] = {}  # init of others before the first worker's
         self._now = 0.0
         self._restored = restored
@@ -306,6 +314,11 @@ class Serving:
         """One message of a worker; ``payload`` is None when it came without a frame."""
         self._now = now
         try:
+            refusal = self.refuses(rank, incarnation)
+            if refusal is None and rank not in self.workers.known and not isinstance(message, Freeze | Admit):
+                refusal = ProtocolError(f"{self.name}: expected a worker of this cluster, the sender is {rank}")
+            if refusal is not None:
+                raise refusal
             if self.workers.hear(rank, incarnation, now):
                 self._forget_requests(rank)
             if isinstance(message, Explain):
@@ -320,7 +333,7 @@ class Serving:
     def _conclude(self, rank: int, incarnation: int, message: Message, payload: object) -> list[Action]:
         try:
             handler = self._handlers.get(type(message))
-            if handler is None or rank < 0:
+            if handler is None:
                 raise ProtocolError(f"a server does not take {type(message).__name__} from rank {rank}")
             if self.workers.joining and self._begins_something(message):
                 self.workers.hold(Waiting(rank, incarnation, message, payload))
@@ -330,6 +343,14 @@ class Serving:
             actions = [_failed(rank, message, error)]
         moved, self._moved = self._moved, []
         return [*moved, *actions] if moved else actions
+
+    def refuses(self, rank: int, incarnation: int) -> KVStoreError | None:
+        """Why nothing is taken from this sender; None: it may be a worker, in its latest life."""
+        if not 0 <= rank < RANKS_MAX:
+            return ProtocolError(f"{self.name}: expected a worker's rank below {RANKS_MAX}, the sender's is {rank}")
+        if self.workers.is_over(rank, incarnation):
+            return FencedError(f"rank {rank}: this worker was taken for lost, or a newer one took over its rank")
+        return None
 
     def lost(
         self, rank: int, reason: str, on_loss: str = "fail", incarnation: int | None = None, now: float = 0.0
@@ -393,10 +414,13 @@ class Serving:
                 )
             if first in self.workers.hopeless:
                 raise self._lost_error(piece_id, 0, [first])
+            if piece_id not in self._early:
+                self._within("inits that wait for the first worker's", len(self._early), PIECES_MAX)
             self._early.setdefault(piece_id, {})[rank] = message
             return []
         if payload is None:
             return [Reply(rank, Missing(message.request_id))]
+        self._within("pieces", len(self.pieces), PIECES_MAX)
         members = consistency.participants_of(message.spec.participants, self.workers.members)
         if not members or not self.workers.known.issuperset(members):
             raise DisagreementError(
@@ -418,6 +442,11 @@ class Serving:
         for other, init in self._early.pop(piece_id, {}).items():
             actions.append(self._agree(other, init, piece))
         return actions
+
+    def _within(self, what: str, count: int, limit: int) -> None:
+        """Raises LimitError when there is no room for one more."""
+        if count >= limit:
+            raise LimitError(f"{self.name} holds {count} {what}: expected at most {limit}")
 
     def _settle_early(self) -> list[Action]:
         """What becomes of the inits that wait for the first worker's, when that is lost or has left."""
@@ -477,6 +506,8 @@ class Serving:
             raise ProtocolError("bind: expected the id that follows from the keys, got another")
         if message.bundle in self.bundles:
             return [done]
+        bound = sum(len(bundle.members) for bundle in self.bundles.values())
+        self._within("keys in bundles", bound + len(members), BUNDLED_MAX + 1)
         if len(self.bundles) >= BUNDLES_MAX or len(set(members)) < max(1, len(members)):
             raise ProtocolError(f"bind: expected at most {BUNDLES_MAX} bundles, of at least one key, each key once")
         specs = [self._find(*piece_id)[1].spec for piece_id in members]
@@ -562,6 +593,7 @@ class Serving:
                 return [Reply(rank, Missing(message.request_id))]
             if not piece.level.is_here(rank):
                 raise DisagreementError(f"push of {self._called(piece_id)} by worker {rank}: it has left")
+            self._check_ahead(rank, message.round, piece_id, piece)
             self._part(piece_id)
             piece.accepted[rank] = message.round
             piece.held[rank, message.round] = payload
@@ -588,6 +620,18 @@ class Serving:
             raise UnknownKeyError(f"a bundle: expected one that was bound, {self.name} has none such")
         return bundle
 
+    def _check_ahead(self, rank: int, round: int, piece_id: PieceId, piece: Piece) -> None:
+        """A worker sends a round when its last one is over, so hardly any payloads of one have to be kept."""
+        if len(piece.held) < AHEAD_MAX or sum(one == rank for one, _ in piece.held) < AHEAD_MAX:
+            return
+        missing = self.workers.hopeless.intersection(piece.level.behind(round))
+        if missing:
+            raise self._lost_error(piece_id, round, sorted(missing))
+        raise LimitError(
+            f"push of {self._called(piece_id)} by worker {rank}: expected at most {AHEAD_MAX} rounds that are not "
+            f"merged yet, round {round} is one more"
+        )
+
     def _fetch(self, rank: int, message: Fetch, payload: object) -> list[Action]:
         if isinstance(message.key, bytes) and not self._bound(message.key, message.piece).united:
             return [Reply(rank, Divided(message.request_id, False))]
@@ -598,7 +642,22 @@ class Serving:
     def _pull(self, rank: int, message: Push | Fetch, piece_id: PieceId, piece: Piece) -> list[Action]:
         ticket = Ticket(rank, message.request_id, message.near, piece_id)
         answer = piece.level.pull(Pull(ticket, ((rank, message.round),)))
-        return [] if answer is None else [self._value(answer)]
+        return self._parked_now(piece, ticket) if answer is None else [self._value(answer)]
+
+    def _parked_now(self, piece: Piece, ticket: Ticket) -> list[Action]:
+        """A pull waits, unless its worker has too many that do.
+
+        They are counted only when there have been many, for most are answered soon.
+        """
+        parked = self._parked[ticket.rank] = self._parked.get(ticket.rank, 0) + 1
+        if parked > PARKED_MAX:
+            waiting = (_ticket(one) for _, other in self.counted() for one in other.level.waiting)
+            parked = self._parked[ticket.rank] = sum(one.rank == ticket.rank for one in waiting)
+            if parked > PARKED_MAX // 2:
+                del piece.level.waiting[ticket]
+                error = LimitError(f"worker {ticket.rank}: expected at most {PARKED_MAX // 2} pulls that wait")
+                return [Reply(ticket.rank, Failed(ticket.request_id, *to_wire(error)))]
+        return []
 
     def _value(self, answer: Answer) -> ReplyValue:
         ticket = _ticket(answer.ticket)

@@ -204,6 +204,8 @@ class SimulatedPort:
         self.address = ""
         self.heartbeat_s = heartbeat_s
         self.on_disconnect: Callable[[], None] | None = None
+        self.on_gone: Callable[[bytes], None] | None = None
+        self.on_stuck: Callable[[bytes], None] | None = None
         self.process = loop.process
         self.loop = loop
         self._web = web
@@ -225,6 +227,12 @@ class SimulatedPort:
         self._web.ports[address] = self
         return address
 
+    def end(self, peer: bytes) -> None:
+        """End the link of this peer."""
+        link = self._peers.get(peer)
+        if link is not None:
+            link.break_off()
+
     def offer(self, peer: bytes) -> str:
         """There is no shorter way."""
         return ""
@@ -245,8 +253,13 @@ class SimulatedPort:
 
     def leave(self, peer: bytes) -> None:
         """Its link is gone."""
-        if self._peers.pop(peer, None) is not None and self.on_disconnect is not None:
+        if self._peers.pop(peer, None) is None:
+            return
+        if self.on_disconnect is not None:
             self.loop.post(self.on_disconnect)
+        if self.on_gone is not None:
+            tell = self.on_gone
+            self.loop.post(lambda: tell(peer))
 
     def take(self, peer: bytes, frames: Frames) -> None:
         """A message has come."""
@@ -291,6 +304,8 @@ class SimulatedLink:
 
     def __repr__(self) -> str:
         return f"<SimulatedLink of {self.process.name} to {self.address}>"
+
+    refused = suspicion = ""  # there are no keys
 
     def shorten(self, offered: str) -> None:
         """There is no shorter way."""

@@ -44,6 +44,8 @@ class Link(Protocol):
     """A connection to one peer, made by this side; see :class:`~kvstore.transport.zeromq.Connection`."""
 
     address: str
+    refused: str
+    suspicion: str
 
     def send(self, frames: Sequence[Any]) -> None: ...
     def shorten(self, offered: str) -> None: ...
@@ -55,7 +57,10 @@ class Port(Protocol):
 
     address: str
     on_disconnect: Callable[[], None] | None
+    on_gone: Callable[[bytes], None] | None
+    on_stuck: Callable[[bytes], None] | None
 
+    def end(self, peer: bytes) -> None: ...
     def bind(self, address: str) -> str: ...
     def offer(self, peer: bytes) -> str: ...
     def send(self, peer: bytes, frames: Sequence[Any], on_sent: Sequence[Callable[[], None]] = ()) -> bool: ...

@@ -68,6 +68,8 @@ FIELDS = {
     messages._rank: rank,
     messages._flag: st.booleans(),
     messages._text: text,
+    messages._name: text,
+    messages._model: text,
     messages._described: described,
     messages._report: described,
     messages._since: st.dictionaries(key, natural, max_size=3),

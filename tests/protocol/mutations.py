@@ -1,0 +1,133 @@
+"""Messages as they are, and the same with something wrong in them: structure-aware, from a seed.
+
+A mutation keeps most of a message as it was, so that it gets past the first checks and tries the later ones.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import msgpack
+
+from kvstore.protocol import messages
+from kvstore.protocol.messages import FORMS, Message, PieceRecord, Place, Sender, Spec
+from kvstore.protocol.pieces import bundle_id
+
+KEYS = ("w", "v", "a name", "ä" * 10, 7)
+DTYPES = ("float32", "bfloat16", "int8")
+OPTIMIZERS: tuple[dict[str, Any], ...] = (
+    {"name": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 0.0},
+    {"name": "adam", "lr": 0.001},
+    {"name": "sgd"},
+)
+ODD: tuple[Any, ...] = (
+    None, True, -1, 0, 1, 2, 255, 1 << 31, (1 << 63) - 1, 1 << 63, -(1 << 63), 1.5, math.inf, math.nan, "", "x", "\0",
+    "é" * 600, "x" * 70_000, b"", b"raw", b"x" * 16, [], [[]], [0] * 2000, {}, {"a": {}}, {1: 2}, [[[[[[[]]]]]]],
+    {"name": "sgd", "lr": "fast"}, msgpack.ExtType(5, b"ext"), msgpack.Timestamp(1, 2), "eval", "bounded(9)", "float32",
+)  # fmt: skip
+
+
+def _spec(rng: random.Random) -> Spec:
+    shape = rng.choice([(10,), (2, 3), (), (0,), (300,)])
+    whole = max(1, math.prod(shape))
+    people = rng.choice([None, None, (0, 1), (1,)])
+    model = rng.choice(["sequential", "bounded(2)", "eventual"])
+    return Spec(shape, rng.choice(DTYPES), rng.choice([whole, 4]), "sequential", model, people)
+
+
+def _piece(rng: random.Random) -> PieceRecord:
+    rounds = {rank: rng.randrange(9) for rank in range(rng.randrange(3))}
+    return PieceRecord(rng.choice(KEYS), rng.randrange(3), _spec(rng), 3, 2, rounds, ("momentum",), ("float32",))
+
+
+_VALUES: dict[Any, Any] = {
+    messages._natural: lambda rng: rng.choice([0, 1, 2, 3, rng.randrange(1 << 20)]),
+    messages._rank: lambda rng: rng.randrange(-1, 4),
+    messages._priority: lambda rng: rng.randrange(-9, 9),
+    messages._flag: lambda rng: rng.random() < 0.5,
+    messages._text: lambda rng: rng.choice(["", "worker", "server", "tcp://127.0.0.1:9", "float32", "why not"]),
+    messages._name: lambda rng: rng.choice(["", "worker", "server", "tcp://127.0.0.1:9", "node"]),
+    messages._model: lambda rng: rng.choice([*DTYPES, "sequential"]),
+    messages.key: lambda rng: rng.choice(KEYS),
+    messages._bundle: lambda rng: bundle_id(KEYS[:2]),
+    messages._target: lambda rng: rng.choice([*KEYS, bundle_id(KEYS[:2])]),
+    messages._key_list: lambda rng: KEYS[: rng.randrange(1, 5)],
+    messages._described: lambda rng: dict(rng.choice(OPTIMIZERS)),
+    messages._report: lambda rng: {"keys": 3, "workers": [{"rank": 0, "host": "a"}]},
+    messages._since: lambda rng: {key: rng.randrange(5) for key in KEYS[: rng.randrange(4)]},
+    messages._spec: _spec,
+    messages._name_list: lambda rng: tuple(rng.sample(["momentum", "mean", "float32"], rng.randrange(3))),
+    messages._address_list: lambda rng: ("tcp://127.0.0.1:9", "tcp://[::1]:9"),
+    messages._rank_list: lambda rng: tuple(range(rng.randrange(4))),
+    messages._pieces: lambda rng: tuple(_piece(rng) for _ in range(rng.randrange(3))),
+    messages._held: lambda rng: tuple(range(rng.randrange(4))),
+    messages._place: lambda rng: Place(f"{rng.randrange(1, 1 << 20)}.9.{'0' * 16}", rng.randrange(99)),
+    messages._maybe_place: lambda rng: None if rng.random() < 0.7 else _VALUES[messages._place](rng),
+}  # fmt: skip
+
+
+def message(rng: random.Random, number: int | None = None) -> Message:
+    """A message that could be: of this kind, or of any."""
+    kind, checks = FORMS[rng.choice(sorted(FORMS)) if number is None else number]
+    return kind(rng.randrange(1, 1 << 16), *(_VALUES[check](rng) for check in checks))
+
+
+def envelope(rng: random.Random, sender: Sender, number: int | None = None) -> list[bytes]:
+    """An envelope with a message or some, and frames of about the right size."""
+    rows = [message(rng, number) for _ in range(rng.choice([1, 1, 1, 2, 5]))]
+    return [bytes(f) for f in messages.envelope(sender, [(row, _frames(rng, row)) for row in rows])]
+
+
+def _frames(rng: random.Random, row: Message) -> Sequence[bytes]:
+    if rng.random() < 0.5:
+        return ()
+    return [rng.randbytes(rng.choice([0, 1, 8, 10, 20, 40, 1200])) for _ in range(rng.choice([1, 1, 1, 2]))]
+
+
+def mutated(rng: random.Random, frames: Sequence[bytes]) -> list[bytes]:
+    """The envelope with something wrong: in its structure, its bytes or its frames."""
+    header, *payload = frames
+    what = rng.random()
+    if what < 0.7:
+        fields = msgpack.unpackb(header, strict_map_key=False)
+        for _ in range(rng.choice([1, 1, 2, 4])):
+            fields = _changed(rng, fields)
+        try:
+            header = msgpack.packb(fields)
+        except (ValueError, OverflowError, TypeError, RecursionError):
+            header = rng.randbytes(30)
+    elif what < 0.9:
+        damaged = bytearray(header)
+        for _ in range(rng.randint(1, 4)):
+            damaged[rng.randrange(len(damaged))] = rng.randrange(256)
+        header = bytes(damaged[: rng.randint(1, len(damaged))] if rng.random() < 0.3 else damaged)
+    elif what < 0.95 and payload:
+        payload[rng.randrange(len(payload))] = rng.randbytes(rng.randrange(50))
+    else:
+        payload += [rng.randbytes(rng.randrange(50))] * rng.choice([1, 2, 70])
+    return [header, *payload]
+
+
+def _changed(rng: random.Random, value: Any) -> Any:
+    """``value`` with one thing in it changed."""
+    if isinstance(value, list) and value and rng.random() < 0.9:
+        changed, at = list(value), rng.randrange(len(value))
+        what = rng.random()
+        if what < 0.08:
+            del changed[at]
+        elif what < 0.16:
+            changed.insert(at, rng.choice(ODD))
+        elif what < 0.2:
+            changed += [changed[at]] * rng.choice([1, 300])
+        else:
+            changed[at] = _changed(rng, changed[at])
+        return changed
+    if isinstance(value, dict) and value and rng.random() < 0.8:
+        name = rng.choice(list(value))
+        return {**value, rng.choice([name, "x", 5]): _changed(rng, value[name])}
+    if type(value) is int and rng.random() < 0.5:
+        return value + rng.choice([-1, 1, 2, 1000])
+    return rng.choice(ODD)
