@@ -1,0 +1,471 @@
+"""A shard: what one :class:`kvstore.protocol.serving.Serving` decides on, with all that it needs to run.
+
+The core decides; this file turns its actions into engine ops on the piece's var, and sends the replies. Small work is
+done at once on the server's own thread, larger work by the engine's pool, so that the socket is free for what is
+urgent. Each shard has an address of its own, at which workers find it whichever process has it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from typing import Any
+
+import numpy as np
+
+import engine
+from kvstore.arrays import Array, dtype_named
+from kvstore.cluster.address import advertised, split
+from kvstore.cluster.near import Neighbourhood
+from kvstore.cluster.outbox import OnSent, Outbox, Outgoing
+from kvstore.cluster.session import Session
+from kvstore.cluster.values import SharedValues
+from kvstore.errors import DisagreementError, KVStoreError, ProtocolError, to_wire
+from kvstore.handle import when_ended
+from kvstore.protocol.bundles import Bundle, Part
+from kvstore.protocol.leases import Lending, Reader
+from kvstore.protocol.messages import (
+    FRAME_BYTES_MAX,
+    Departed,
+    Done,
+    Failed,
+    Fetch,
+    Init,
+    Meet,
+    Message,
+    Met,
+    Place,
+    Push,
+    ReadStatus,
+    Sender,
+    Spec,
+    State,
+    Status,
+    Value,
+    WriteState,
+    decode,
+    envelope,
+)
+from kvstore.protocol.pieces import PieceId, Span
+from kvstore.protocol.serving import (
+    Action,
+    Apply,
+    Create,
+    Forget,
+    Reply,
+    ReplyAfter,
+    ReplyValue,
+    SendState,
+    Serving,
+    Split,
+    StoreState,
+    Unite,
+)
+from kvstore.stored import Stored
+from kvstore.transport.reactor import Reactor
+from kvstore.transport.zeromq import Endpoint, Frames
+
+INLINE_BYTES = 64 << 10  # up to this much, work is done on the thread of the socket: a hand-over costs more
+FAR_INLINE_BYTES = 1 << 20  # the same for what came through the socket and lies in this core's caches
+
+
+class Shard:
+    """One shard. But for the constructor and :meth:`serve`, everything happens on the reactor's thread.
+
+    Args:
+        reactor: whose loop it lives in.
+        runtime: does the work.
+        neighbourhood: memory for values that workers of this host read in place.
+        bind: where to listen; port ``*`` lets the system choose.
+        advertise: the address that workers reach it by, if another than the bound one.
+
+    Raises:
+        OptionError: an address that cannot be bound.
+    """
+
+    def __init__(
+        self,
+        reactor: Reactor,
+        runtime: engine.Engine,
+        neighbourhood: Neighbourhood,
+        bind: str,
+        advertise: str | None = None,
+    ) -> None:
+        split(bind)  # for ZeroMQ port 70000 is port 4464
+        self._reactor = reactor
+        self._engine = runtime
+        self._neighbourhood = neighbourhood
+        self._endpoint = Endpoint(reactor, self._receive, frame_bytes_max=FRAME_BYTES_MAX)
+        self.address = advertised(self._endpoint.bind(bind), advertise)
+        self.serving: Serving  # from :meth:`serve` on, as the next two
+        self._session: Session
+        self._values: SharedValues
+        self._stored: dict[PieceId, Stored] = {}
+        self._shared: set[PieceId] = set()  # those whose values lie in shared memory, as far as there is any
+        self._lending = Lending()
+        self._lending_lock = threading.Lock()
+        self._peers: dict[int, bytes] = {}  # rank -> its latest connection
+        self._outboxes: dict[bytes, Outbox] = {}  # by connection
+        self._unflushed: dict[bytes, Outbox] = {}
+        self._flushing = False
+
+    def __repr__(self) -> str:
+        return f"<Shard at {self.address}: {getattr(self, 'serving', None)!r}>"
+
+    def serve(self, session: Session, serving: Serving) -> None:
+        """Answer from here on, as this core says; before the reactor's loop starts, or within it."""
+        self.serving = serving
+        self._session = session
+        self._values = SharedValues(self._neighbourhood.arena, len(session.servers))
+
+    def departed(self, gone: Departed) -> None:
+        """The scheduler says that a worker is gone."""
+        self._take_all_back(gone.rank)
+        if gone.reason:
+            self._perform(self.serving.lost(gone.rank, gone.reason))
+            self._flush()
+
+    def report(self) -> dict[str, int]:
+        """How many keys it has, and their bytes."""
+        keys = {key for key, _ in self.serving.pieces if not isinstance(key, bytes)}
+        counted = [self._stored[piece] for piece, _ in self.serving.counted()]
+        return {"keys": len(keys), "bytes": sum(stored.value.nbytes for stored in counted)}
+
+    def _receive(self, peer: bytes, frames: Frames, fd: int) -> None:
+        try:
+            sender, messages = decode(frames[0], len(frames) - 1)
+            if sender.cluster not in (0, self._session.sender.cluster):
+                raise DisagreementError("the sender belongs to another cluster than this server")
+        except KVStoreError as error:
+            self._outbox(peer).put(Failed(0, *to_wire(error)))
+            self._flush()
+            return
+        if sender.rank >= 0:
+            self._peers[sender.rank] = peer
+        position = 1
+        for message, count in messages:
+            payload = frames[position : position + count]
+            position += count
+            self._handle(peer, sender, message, payload)
+        self._flush()
+
+    def _handle(self, peer: bytes, sender: Sender, message: Message, payload: Frames) -> None:
+        if isinstance(message, ReadStatus):
+            self._outbox(peer).put(Status(message.request_id, self.report()))
+            return
+        if isinstance(message, Meet):
+            met = self._neighbourhood.reaches(sender.rank, message.probe)
+            self._outbox(peer).put(Met(message.request_id, self._neighbourhood.probe() if met else None))
+            return
+        try:
+            arrays = self._check(sender.rank, message, payload)
+        except KVStoreError as error:
+            self._outbox(peer).put(Failed(message.request_id, *to_wire(error)))
+            return
+        priority = 0
+        if isinstance(message, Push | Fetch):
+            priority = message.priority
+            self._take_back(sender, message)
+        now = time.monotonic()
+        self._perform(self.serving.handle(sender.rank, sender.incarnation, message, arrays, now), priority)
+
+    def _take_back(self, sender: Sender, message: Push | Fetch) -> None:
+        """A request says which of the earlier ones' places its worker still reads."""
+        piece_id = (message.key, message.piece)
+        speaker = Reader(sender.rank, sender.incarnation, message.request_id)
+        with self._lending_lock:
+            over = self._lending.heard(piece_id, speaker, message.held)
+        stored = self._stored.get(piece_id)
+        if stored is not None:
+            for reader in over:
+                stored.give_back(reader)
+
+    def _check(self, rank: int, message: Message, payload: Frames) -> Any:
+        """The frames as arrays of the right dtype and size; ProtocolError otherwise."""
+        if isinstance(message, Init):
+            kind, nbytes = _form(message.spec, message.piece)
+            return self._one_frame(message, nbytes, kind, payload)
+        if isinstance(message, Push):
+            spec = self.serving.spec_of(message.key, message.piece)
+            if spec is None:
+                return None
+            kind, nbytes = _form(spec, message.piece)
+            if message.place is not None:
+                return self._neighbourhood.array(rank, message.place, nbytes).view(kind)
+            return self._one_frame(message, nbytes, kind, payload)
+        if isinstance(message, WriteState):
+            if not len(payload) == len(message.names) == len(message.dtypes):
+                raise ProtocolError(f"optimizer state of key {message.key!r}: expected one frame and dtype per name")
+            spec = self.serving.spec_of(message.key, message.piece)
+            state = {}
+            for name, dtype, frame in zip(message.names, message.dtypes, payload, strict=True):
+                kind = dtype_named(dtype)
+                if spec is not None and len(frame) != spec.cut.size(message.piece) * kind.itemsize:
+                    raise ProtocolError(f"optimizer state of key {message.key!r}: a frame of {len(frame)} bytes")
+                state[name] = np.frombuffer(frame, kind).copy()
+            return state
+        if payload:
+            raise ProtocolError(f"{type(message).__name__}: expected no value frame, got {len(payload)}")
+        return None
+
+    def _one_frame(self, message: Init | Push, expected: int, dtype: np.dtype[Any], payload: Frames) -> Array | None:
+        if not payload:
+            return None
+        if len(payload) != 1 or len(payload[0]) != expected:
+            raise ProtocolError(
+                f"{type(message).__name__.lower()} of key {message.key!r}, piece {message.piece}: expected one frame "
+                f"of {expected} bytes, got {[len(frame) for frame in payload]}"
+            )
+        array: Array = np.frombuffer(payload[0], dtype)
+        return array
+
+    def _perform(self, actions: list[Action], priority: int = 0) -> None:
+        for action in actions:
+            match action:
+                case Reply(rank, message):
+                    self._reply(rank, message)
+                case ReplyValue():
+                    self._reply_value(action, priority)
+                case ReplyAfter(rank, message, piece):
+                    self._then(self._stored[piece], rank, message.request_id, lambda m=message: (m, ()), priority)  # type: ignore[misc]
+                case Apply():
+                    self._apply(action, priority)
+                case Create(piece, _, payload):
+                    assert isinstance(payload, np.ndarray)
+                    self._stored[piece] = Stored(payload, f"{piece[0]!r}[{piece[1]}]")
+                case SendState(rank, request_id, piece, span):
+                    stored = self._stored[piece]
+                    self._then(stored, rank, request_id, lambda s=stored, i=request_id, p=span: _state_of(s, i, p))  # type: ignore[misc]
+                case StoreState():
+                    self._store_state(action)
+                case Forget(piece):
+                    self._stored.pop(piece, None)
+                    self._shared.discard(piece)
+                    self._values.forget(piece)
+                case Unite(bundle):
+                    self._unite(bundle)
+                case Split(bundle):
+                    self._split(bundle)
+
+    def _unite(self, bundle: Bundle) -> None:
+        parts = [self._stored.pop(piece) for piece in bundle.members]
+        whole = self._stored.get(bundle.piece)  # it has been united before: its memory may still be read
+        if whole is None:
+            value = np.empty(bundle.spec.shape, dtype_named(bundle.spec.dtype))
+            whole = self._stored[bundle.piece] = Stored(value, str(bundle))
+        reads = [part.var for part in parts]
+        self._engine.push(lambda: whole.unite(parts), reads=reads, writes=[whole.var], name="unite", inline=True)
+
+    def _split(self, bundle: Bundle) -> None:
+        whole = self._stored[bundle.piece]
+        empty: Array = np.empty(0, whole.value.dtype)
+        parts = [(Stored(empty, repr(piece)), slice(*span)) for piece, span in bundle]
+        self._stored.update(zip(bundle.members, (part for part, _ in parts), strict=True))
+        writes = [whole.var, *(part.var for part, _ in parts)]
+        self._engine.push(lambda: whole.split(parts), reads=[whole.var], writes=writes, name="split", inline=True)
+
+    def _apply(self, action: Apply, priority: int) -> None:
+        stored = self._stored[action.piece]
+        pushes = [_elements(payload) for payload in action.payloads]
+        rule: Any = action.rule
+        info = {"key": action.piece[0], "bytes": stored.value.nbytes, "round": action.round}
+        far = all(push.flags.writeable for push in pushes)  # what lies in another process's memory is not
+        reads: tuple[engine.Var, ...]
+        if rule is None:
+            name, reads, work = "merge", (), lambda: stored.assign(pushes, owned=True)
+        else:
+            name, reads, work = "merge+update", (stored.var,), lambda: stored.update(pushes, rule, action.generation)
+        self._work(stored, work, name, priority, reads, (stored.var,), info, far=far)
+
+    def _work(
+        self,
+        stored: Stored,
+        work: Callable[[], None],
+        name: str,
+        priority: int,
+        reads: tuple[engine.Var, ...],
+        writes: tuple[engine.Var, ...],
+        info: dict[str, Any] | None = None,
+        far: bool = False,
+    ) -> engine.Handle | None:
+        """Do this after what was to be done on the piece before: as an op, or at once and then there is no handle.
+
+        ``far``: it concerns no shared memory. Small work is done at once if the piece is free, and it stays so:
+        no other thread submits ops on it.
+        """
+        inline = stored.value.nbytes <= (FAR_INLINE_BYTES if far else INLINE_BYTES)
+        if inline and self._engine.free(stored.var):
+            try:
+                work()
+                return None
+            except Exception as raised:
+                work = partial(_raise, raised)  # so that those hear of it who would hear of an op's error
+        return self._engine.push(work, reads, writes, priority, name=name, inline=inline, info=info)
+
+    def _reply_value(self, action: ReplyValue, priority: int) -> None:
+        stored, request_id = self._stored[action.piece], action.request_id
+        if action.near and action.piece not in self._shared:
+            self._share(action.piece)
+        reader = Reader(action.rank, self.serving.incarnations[action.rank], request_id)
+
+        def make() -> Outgoing:
+            place = self._lend_in_place(action.piece, reader) if action.near else None
+            value = Value(request_id, action.version, action.staleness, place)
+            if place is not None:
+                return value, ()
+            return value, (stored.lend(reader).reshape(-1)[_slice(action.span)].view(np.uint8),)
+
+        on_sent = partial(stored.give_back, reader)
+        self._then(stored, action.rank, request_id, make, priority, on_sent, far=not action.near)
+
+    def _share(self, piece: PieceId) -> None:
+        """From here on the value lies in shared memory, if there is enough."""
+        self._shared.add(piece)
+        stored = self._stored[piece]
+        allocate = self._values.allocator(piece, self.serving.pieces[piece].spec)
+
+        def move() -> None:
+            row = allocate()
+            if row is not None:
+                stored.move(row, allocate)
+
+        self._engine.push(move, reads=[stored.var], writes=[stored.var], name="share", inline=True)
+
+    def _lend_in_place(self, piece: PieceId, reader: Reader) -> Place | None:
+        """Where the value lies for a worker of this host to read; None: not in shared memory."""
+        stored = self._stored[piece]
+        place = self._values.place(stored.lend(reader))
+        if place is not None:
+            with self._lending_lock:
+                self._lending.lend(piece, reader)
+        return place
+
+    def _then(
+        self,
+        stored: Stored,
+        rank: int,
+        request_id: int,
+        make: Callable[[], Outgoing],
+        priority: int = 0,
+        on_sent: OnSent | None = None,
+        far: bool = False,
+    ) -> None:
+        """Send what ``make`` returns after all earlier ops on the piece; or their failure.
+
+        ``on_sent`` is called once the memory of the frames, if there are any, is not needed any more.
+        """
+
+        def reply() -> None:
+            message, frames = make()
+            then = on_sent if frames else None
+            if threading.current_thread() is self._reactor.thread:
+                self._reply(rank, message, frames, priority, then)
+            else:
+                self._reactor.post(lambda: self._reply_now(rank, message, frames, priority, then))
+
+        handle = self._work(stored, reply, "reply", priority, (stored.var,), (), far=far)
+
+        def ended(error: BaseException | None) -> None:
+            if error is not None:
+                failed = Failed(request_id, *to_wire(error))
+                self._reactor.post(lambda: self._reply_now(rank, failed, (), priority, None))
+
+        if handle is not None:
+            when_ended(handle, ended)
+
+    def _store_state(self, action: StoreState) -> None:
+        message, state = action.message, action.payload
+        assert isinstance(state, dict)
+        stored = self._stored[message.key, message.piece]
+        self._engine.push(
+            lambda: stored.restore(state, message.step, action.generation),
+            reads=[stored.var], writes=[stored.var], name="write state",
+        )  # fmt: skip
+        self._then(stored, action.rank, message.request_id, lambda: (Done(message.request_id), ()))
+
+    def _reply_now(
+        self, rank: int, message: Message, frames: Sequence[Any], priority: int, on_sent: OnSent | None
+    ) -> None:
+        self._reply(rank, message, frames, priority, on_sent)
+        if not self._flushing:  # after all that was posted until now, in as few messages as that allows
+            self._flushing = True
+            self._reactor.post(self._flush)
+
+    def _reply(
+        self,
+        rank: int,
+        message: Message,
+        frames: Sequence[Any] = (),
+        priority: int = 0,
+        on_sent: OnSent | None = None,
+    ) -> None:
+        peer = self._peers.get(rank)
+        if peer is not None:
+            self._outbox(peer).put(message, frames, priority, on_sent)
+        elif on_sent is not None:
+            on_sent()
+
+    def _outbox(self, peer: bytes) -> Outbox:
+        """The peer's replies, which :meth:`_flush` will look at."""
+        outbox = self._outboxes.get(peer)
+        if outbox is None:
+            outbox = self._outboxes[peer] = Outbox()
+        self._unflushed[peer] = outbox
+        return outbox
+
+    def _flush(self) -> None:
+        self._flushing = False
+        unflushed, self._unflushed = self._unflushed, {}
+        for peer, outbox in unflushed.items():
+            for batch in outbox.batches():
+                on_sent = [*batch.on_sent, lambda peer=peer: self._sent(peer)] if batch.on_sent else []  # type: ignore[misc]
+                if not self._endpoint.send(peer, envelope(self._session.sender, batch.messages), on_sent):
+                    self._outboxes.pop(peer, None)
+
+    def _sent(self, peer: bytes) -> None:
+        """The socket has done with some large replies: the next may follow."""
+        outbox = self._outboxes.get(peer)
+        if outbox is not None:
+            self._unflushed[peer] = outbox
+            self._reactor.post(self._flush)
+
+    def _take_all_back(self, rank: int) -> None:
+        """A worker is gone and reads nothing any more."""
+        with self._lending_lock:
+            over = self._lending.gone(rank)
+        for piece, reader in over:
+            if piece in self._stored:
+                self._stored[piece].give_back(reader)
+        self._neighbourhood.forget(rank)
+
+
+@lru_cache(maxsize=65536)
+def _form(spec: Spec, number: int) -> tuple[np.dtype[Any], int]:
+    """The dtype of a piece and its size in bytes; -1 if there is no such piece."""
+    kind, cut = dtype_named(spec.dtype), spec.cut
+    return kind, cut.size(number) * kind.itemsize if number < len(cut) else -1
+
+
+def _elements(payload: object) -> Array:
+    """A payload as the array it is, or is a part of."""
+    if isinstance(payload, Part):
+        return _elements(payload.payload).reshape(-1)[slice(*payload.span)]
+    assert isinstance(payload, np.ndarray)
+    return payload
+
+
+def _slice(span: Span | None) -> slice:
+    """These elements, or all."""
+    return slice(None) if span is None else slice(*span)
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
+def _state_of(stored: Stored, request_id: int, span: Span | None) -> Outgoing:
+    arrays = {name: array.reshape(-1)[_slice(span)].copy() for name, array in stored.state.items()}
+    names, dtypes = tuple(arrays), tuple(array.dtype.name for array in arrays.values())
+    return State(request_id, stored.step, names, dtypes), tuple(array.view(np.uint8) for array in arrays.values())
