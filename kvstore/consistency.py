@@ -254,6 +254,20 @@ class Level:
             and (self.closed, self.version) == (other.closed, other.version)
         )
 
+    def follow(self, update: Update) -> None:
+        """Count an update that took effect elsewhere: nothing is known here of pushes that have not."""
+        for participant, round in update.contributions:
+            self.rounds[participant] = round
+            if self.left.get(participant, round) < round:
+                self.left[participant] = round
+        self.closed = max(self.closed, update.round)
+        self.version += 1
+
+    def effective(self, participant: int) -> int:
+        """The last of its pushes that has taken effect."""
+        last = self.rounds[participant]
+        return last if self.in_effect(participant, last) else min(last, self.closed)
+
     def push_alone(self) -> None:
         """Count a push of the only participant: in every model it takes effect at once, and nobody waits."""
         (participant,) = self.participants

@@ -319,6 +319,135 @@ class Status(Message):
     report: dict[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Which servers have one shard. No ``primary`` (-1): it is lost; no ``replica`` (-1): its primary is alone."""
+
+    epoch: int  # in which the two were appointed
+    primary: int
+    address: str
+    replica: int
+    replica_address: str  # "" as long as it has not said where
+    in_step: bool  # the replica has all that is committed: it may take over
+    moving: bool  # the replica is to take over now: the primary hands over
+
+
+@dataclass(frozen=True, slots=True)
+class Placement(Message):
+    """From the scheduler to all, whenever it changes: who has which shard, by number."""
+
+    epoch: int
+    shards: tuple[Shard, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Standby(Message):
+    """From a replica to the scheduler: the shard's log of this epoch may be sent to this address."""
+
+    shard: int
+    epoch: int
+    address: str
+
+
+@dataclass(frozen=True, slots=True)
+class InStep(Message):
+    """From a primary to the scheduler: nothing is committed any more that its replica has not."""
+
+    shard: int
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class HandedOver(Message):
+    """From a primary to the scheduler: its replica has everything, and it takes in nothing more."""
+
+    shard: int
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Drain(Message):
+    """To the scheduler, from anybody: this server's shards are to go to others. Answered when it has none."""
+
+    rank: int
+
+
+# --- from a primary to its replica ----------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Entry(Message):
+    """The log's entry of this number (its ``request_id``): what a worker, or nobody (-1), has brought about."""
+
+    epoch: int
+    rank: int
+    incarnation: int
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class Taken(Message):
+    """All entries up to this number (its ``request_id``) have been taken."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Updated(Message):
+    """In an entry: these pushes (rank, round) have taken effect as one update. Its frame is their sum."""
+
+    key: Key | BundleId
+    piece: int
+    round: int
+    contributions: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class UniteBundle(Message):
+    """In an entry: from here on the bundle is one piece."""
+
+    bundle: BundleId
+
+
+@dataclass(frozen=True, slots=True)
+class SplitBundle(Message):
+    """In an entry: from here on its members are counted one by one."""
+
+    bundle: BundleId
+
+
+@dataclass(frozen=True, slots=True)
+class Restore(Message):
+    """In an entry: a piece as it is. Its frames are the value, and one per name of the optimizer's state."""
+
+    key: Key
+    piece: int
+    spec: Spec
+    closed: int
+    version: int
+    rounds: tuple[tuple[int, int], ...]  # (rank, round) in effect
+    left: tuple[tuple[int, int], ...]
+    generation: int
+    step: int
+    written: bool  # a worker wrote the state
+    names: tuple[str, ...]
+    dtypes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreSetting(Message):
+    """In an entry: one of the optimizers that were set, in their order."""
+
+    optimizer: dict[str, Any]
+    since: dict[Key, int]
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Arrived(Message):
+    """In an entry: the rank's messages are of this incarnation."""
+
+
 # --- form on the wire ---------------------------------------------------------------------------
 
 Check = Callable[[Any], Any]  # returns the value in its Python form or raises ValueError
@@ -443,6 +572,33 @@ def _spec(value: Any) -> Spec:
     )
 
 
+def _pair(value: Any) -> tuple[int, int]:
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise ValueError("a pair of whole numbers")
+    return _natural(value[0]), _natural(value[1])
+
+
+def _shard(value: Any) -> Shard:
+    if not isinstance(value, list | tuple) or len(value) != 7:
+        raise ValueError("epoch, primary, address, replica, its address, and two booleans")
+    epoch, primary, address, replica, replica_address, in_step, moving = value
+    return Shard(
+        _natural(epoch), _rank(primary), _text(address), _rank(replica), _text(replica_address),
+        _flag(in_step), _flag(moving),
+    )  # fmt: skip
+
+
+def _logged(value: Any) -> Message:
+    """The message of an entry: written as any other, without the number of its frames."""
+    if not isinstance(value, list) or len(value) < 2:
+        raise ValueError("a message that may be in a log")
+    message, _ = _decode_one([*value, 0])
+    if not isinstance(message, LOGGED):
+        raise ValueError("a message that may be in a log")
+    return message
+
+
+_pairs = _many(_pair, 1 << 20)
 _name_list = _many(_text, 64)
 _address_list = _many(_text, 1 << 16)
 _key_list = _many(key, BUNDLE_KEYS_MAX)
@@ -478,10 +634,30 @@ FORMS: dict[int, tuple[type[Message], tuple[Check, ...]]] = {
     67: (Departed, (_text, _natural, _text)),
     68: (ReadStatus, ()),
     69: (Status, (_report,)),
+    70: (Placement, (_natural, _many(_shard, 1 << 16))),
+    71: (Standby, (_natural, _natural, _text)),
+    72: (InStep, (_natural, _natural)),
+    73: (HandedOver, (_natural, _natural)),
+    74: (Drain, (_natural,)),
+    96: (Entry, (_natural, _rank, _rank, _logged)),
+    97: (Taken, (_natural,)),
+    98: (Updated, (_target, _natural, _natural, _pairs)),
+    99: (UniteBundle, (_bundle,)),
+    100: (SplitBundle, (_bundle,)),
+    101: (
+        Restore,
+        (key, _natural, _spec, _natural, _natural, _pairs, _pairs, _natural, _natural, _flag, _name_list, _name_list),
+    ),
+    102: (RestoreSetting, (_described, _since, _natural)),
+    103: (Arrived, ()),
 }
+LOGGED = (
+    Init, Bind, Drop, SetOptimizer, SetHyperparameters, WriteState, Leave,
+    Updated, UniteBundle, SplitBundle, Restore, RestoreSetting, Arrived,
+)  # fmt: skip
 _KINDS = {form[0]: kind for kind, form in FORMS.items()}
 _FIELDS = {form[0]: tuple(form[0].__dataclass_fields__)[1:] for form in FORMS.values()}
-_PARTS = {kind: tuple(kind.__dataclass_fields__) for kind in (Spec, Place)}  # written as lists of their fields
+_PARTS = {kind: tuple(kind.__dataclass_fields__) for kind in (Spec, Place, Shard)}  # written as lists of their fields
 
 
 @dataclass(frozen=True, slots=True)
@@ -498,17 +674,26 @@ def encode(sender: Sender, messages: Iterable[tuple[Message, int]]) -> bytes:
     """The header frame for ``messages``, each with the number of its value frames."""
     rows = []
     for message, frames in messages:
-        kind = type(message)
-        row: list[Any] = [_KINDS[kind], message.request_id]
-        for name in _FIELDS[kind]:
-            field = getattr(message, name)
-            parts = _PARTS.get(type(field))
-            row.append(field if parts is None else [getattr(field, part) for part in parts])
+        row = _row(message)
         row.append(frames)
         rows.append(row)
     header = [PROTOCOL, sender.cluster, sender.epoch, sender.rank, sender.incarnation, rows]
     packed: bytes = msgpack.packb(header)
     return packed
+
+
+def _row(message: Message) -> list[Any]:
+    kind = type(message)
+    row: list[Any] = [_KINDS[kind], message.request_id]
+    for name in _FIELDS[kind]:
+        field = getattr(message, name)
+        parts = _PARTS.get(type(field))
+        row.append(field if parts is None else [getattr(field, part) for part in parts])
+    if kind is Entry:
+        row[-1] = _row(row[-1])
+    elif kind is Placement:
+        row[-1] = [[getattr(shard, part) for part in _PARTS[Shard]] for shard in row[-1]]
+    return row
 
 
 def decode(header: bytes | memoryview, frames: int) -> tuple[Sender, list[tuple[Message, int]]]:

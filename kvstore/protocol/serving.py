@@ -78,6 +78,7 @@ class Apply:
     payloads: tuple[object, ...]
     rule: Rule | None  # None: assign
     generation: int  # another generation than before: the optimizer's state begins anew
+    contributions: tuple[tuple[int, int], ...] = ()  # the pushes (rank, round) that the payloads are of
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +223,7 @@ class Serving:
         self.bundles: dict[BundleId, Bundle] = {}
         self._united: dict[PieceId, tuple[Bundle, Span]] = {}  # members of united bundles
         self._moved: list[Action] = []  # Unite and Split: they come before what else is concluded from a message
-        self._parse_optimizer = parse_optimizer
+        self.parse_optimizer = parse_optimizer
         self._early: dict[PieceId, dict[int, Init]] = {}  # init of others before rank 0's
         self._handlers: dict[type[Message], Callable[[int, Any, object], list[Action]]] = {
             Init: self._init,
@@ -259,8 +260,7 @@ class Serving:
             actions = handler(rank, message, payload)
         except KVStoreError as error:
             actions = [_failed(rank, message, error)]
-        moved, self._moved = self._moved, []
-        return [*moved, *actions] if moved else actions
+        return [*self.moved(), *actions] if self._moved else actions
 
     def lost(self, rank: int, reason: str) -> list[Action]:
         """``rank`` died: whatever waits for it fails, and whatever would wait for it will."""
@@ -398,6 +398,13 @@ class Serving:
             return False
         if not self.settings.treat_alike(bundle.keys, first.level.slowest()):
             return False
+        self.unite(bundle)
+        return True
+
+    def unite(self, bundle: Bundle) -> None:
+        """Count the bundle as one piece from here on; its members' histories are the same."""
+        pieces = [self.pieces[piece_id] for piece_id in bundle.members]
+        first = pieces[0]
         whole = Piece(bundle.spec, first.level, first.accepted)
         whole.generation, whole.steps, whole.written = first.generation, first.steps, first.written
         for piece in pieces:
@@ -407,14 +414,18 @@ class Serving:
         self.pieces[bundle.piece] = whole
         bundle.united = True
         self._moved.append(Unite(bundle))
-        return True
 
     def _part(self, piece_id: PieceId) -> None:
         """From here on the piece is counted by itself."""
         if piece_id in self._united:
-            self._split(self._united[piece_id][0])
+            self.split(self._united[piece_id][0])
 
-    def _split(self, bundle: Bundle) -> None:
+    def moved(self) -> list[Action]:
+        """What came of :meth:`unite` and :meth:`split` since the last message."""
+        moved, self._moved = self._moved, []
+        return moved
+
+    def split(self, bundle: Bundle) -> None:
         """Count the bundle's members one by one, from where they are. Who waits for it has to ask one by one, too."""
         whole = self.pieces.pop(bundle.piece)
         bundle.united = False
@@ -511,11 +522,11 @@ class Serving:
     def _perform(self, piece_id: PieceId, piece: Piece, updates: list[Update], answers: list[Answer]) -> list[Action]:
         actions: list[Action] = []
         for update in updates:
-            rule, generation = self.settings.at(self._key_of(piece_id), update.round)
+            rule, generation = self.settings.at(self.key_of(piece_id), update.round)
             if rule is not None:
                 piece.count_update(generation)
             payloads = tuple([piece.held.pop(contribution) for contribution in update.contributions])
-            actions.append(Apply(piece_id, update.round, payloads, rule, generation))
+            actions.append(Apply(piece_id, update.round, payloads, rule, generation, update.contributions))
             if piece.commits:
                 actions += self._commits_due(piece_id, piece, update.contributions)
         actions += [self._value(answer) for answer in answers]
@@ -532,13 +543,13 @@ class Serving:
 
     # --- optimizer ----------------------------------------------------------------------------
 
-    def _key_of(self, piece_id: PieceId) -> Key:
+    def key_of(self, piece_id: PieceId) -> Key:
         """The piece's key, or the first of a bundle, which stands for them all."""
         key = piece_id[0]
-        return self._key_of(self.bundles[key].members[0]) if isinstance(key, bytes) else key
+        return self.key_of(self.bundles[key].members[0]) if isinstance(key, bytes) else key
 
     def _set_optimizer(self, rank: int, message: SetOptimizer, payload: object) -> list[Action]:
-        rule = self._parse_optimizer(message.optimizer)
+        rule = self.parse_optimizer(message.optimizer)
         self.settings.set(rule, message.since, replace=message.replace, by=rank)
         return self._settings_changed(rank, message)
 
@@ -551,7 +562,7 @@ class Serving:
             if bundle.united:
                 done = self.pieces[bundle.piece].level.slowest()
                 if not self.settings.treat_alike(bundle.keys, done):
-                    self._split(bundle)
+                    self.split(bundle)
         self.settings.forget(
             (key, piece.level.slowest()) for (key, _), piece in self.pieces.items() if not isinstance(key, bytes)
         )
