@@ -10,16 +10,22 @@ from kvstore.protocol.messages import (
     Barrier,
     Departed,
     Done,
+    Drain,
     Explain,
     Explanation,
     Failed,
+    HandedOver,
+    InStep,
     Leave,
     Message,
+    Placement,
     ReadStatus,
     Register,
     Roster,
+    Standby,
     Status,
 )
+from kvstore.protocol.placement import Placing
 
 Peer = Any  # how the shell addresses a connection; opaque here
 
@@ -55,6 +61,12 @@ class Membership:
     num_servers: int
     epoch: int = 1
     members: dict[tuple[str, int], Member] = field(default_factory=dict)
+    replication: int = 0
+    placing: Placing = field(init=False)
+    drains: list[tuple[Peer, Drain]] = field(default_factory=list)  # not answered yet
+
+    def __post_init__(self) -> None:
+        self.placing = Placing(self.num_servers, self.replication)
 
     def handle(self, peer: Peer, message: Message, now: float) -> list[tuple[Peer, Message]]:
         """One message of a connection."""
@@ -70,6 +82,10 @@ class Membership:
                 return self._barrier(member, message)
             if member is not None and isinstance(message, Leave):
                 return [(peer, Done(message.request_id)), *self._depart(member, message.reason)]
+            if isinstance(message, Drain):
+                return self._drain(peer, message)
+            if member is not None and member.role == "server" and isinstance(message, Standby | InStep | HandedOver):
+                return self._told(member.rank, message)
             if isinstance(message, Explain):
                 return [(peer, Explanation(message.request_id, self._explain(now)))]
             raise ProtocolError(f"the scheduler does not take {type(message).__name__} from a stranger")
@@ -101,13 +117,21 @@ class Membership:
                 "heard_s": round(now - member.heard, 3),
             }
 
+        def held(member: Member) -> dict[str, Any]:
+            primary, replica = self.placing.of(member.rank)
+            return {**row(member), "primary": primary, "replica": replica}
+
         return {
             "cluster": f"{self.cluster:016x}",
             "epoch": self.epoch,
             "num_workers": self.num_workers,
             "num_servers": self.num_servers,
             "workers": [row(m) for m in everybody if m.role == "worker"],
-            "servers": [row(m) for m in everybody if m.role == "server"],
+            "servers": [held(m) for m in everybody if m.role == "server"],
+            "shards": [
+                {"primary": shard.primary, "address": shard.address, "replica": shard.replica, "in_step": shard.in_step}
+                for shard in self.placing.shards
+            ],
         }
 
     def _member_of(self, peer: Peer) -> Member | None:
@@ -122,14 +146,16 @@ class Membership:
             known.peer = peer
             return self._welcome([known]) if self._complete() else []
         taken = {m.rank for m in self.members.values() if m.role == message.role and m.state == "here"}
-        if self._complete_once(message.role, size) and len(taken) + self._departed(message.role) >= size:
+        awaited = [r for r in range(size) if message.role == "server" and self.placing.awaits(r)]
+        complete = self._complete_once(message.role, size) and len(taken) + self._departed(message.role) >= size
+        if complete and not awaited:
             raise DisagreementError(
                 f"the cluster is complete: it was started for {size} {message.role}s and has had them all"
             )
         rank = message.rank
         if rank < 0:
-            rank = next(r for r in range(size + 1) if r not in taken)
-        if rank >= size or rank in taken:
+            rank = next(r for r in awaited or range(size + 1) if r not in taken)
+        if rank >= size or rank in taken or (complete and rank not in awaited):
             raise DisagreementError(
                 f"register as {message.role} {rank}: expected a free rank below {size}, taken: {sorted(taken)}"
             )
@@ -144,6 +170,10 @@ class Membership:
             message.token,
             heard=now,
         )
+        if message.role == "server":
+            self.placing.arrived(rank, message.address)
+        if complete:
+            return [*self._welcome([self.members["server", rank]]), *self._placed()]
         return self._welcome(list(self.members.values())) if self._complete() else []
 
     def _departed(self, role: str) -> int:
@@ -153,15 +183,52 @@ class Membership:
         return sum(m.role == role for m in self.members.values()) >= size
 
     def _complete(self) -> bool:
-        return self._complete_once("worker", self.num_workers) and self._complete_once("server", self.num_servers)
+        return self._complete_once("worker", self.num_workers) and self.placing.begun
 
     def _welcome(self, whom: list[Member]) -> list[tuple[Peer, Message]]:
-        servers = tuple(self.members["server", rank].address for rank in range(self.num_servers))
-        return [
-            (m.peer, Roster(m.request_id, m.rank, m.incarnation, self.num_workers, servers))
-            for m in whom
-            if m.state == "here"
+        placement = Placement(0, self.epoch, tuple(self.placing.shards))
+        servers = tuple(shard.address for shard in placement.shards)
+        here = [m for m in whom if m.state == "here"]
+        welcome: list[tuple[Peer, Message]] = [
+            (m.peer, Roster(m.request_id, m.rank, m.incarnation, self.num_workers, servers)) for m in here
         ]
+        return [*welcome, *((m.peer, placement) for m in here)]
+
+    # --- shards -------------------------------------------------------------------------------
+
+    def _placed(self) -> list[tuple[Peer, Message]]:
+        """The placement has changed: tell everybody; and those who asked for a drain that has ended."""
+        self.epoch += 1
+        placement = Placement(0, self.epoch, tuple(self.placing.shards))
+        actions: list[tuple[Peer, Message]] = [
+            (m.peer, placement) for m in self.members.values() if m.state == "here" and self._complete()
+        ]
+        return actions + self._drained()
+
+    def _told(self, rank: int, message: Standby | InStep | HandedOver) -> list[tuple[Peer, Message]]:
+        placing = self.placing
+        match message:
+            case Standby(_, number, epoch, address):
+                changed = placing.standby(rank, number, epoch, address)
+            case InStep(_, number, epoch):
+                changed = placing.in_step(rank, number, epoch)
+            case HandedOver(_, number, epoch):
+                changed = placing.handed_over(rank, number, epoch)
+        return self._placed() if changed else []
+
+    def _drain(self, peer: Peer, message: Drain) -> list[tuple[Peer, Message]]:
+        if message.rank not in self.placing.servers:
+            raise DisagreementError(
+                f"drain: expected a server that is here, among {sorted(self.placing.servers)}, got {message.rank}"
+            )
+        self.drains.append((peer, message))
+        return self._placed() if self.placing.drain(message.rank) else self._drained()
+
+    def _drained(self) -> list[tuple[Peer, Message]]:
+        """Answer those whose drain has ended."""
+        over = [asked for asked in self.drains if self.placing.drained(asked[1].rank)]
+        self.drains = [asked for asked in self.drains if asked not in over]
+        return [(peer, Done(message.request_id)) for peer, message in over]
 
     def _barrier(self, member: Member, message: Barrier) -> list[tuple[Peer, Message]]:
         if message.number <= member.barriers:
@@ -189,10 +256,17 @@ class Membership:
             return []
         member.state = "lost" if reason else "left"
         member.waiting = None
-        notice = Departed(0, member.role, member.rank, reason)
-        actions: list[tuple[Peer, Message]] = [
-            (m.peer, notice) for m in self.members.values() if m.state == "here" and m is not member
-        ]
+        notices = [Departed(0, member.role, member.rank, reason)]
+        actions: list[tuple[Peer, Message]] = []
+        if member.role == "server" and self.placing.begun:  # what matters to the others are its shards
+            known = self.placing.lost()
+            if self.placing.gone(member.rank):
+                actions = self._placed()
+            notices = [Departed(0, "server", number, reason) for number in self.placing.lost() if number not in known]
+        elif member.role == "server":
+            self.placing.gone(member.rank)
+        others = [m for m in self.members.values() if m.state == "here" and m is not member]
+        actions = [*((m.peer, notice) for notice in notices for m in others), *actions]
         if reason and member.role == "worker":
             error = WorkerLostError(f"barrier: worker {member.rank} is lost: {reason}")
             for waiter in self.here("worker"):
