@@ -14,6 +14,8 @@ from kvstore.errors import DeviceCountError, OptionError
 from kvstore.home import Home
 from kvstore.local import LocalHome
 from kvstore.store import KVStore
+from kvstore.transport.network import Network
+from kvstore.transport.zeromq import NETWORK
 
 _LOCAL = ("local", "device", "nccl")
 _CLUSTER: dict[str, tuple[Model, Model]] = {  # type -> models of the device level and the cluster level
@@ -64,6 +66,36 @@ def create(
         UnreachableError: nobody answers at the address.
         DeadlineError: the cluster was not complete within ``timeout``.
     """
+    return create_on(
+        NETWORK,
+        engine.default(),
+        type,
+        devices=devices,
+        device_consistency=device_consistency,
+        cluster_consistency=cluster_consistency,
+        address=address,
+        rank=rank,
+        timeout=timeout,
+        connect_timeout=connect_timeout,
+        shared_memory=shared_memory,
+    )
+
+
+def create_on(
+    network: Network,
+    runtime: engine.Engine,
+    type: str,
+    *,
+    devices: int | None = None,
+    device_consistency: str | Model | None = None,
+    cluster_consistency: str | Model | None = None,
+    address: str | None = None,
+    rank: int | None = None,
+    timeout: float = 300.0,
+    connect_timeout: float = 30.0,
+    shared_memory: bool | None = None,
+) -> KVStore:
+    """:func:`create`, on a network and an engine of the caller's choice."""
     if not isinstance(type, str) or (type not in _LOCAL and type not in _CLUSTER):
         raise OptionError(f"create: expected a type among {', '.join([*_LOCAL, *_CLUSTER])}; got {type!r}")
     if devices is not None:
@@ -76,7 +108,6 @@ def create(
     defaults = _CLUSTER.get(type, (Sequential(), Sequential()))
     device_model = defaults[0] if device_consistency is None else consistency.parse(device_consistency)
     cluster_model = defaults[1] if cluster_consistency is None else consistency.parse(cluster_consistency)
-    runtime = engine.default()
     if type in _LOCAL:
         for name, given in (("cluster_consistency", cluster_consistency), ("address", address), ("rank", rank)):
             if given is not None:
@@ -84,13 +115,14 @@ def create(
         runtime.retain()
         home: Home = LocalHome(runtime)
     else:
-        home = _join(address, rank, runtime, timeout, connect_timeout, shared_memory)
+        home = _join(network, address, rank, runtime, timeout, connect_timeout, shared_memory)
     return KVStore(
         type, home, runtime, devices=devices, device_model=device_model, cluster_model=cluster_model, timeout=timeout
     )
 
 
 def _join(
+    network: Network,
     address: str | None,
     rank: int | None,
     runtime: engine.Engine,
@@ -110,7 +142,7 @@ def _join(
         raise OptionError(f"create('dist'): expected a rank >= 0, or -1 for any; got {rank!r}")
     share = around.shared_memory if shared_memory is None else shared_memory
     neighbourhood = Neighbourhood(0 if share is False else around.shared_memory_bytes)
-    session = Session(address, "worker", neighbourhood=neighbourhood)
+    session = Session(address, "worker", neighbourhood=neighbourhood, network=network)
     try:
         session.register(wanted, "", connect_timeout, 1e9 if timeout == math.inf else timeout)
         session.connect_servers()

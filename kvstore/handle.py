@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ from typing import Any, NoReturn
 from kvstore.errors import DeadlineError
 
 Staleness = int | tuple[int, int]
-Drive = Callable[[Future[Any], float], None]
+Drive = Callable[[Future[Any], float], bool]  # brings it about, if it can; has it waited so many seconds?
 Ended = Callable[[BaseException | None], None]  # called once, with the error if there was one
 
 log = logging.getLogger(__name__)
@@ -106,9 +107,10 @@ class Handle(Future[Any]):
         limit = self._timeout_s if timeout is None else timeout
         end = time.monotonic() + limit
         if self._drive is not None:
-            self._drive(self, limit)
+            waited = self._drive(self, limit)
             if self.done():
                 return
+            end = -math.inf if waited else end
         condition = self._condition
         with condition:
             while not self.done():

@@ -146,7 +146,7 @@ class Home(Protocol):
 
     def barrier(self, timeout_s: float) -> None: ...
 
-    def drive(self, awaited: Future[Any], timeout_s: float) -> None:
+    def drive(self, awaited: Future[Any], timeout_s: float) -> bool:
         """The caller is about to wait for this: let its thread do what has to be done, as far as it can."""
 
     def explain(self, key: Key) -> str:

@@ -179,8 +179,8 @@ class LocalHome(Home):
     def barrier(self, timeout_s: float) -> None:
         return
 
-    def drive(self, awaited: Future[Any], timeout_s: float) -> None:
-        return
+    def drive(self, awaited: Future[Any], timeout_s: float) -> bool:
+        return False
 
     def explain(self, key: Key) -> str:
         return f"key {key!r}: its engine ops have not run yet"

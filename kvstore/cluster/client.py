@@ -66,7 +66,7 @@ class ClusterHome(Home):
     # --- keys ---------------------------------------------------------------------------------
 
     def init(self, key: Key, spec: Spec, value: Array) -> Future[Any]:
-        exists: Future[Any] = Future()
+        exists = self._session.future()
         known = self._remotes.get(key)
         if known is not None and known.spec == spec:  # by an earlier call, whose deadline passed too soon
             exists.set_result(None)
@@ -347,8 +347,8 @@ class ClusterHome(Home):
             why = self._session.explain(SCHEDULER, 0)
             raise DeadlineError(f"barrier: not passed after {timeout_s:g} s; {why}") from error
 
-    def drive(self, awaited: Future[Any], timeout_s: float) -> None:
-        self._session.drive(awaited, timeout_s)
+    def drive(self, awaited: Future[Any], timeout_s: float) -> bool:
+        return self._session.drive(awaited, timeout_s)
 
     def explain(self, key: Key) -> str:
         remote = self._remotes.get(key) or self._joining.get(key)

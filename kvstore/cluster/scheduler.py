@@ -5,14 +5,13 @@ from __future__ import annotations
 import logging
 import secrets
 import threading
-import time
 
 from kvstore.cluster.address import advertised, split
 from kvstore.errors import OptionError, ProtocolError, to_wire
 from kvstore.protocol.messages import HEADER_BYTES_MAX, NOBODY, Failed, Message, Sender, decode, envelope
 from kvstore.protocol.roster import Membership
-from kvstore.transport.reactor import Reactor
-from kvstore.transport.zeromq import Endpoint, Frames
+from kvstore.transport.network import Frames, Network
+from kvstore.transport.zeromq import NETWORK
 
 log = logging.getLogger(__name__)
 
@@ -26,19 +25,28 @@ class Scheduler:
         bind: ``tcp://interface:port``; port ``*`` lets the system choose.
         num_workers, num_servers: how many the cluster has; at least one each.
         advertise: the address that others reach it by, if another than the bound one.
+        network: how it is reached.
 
     Raises:
         OptionError: an address that cannot be bound, or a wrong number.
     """
 
-    def __init__(self, bind: str, num_workers: int, num_servers: int, *, advertise: str | None = None) -> None:
+    def __init__(
+        self,
+        bind: str,
+        num_workers: int,
+        num_servers: int,
+        *,
+        advertise: str | None = None,
+        network: Network = NETWORK,
+    ) -> None:
         if num_workers < 1 or num_servers < 1:
             raise OptionError(
                 f"a cluster: expected at least 1 worker and 1 server, got {num_workers} and {num_servers}"
             )
         self.membership = Membership(secrets.randbits(62) | 1, num_workers, num_servers)
-        self._reactor = Reactor("kvstore-scheduler", self._tick)
-        self._endpoint: Endpoint = Endpoint(self._reactor, self._receive, frame_bytes_max=HEADER_BYTES_MAX, watch=True)
+        self._reactor = network.loop("kvstore-scheduler", self._tick)
+        self._endpoint = network.listen(self._reactor, self._receive, frame_bytes_max=HEADER_BYTES_MAX, watch=True)
         self._endpoint.on_disconnect = self._disconnected
         try:
             split(bind)  # for ZeroMQ port 70000 is port 4464
@@ -75,7 +83,7 @@ class Scheduler:
             self._endpoint.send(peer, envelope(sender, [(Failed(0, *to_wire(error)), ())]))
             return
         for message, _ in messages:
-            self._send(self.membership.handle(peer, message, time.monotonic()))
+            self._send(self.membership.handle(peer, message, self._reactor.now()))
 
     def _send(self, actions: list[tuple[bytes, Message]]) -> None:
         sender = Sender(self.membership.cluster, self.membership.epoch, NOBODY, NOBODY)
@@ -85,7 +93,7 @@ class Scheduler:
     def _disconnected(self, fd: int) -> None:
         peer = self._peers.pop(fd, None)
         if peer is not None:
-            self._ended[peer] = time.monotonic()
+            self._ended[peer] = self._reactor.now()
 
     def _tick(self, now: float) -> None:
         for peer, ended in list(self._ended.items()):

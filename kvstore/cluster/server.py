@@ -16,7 +16,8 @@ from kvstore.cluster.shard import Shard
 from kvstore.errors import OptionError
 from kvstore.protocol.messages import NOBODY, Departed
 from kvstore.protocol.serving import Serving
-from kvstore.transport.reactor import Reactor
+from kvstore.transport.network import Network
+from kvstore.transport.zeromq import NETWORK
 
 IO_THREADS = 2  # one copies what comes from or goes to all workers at 4-5 GB/s
 JOIN_TIMEOUT_S = 300.0
@@ -32,6 +33,8 @@ class Server:
         advertise: the address that workers reach it by, if another than the bound one.
         rank: its number among the servers; None: any.
         neighbourhood: memory for values that workers of this host read in place; None: none is shared.
+        network: how others are reached, and reach it.
+        runtime: the engine; None: the process's default.
     """
 
     def __init__(
@@ -42,14 +45,17 @@ class Server:
         advertise: str | None = None,
         rank: int | None = None,
         neighbourhood: Neighbourhood | None = None,
+        network: Network = NETWORK,
+        runtime: engine.Engine | None = None,
     ) -> None:
         self._scheduler = reachable(address)
         self._wanted = NOBODY if rank is None else rank
-        self._engine = engine.default()
+        self._engine = runtime or engine.default()
         self._neighbourhood = neighbourhood or Neighbourhood(0)
-        self._reactor = Reactor("kvstore-server", io_threads=IO_THREADS)
+        self._network = network
+        self._reactor = network.loop("kvstore-server", io_threads=IO_THREADS)
         try:
-            self._own = Shard(self._reactor, self._engine, self._neighbourhood, bind, advertise)
+            self._own = Shard(network, self._reactor, self._engine, self._neighbourhood, bind, advertise)
         except OptionError:
             self._reactor.abandon()
             raise
@@ -72,7 +78,7 @@ class Server:
         kernels.prepare()
         self._engine.retain()
         self._retained = True
-        session = Session(self._scheduler, "server", self._departed)
+        session = Session(self._scheduler, "server", self._departed, network=self._network)
         self._session = session
         try:
             session.register(self._wanted, self.address, connect_timeout, JOIN_TIMEOUT_S)

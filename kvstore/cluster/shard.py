@@ -8,7 +8,6 @@ urgent. Each shard has an address of its own, at which workers find it whichever
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any
@@ -64,8 +63,7 @@ from kvstore.protocol.serving import (
     Unite,
 )
 from kvstore.stored import Stored
-from kvstore.transport.reactor import Reactor
-from kvstore.transport.zeromq import Endpoint, Frames
+from kvstore.transport.network import Frames, Loop, Network
 
 INLINE_BYTES = 64 << 10  # up to this much, work is done on the thread of the socket: a hand-over costs more
 FAR_INLINE_BYTES = 1 << 20  # the same for what came through the socket and lies in this core's caches
@@ -75,7 +73,8 @@ class Shard:
     """One shard. But for the constructor and :meth:`serve`, everything happens on the reactor's thread.
 
     Args:
-        reactor: whose loop it lives in.
+        network: how workers reach it.
+        reactor: the loop it lives in.
         runtime: does the work.
         neighbourhood: memory for values that workers of this host read in place.
         bind: where to listen; port ``*`` lets the system choose.
@@ -87,7 +86,8 @@ class Shard:
 
     def __init__(
         self,
-        reactor: Reactor,
+        network: Network,
+        reactor: Loop,
         runtime: engine.Engine,
         neighbourhood: Neighbourhood,
         bind: str,
@@ -97,7 +97,7 @@ class Shard:
         self._reactor = reactor
         self._engine = runtime
         self._neighbourhood = neighbourhood
-        self._endpoint = Endpoint(reactor, self._receive, frame_bytes_max=FRAME_BYTES_MAX)
+        self._endpoint = network.listen(reactor, self._receive, frame_bytes_max=FRAME_BYTES_MAX)
         self.address = advertised(self._endpoint.bind(bind), advertise)
         self.serving: Serving  # from :meth:`serve` on, as the next two
         self._session: Session
@@ -168,7 +168,7 @@ class Shard:
         if isinstance(message, Push | Fetch):
             priority = message.priority
             self._take_back(sender, message)
-        now = time.monotonic()
+        now = self._reactor.now()
         self._perform(self.serving.handle(sender.rank, sender.incarnation, message, arrays, now), priority)
 
     def _take_back(self, sender: Sender, message: Push | Fetch) -> None:
@@ -360,7 +360,7 @@ class Shard:
         def reply() -> None:
             message, frames = make()
             then = on_sent if frames else None
-            if threading.current_thread() is self._reactor.thread:
+            if self._reactor.is_here:
                 self._reply(rank, message, frames, priority, then)
             else:
                 self._reactor.post(lambda: self._reply_now(rank, message, frames, priority, then))

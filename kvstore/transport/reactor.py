@@ -87,6 +87,14 @@ class Reactor:
         """Is the caller called from within the loop?"""
         return self._works_on == threading.get_ident()
 
+    def now(self) -> float:
+        """Seconds on the clock of this loop's timers."""
+        return time.monotonic()
+
+    def future(self) -> Future[Any]:
+        """A future for what this loop will bring about."""
+        return Future()
+
     def start(self) -> None:
         """Start the thread; endpoints are bound before."""
         self.thread.start()
@@ -121,18 +129,19 @@ class Reactor:
         self.post(run)
         return outcome.result(timeout_s)
 
-    def drive(self, awaited: Future[Any], timeout_s: float) -> None:
+    def drive(self, awaited: Future[Any], timeout_s: float) -> bool:
         """Work the loop on this thread until ``awaited`` is done, for at most ``timeout_s`` seconds.
 
-        Returns at once, with nothing done, if another thread drives already.
+        Returns:
+            Whether it has waited. Not if another thread drives already.
         """
         me = threading.get_ident()
         with self._state:
             if self._driver is not None:
                 self._others_wait = True
-                return
+                return False
             if self._stopping or me == self.thread.ident or self._pid != os.getpid():
-                return
+                return False
             self._driver = me
             self._wake()
         awaited.add_done_callback(self._nudge)
@@ -148,6 +157,7 @@ class Reactor:
                     self._others_wait = False
                     if self._posted or self._stopping or self._busy():
                         self._state.notify()
+        return not self._stopping
 
     def stop(self, linger_s: float = 1.0) -> None:
         """End the thread and close its sockets; what is queued is sent for up to ``linger_s``."""

@@ -17,6 +17,7 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from kvstore.errors import OptionError
+from kvstore.transport.network import Frames, Network
 from kvstore.transport.reactor import Reactor
 
 HEARTBEAT_MS = 1000
@@ -27,7 +28,6 @@ LOOK_S, LOOK_S_MAX = 0.001, 0.05  # how often it is looked whether large frames 
 
 _LOOPBACK = re.compile(r"tcp://(127\.\d+\.\d+\.\d+|localhost|\[::1\]):")
 
-Frames = list[Any]  # the first a header (bytes-like), then value buffers
 
 
 def _tune(socket: zmq.Socket[bytes], address: str) -> None:
@@ -196,3 +196,39 @@ class Endpoint:
                 event = parse_monitor_message(monitor.recv_multipart(zmq.NOBLOCK))
                 if self.on_disconnect is not None:
                     self.on_disconnect(int(event["value"]))
+
+
+class ZeroMQ:
+    """The network between real processes."""
+
+    def __repr__(self) -> str:
+        return "<ZeroMQ>"
+
+    def loop(
+        self,
+        name: str,
+        on_tick: Callable[[float], None] | None = None,
+        busy: Callable[[], bool] = lambda: True,
+        *,
+        io_threads: int = 1,
+    ) -> Reactor:
+        """A loop, not yet started."""
+        return Reactor(name, on_tick, busy, io_threads=io_threads)
+
+    def connect(self, loop: Reactor, address: str, on_receive: Callable[[Frames], None]) -> Connection:
+        """A connection in this loop."""
+        return Connection(loop, address, on_receive)
+
+    def listen(
+        self,
+        loop: Reactor,
+        on_receive: Callable[[bytes, Frames, int], None],
+        *,
+        frame_bytes_max: int,
+        watch: bool = False,
+    ) -> Endpoint:
+        """An endpoint in this loop, not yet bound."""
+        return Endpoint(loop, on_receive, frame_bytes_max=frame_bytes_max, watch=watch)
+
+
+NETWORK: Network = ZeroMQ()
