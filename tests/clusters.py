@@ -19,9 +19,9 @@ DEADLINE_S = 60.0
 class Cluster:
     """A running scheduler with its servers; :meth:`run` runs a function as each of the workers."""
 
-    def __init__(self, workers: int, servers: int) -> None:
+    def __init__(self, workers: int, servers: int, replication: int = 0) -> None:
         self.workers = workers
-        self.scheduler = Scheduler("tcp://127.0.0.1:*", workers, servers)
+        self.scheduler = Scheduler("tcp://127.0.0.1:*", workers, servers, replication=replication)
         self.scheduler.start()
         self.servers = [Server(self.address, neighbourhood=Neighbourhood()) for _ in range(servers)]
         self._starting = [threading.Thread(target=self._start, args=(server,)) for server in self.servers]
@@ -61,8 +61,8 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def cluster(workers: int = 2, servers: int = 1) -> Iterator[Cluster]:
-    running = Cluster(workers, servers)
+def cluster(workers: int = 2, servers: int = 1, replication: int = 0) -> Iterator[Cluster]:
+    running = Cluster(workers, servers, replication)
     try:
         yield running
     finally:

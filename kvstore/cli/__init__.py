@@ -26,6 +26,14 @@ class _Commands(click.Group):
             ctx.exit(1)
 
 
+_REPLICATION: dict[str, Any] = {
+    "type": click.IntRange(0, 1),
+    "default": 0,
+    "show_default": True,
+    "help": "Servers beside its own that keep each value: with 1, a server may die.",
+}
+
+
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="kvstore")
 def main() -> None:
@@ -35,9 +43,10 @@ def main() -> None:
 @main.command(context_settings={"ignore_unknown_options": True})
 @click.option("-w", "--workers", type=int, default=1, show_default=True, help="Worker processes.")
 @click.option("-s", "--servers", type=int, default=1, show_default=True, help="Server processes.")
+@click.option("--replication", **_REPLICATION)
 @click.option("--grace", type=float, default=5.0, show_default=True, help="Seconds to end in before the kill.")
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
-def run(workers: int, servers: int, grace: float, command: tuple[str, ...]) -> None:
+def run(workers: int, servers: int, replication: int, grace: float, command: tuple[str, ...]) -> None:
     """Run a whole cluster on this machine: COMMAND once per worker, with a scheduler and servers.
 
     Children's output is copied line by line with a prefix. When one fails, all are stopped and its code
@@ -52,7 +61,7 @@ def run(workers: int, servers: int, grace: float, command: tuple[str, ...]) -> N
         raise click.UsageError("expected a command for the workers, e.g. kvstore run -w 2 -- python train.py")
     from kvstore.cli.launch import run_cluster
 
-    sys.exit(run_cluster(workers, servers, list(command), grace))
+    sys.exit(run_cluster(workers, servers, replication, list(command), grace))
 
 
 @main.command()
@@ -62,7 +71,8 @@ def run(workers: int, servers: int, grace: float, command: tuple[str, ...]) -> N
 @click.option("--advertise", help="The address others reach it by, if another.")
 @click.option("-w", "--workers", type=int, help="Workers of the cluster (or KVSTORE_NUM_WORKERS).")
 @click.option("-s", "--servers", type=int, help="Servers of the cluster (or KVSTORE_NUM_SERVERS, else 1).")
-def scheduler(bind: str, advertise: str | None, workers: int | None, servers: int | None) -> None:
+@click.option("--replication", **_REPLICATION)
+def scheduler(bind: str, advertise: str | None, workers: int | None, servers: int | None, replication: int) -> None:
     """Run the scheduler of a cluster until SIGINT or SIGTERM."""
     from kvstore import environment
     from kvstore.cli.daemon import serve
@@ -73,7 +83,7 @@ def scheduler(bind: str, advertise: str | None, workers: int | None, servers: in
     servers = (1 if around.num_servers is None else around.num_servers) if servers is None else servers
     if workers is None:
         raise click.UsageError("expected --workers or KVSTORE_NUM_WORKERS")
-    one = Scheduler(bind, workers, servers, advertise=advertise)
+    one = Scheduler(bind, workers, servers, advertise=advertise, replication=replication)
     click.echo(f"scheduler at {one.address}")
     sys.exit(serve(one))
 

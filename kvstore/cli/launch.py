@@ -15,27 +15,40 @@ from kvstore.environment import Environment
 START_TIMEOUT_S = 60.0
 
 
-def run_cluster(workers: int, servers: int, command: list[str], grace_s: float) -> int:
+def run_cluster(workers: int, servers: int, replication: int, command: list[str], grace_s: float) -> int:
     """Run ``command`` as each worker; the exit code of the first that fails, else 0."""
     supervisor = Supervisor()
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     for number in before:
         signal.signal(number, lambda n, _: supervisor.events.put(n))
     try:
-        return _run(supervisor, workers, servers, command, grace_s)
+        return _run(supervisor, workers, servers, replication, command, grace_s)
     finally:
         supervisor.stop(supervisor.children, grace_s)
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _run(supervisor: Supervisor, workers: int, servers: int, command: list[str], grace_s: float) -> int:
+def _run(
+    supervisor: Supervisor, workers: int, servers: int, replication: int, command: list[str], grace_s: float
+) -> int:
     inherited = environment.inherited()
     own = [sys.executable, "-m", "kvstore"]
     first_line: queue.Queue[str] = queue.Queue()
     supervisor.start(
         "scheduler",
-        [*own, "scheduler", "--bind", "tcp://127.0.0.1:*", "-w", str(workers), "-s", str(servers)],
+        [
+            *own,
+            "scheduler",
+            "--bind",
+            "tcp://127.0.0.1:*",
+            "-w",
+            str(workers),
+            "-s",
+            str(servers),
+            "--replication",
+            str(replication),
+        ],
         inherited,
         first_line,
     )

@@ -26,6 +26,7 @@ class Scheduler:
         num_workers, num_servers: how many the cluster has; at least one each.
         advertise: the address that others reach it by, if another than the bound one.
         network: how it is reached.
+        replication: on how many servers beside its primary a shard is kept: 0 or 1.
 
     Raises:
         OptionError: an address that cannot be bound, or a wrong number.
@@ -39,12 +40,13 @@ class Scheduler:
         *,
         advertise: str | None = None,
         network: Network = NETWORK,
+        replication: int = 0,
     ) -> None:
         if num_workers < 1 or num_servers < 1:
             raise OptionError(
                 f"a cluster: expected at least 1 worker and 1 server, got {num_workers} and {num_servers}"
             )
-        self.membership = Membership(secrets.randbits(62) | 1, num_workers, num_servers)
+        self.membership = Membership(secrets.randbits(62) | 1, num_workers, num_servers, replication=replication)
         self._reactor = network.loop("kvstore-scheduler", self._tick)
         self._endpoint = network.listen(self._reactor, self._receive, frame_bytes_max=HEADER_BYTES_MAX, watch=True)
         self._endpoint.on_disconnect = self._disconnected

@@ -5,22 +5,45 @@ What a shard does is said in :mod:`kvstore.cluster.shard`. All shards of a proce
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
+from typing import Any
 
 import engine
 from kvstore import kernels, optim
 from kvstore.cluster.address import reachable
 from kvstore.cluster.near import Neighbourhood
-from kvstore.cluster.session import Session
+from kvstore.cluster.session import SCHEDULER, Session
 from kvstore.cluster.shard import Shard
-from kvstore.errors import OptionError
-from kvstore.protocol.messages import NOBODY, Departed
+from kvstore.errors import FencedError, KVStoreError, OptionError
+from kvstore.protocol.messages import (
+    NOBODY,
+    Departed,
+    Drain,
+    Explain,
+    HandedOver,
+    InStep,
+    Message,
+    Placement,
+    ReadPlacement,
+    Standby,
+)
+from kvstore.protocol.messages import Shard as Placed
 from kvstore.protocol.serving import Serving
 from kvstore.transport.network import Network
 from kvstore.transport.zeromq import NETWORK
 
+log = logging.getLogger(__name__)
+
 IO_THREADS = 2  # one copies what comes from or goes to all workers at 4-5 GB/s
 JOIN_TIMEOUT_S = 300.0
+DRAIN_S = 30.0  # how long a server may take to hand over its shards
+ASK_S = 5.0  # how often the scheduler is asked for the placement
+ALIVE_S = 1.0  # how long the scheduler may take to say that it is there, before it is asked to arrange that
 KERNELS_S = 5.0  # more than the first start on a machine needs to compile what the first round needs
 
 
@@ -50,18 +73,24 @@ class Server:
     ) -> None:
         self._scheduler = reachable(address)
         self._wanted = NOBODY if rank is None else rank
+        self._bind, self._advertise = bind, advertise
         self._engine = runtime or engine.default()
-        self._neighbourhood = neighbourhood or Neighbourhood(0)
         self._network = network
-        self._reactor = network.loop("kvstore-server", io_threads=IO_THREADS)
+        self._neighbourhood = neighbourhood or Neighbourhood(0)
+        self._reactor = network.loop("kvstore-server", self._tick, io_threads=IO_THREADS)
         try:
-            self._own = Shard(network, self._reactor, self._engine, self._neighbourhood, bind, advertise)
+            self._spare: Shard | None = self._listen()  # its address stands for the server until it has a shard
         except OptionError:
             self._reactor.abandon()
             raise
-        self.address = self._own.address
+        assert self._spare is not None
+        self.address = self._spare.address
         self.shards: dict[int, Shard] = {}  # by number
         self._session: Session | None = None
+        self._moving: set[tuple[int, int]] = set()  # shards that are handed over, and the epoch
+        self._asked: Future[Any] | None = None
+        self._asked_at = 0.0
+        self._refused: KVStoreError | None = None
         self._stopped = threading.Event()
         self._retained = False
 
@@ -78,22 +107,40 @@ class Server:
         kernels.prepare()
         self._engine.retain()
         self._retained = True
-        session = Session(self._scheduler, "server", self._departed, network=self._network)
+        session = Session(self._scheduler, "server", self._departed, self._placed, network=self._network)
         self._session = session
         try:
             session.register(self._wanted, self.address, connect_timeout, JOIN_TIMEOUT_S)
+            session.ask(SCHEDULER, ReadPlacement).result(JOIN_TIMEOUT_S)
         except BaseException:
             self.stop()
             raise
-        name = f"server {session.sender.rank} at {self.address}"
-        self._own.serve(session, Serving(session.num_workers, optim.from_wire, name))
-        self.shards[session.sender.rank] = self._own
         kernels.wait(KERNELS_S)
         self._reactor.start()
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait until :meth:`stop` was called; False when ``timeout`` seconds passed first."""
-        return self._stopped.wait(timeout)
+        """Wait until :meth:`stop` was called; False when ``timeout`` seconds passed first.
+
+        Raises:
+            FencedError: another server has taken over what this one had: it has stopped by itself.
+        """
+        stopped = self._stopped.wait(timeout)
+        if self._refused is not None:
+            raise self._refused
+        return stopped
+
+    def drain(self, timeout: float = DRAIN_S) -> None:
+        """Hand over all shards to other servers, as far as there are any; then :meth:`stop`.
+
+        Without an answer within ``timeout`` seconds it stops nevertheless.
+        """
+        session = self._session
+        if session is not None and self.shards:
+            with contextlib.suppress(KVStoreError, TimeoutError):
+                session.ask(SCHEDULER, lambda i: Explain(i, 0)).result(min(timeout, ALIVE_S))
+                rank = session.sender.rank
+                session.ask(SCHEDULER, lambda i: Drain(i, rank)).result(timeout)
+        self.stop()
 
     def stop(self) -> None:
         """Stop answering. Safe from any thread, more than once."""
@@ -107,6 +154,8 @@ class Server:
         if self._retained:
             self._engine.release()
 
+    # --- on the session's thread ----------------------------------------------------------------
+
     def _departed(self, gone: Departed) -> None:
         def tell() -> None:
             for shard in self.shards.values():
@@ -114,3 +163,85 @@ class Server:
 
         if gone.role == "worker":
             self._reactor.post(tell)
+
+    def _placed(self, placement: Placement) -> None:
+        self._reactor.post(lambda: self._place(placement))
+
+    # --- in the loop ----------------------------------------------------------------------------
+
+    def _place(self, placement: Placement) -> None:
+        """Have those shards which the scheduler says."""
+        assert self._session is not None
+        me = self._session.sender.rank
+        for number, placed in enumerate(placement.shards):
+            shard = self.shards.get(number)
+            if placed.primary == me:
+                if shard is None:
+                    shard = self._have(number, placed.epoch, follow=False)
+                self._lead(number, shard, placed)
+            elif placed.replica == me:
+                if shard is None or not shard.is_replica or shard.epoch != placed.epoch:
+                    self._give_up(number)
+                    shard = self._have(number, placed.epoch, follow=True)
+                self._tell(partial(Standby, shard=number, epoch=placed.epoch, address=shard.address))
+            else:
+                self._give_up(number)
+
+    def _lead(self, number: int, shard: Shard, placed: Placed) -> None:
+        """It is this server's shard as primary."""
+        assert self._session is not None
+        if shard.is_replica:
+            log.info("shard %d: this server takes over, in epoch %d", number, placed.epoch)
+            shard.take_over(placed.epoch, self._session.departed)
+        if placed.replica == NOBODY:
+            if shard.replicated_in:
+                log.warning("shard %d: its replica is gone; it goes on unreplicated", number)
+            shard.stop_replicating()
+        elif placed.replica_address and shard.replicated_in != placed.epoch:
+            in_step = partial(InStep, shard=number, epoch=placed.epoch)
+            shard.replicate(placed.epoch, placed.replica_address, lambda: self._tell(in_step))
+        if not placed.moving:
+            shard.go_on()
+        elif (number, placed.epoch) not in self._moving:
+            self._moving.add((number, placed.epoch))
+            shard.hand_over(lambda: self._tell(partial(HandedOver, shard=number, epoch=placed.epoch)))
+
+    def _have(self, number: int, epoch: int, *, follow: bool) -> Shard:
+        """A shard of this number, empty: it is new, or has a log to follow."""
+        assert self._session is not None
+        shard, self._spare = self._spare or self._listen(), None
+        name = f"server {self._session.sender.rank} at {shard.address}"
+        core = Serving(self._session.num_workers, optim.from_wire, name)
+        shard.serve(self._session, core, epoch, self._step_back, follow=follow)
+        self.shards[number] = shard
+        return shard
+
+    def _give_up(self, number: int) -> None:
+        shard = self.shards.pop(number, None)
+        if shard is not None:
+            shard.close()
+
+    def _listen(self) -> Shard:
+        return Shard(self._network, self._reactor, self._engine, self._neighbourhood, self._bind, self._advertise)
+
+    def _tell(self, make: Callable[[int], Message]) -> None:
+        """Tell the scheduler; it is sent until it has been answered."""
+        assert self._session is not None
+        with contextlib.suppress(KVStoreError):  # this server is about to stop
+            self._session.ask(SCHEDULER, make)
+
+    def _step_back(self, error: KVStoreError) -> None:
+        """Another server has what this one had, and nobody told it: it was stopped, or cut off."""
+        if self._refused is None:
+            self._refused = FencedError(f"server at {self.address} steps back: {error}")
+            for shard in self.shards.values():
+                shard.close()
+            threading.Thread(target=self.stop, name="kvstore-step-back", daemon=True).start()
+
+    def _tick(self, now: float) -> None:
+        for shard in self.shards.values():
+            shard.tick(now)
+        if self._session is not None and now >= self._asked_at + ASK_S and (self._asked is None or self._asked.done()):
+            self._asked_at = now  # a change is told once, and may have been missed
+            with contextlib.suppress(KVStoreError):
+                self._asked = self._session.ask(SCHEDULER, ReadPlacement)

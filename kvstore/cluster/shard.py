@@ -3,6 +3,9 @@
 The core decides; this file turns its actions into engine ops on the piece's var, and sends the replies. Small work is
 done at once on the server's own thread, larger work by the engine's pool, so that the socket is free for what is
 urgent. Each shard has an address of its own, at which workers find it whichever process has it.
+
+It is the shard's primary, or a replica that follows the primary's log until it becomes primary itself; see
+:mod:`kvstore.protocol.replicating`.
 """
 
 from __future__ import annotations
@@ -15,11 +18,13 @@ from typing import Any
 import numpy as np
 
 import engine
+from kvstore import kernels
 from kvstore.arrays import Array, dtype_named
 from kvstore.cluster.address import advertised, split
 from kvstore.cluster.near import Neighbourhood
 from kvstore.cluster.outbox import OnSent, Outbox, Outgoing
 from kvstore.cluster.session import Session
+from kvstore.cluster.stream import Mark, Stream
 from kvstore.cluster.values import SharedValues
 from kvstore.errors import DisagreementError, KVStoreError, ProtocolError, to_wire
 from kvstore.handle import when_ended
@@ -27,27 +32,34 @@ from kvstore.protocol.bundles import Bundle, Part
 from kvstore.protocol.leases import Lending, Reader
 from kvstore.protocol.messages import (
     FRAME_BYTES_MAX,
+    NOBODY,
     Departed,
     Done,
+    Entry,
     Failed,
     Fetch,
     Init,
+    Leave,
     Meet,
     Message,
     Met,
     Place,
     Push,
     ReadStatus,
+    Restore,
     Sender,
     Spec,
     State,
     Status,
+    Taken,
+    Updated,
     Value,
     WriteState,
     decode,
     envelope,
 )
 from kvstore.protocol.pieces import PieceId, Span
+from kvstore.protocol.replicating import Copy, Log, Replica, Steps, follow, refuse
 from kvstore.protocol.serving import (
     Action,
     Apply,
@@ -65,7 +77,9 @@ from kvstore.protocol.serving import (
 from kvstore.stored import Stored
 from kvstore.transport.network import Frames, Loop, Network
 
+LOOK_S = 0.002  # how often it is looked whether the replica has everything
 INLINE_BYTES = 64 << 10  # up to this much, work is done on the thread of the socket: a hand-over costs more
+EARLY_MAX = 4096  # envelopes of workers that know of a takeover before the replica does
 FAR_INLINE_BYTES = 1 << 20  # the same for what came through the socket and lies in this core's caches
 
 
@@ -94,6 +108,7 @@ class Shard:
         advertise: str | None = None,
     ) -> None:
         split(bind)  # for ZeroMQ port 70000 is port 4464
+        self._network = network
         self._reactor = reactor
         self._engine = runtime
         self._neighbourhood = neighbourhood
@@ -110,22 +125,131 @@ class Shard:
         self._outboxes: dict[bytes, Outbox] = {}  # by connection
         self._unflushed: dict[bytes, Outbox] = {}
         self._flushing = False
+        self.epoch = 0  # in which it became what it is
+        self._replica: Replica | None = None  # it is one, and follows a log
+        self._stream: Stream | None = None  # it has one
+        self._served = False
+        self._early: list[tuple[bytes, Frames]] = []  # came before it was primary
+        self._closed = False  # it takes in nothing more
+        self._on_refused: Callable[[KVStoreError], None]
 
     def __repr__(self) -> str:
         return f"<Shard at {self.address}: {getattr(self, 'serving', None)!r}>"
 
-    def serve(self, session: Session, serving: Serving) -> None:
-        """Answer from here on, as this core says; before the reactor's loop starts, or within it."""
+    def serve(
+        self,
+        session: Session,
+        serving: Serving,
+        epoch: int,
+        on_refused: Callable[[KVStoreError], None],
+        *,
+        follow: bool,
+    ) -> None:
+        """Answer from here on, as this core says; or follow the log of this epoch, as a replica.
+
+        Args:
+            on_refused: told when it turns out that this process is not what it believes to be.
+        """
         self.serving = serving
         self._session = session
         self._values = SharedValues(self._neighbourhood.arena, len(session.servers))
+        self.epoch = epoch
+        self._replica = Replica(epoch) if follow else None
+        self._on_refused = on_refused
+        self._served = True
+        if not follow:
+            self._take_early()
 
     def departed(self, gone: Departed) -> None:
         """The scheduler says that a worker is gone."""
         self._take_all_back(gone.rank)
-        if gone.reason:
-            self._perform(self.serving.lost(gone.rank, gone.reason))
+        if gone.reason and self._replica is None:  # a replica is told by its primary's log
+            known = self.serving.incarnations.get(gone.rank, NOBODY)
+            actions = self.serving.lost(gone.rank, gone.reason)
+            self._conclude(gone.rank, known, Leave(0, gone.reason), actions)
             self._flush()
+
+    # --- replication --------------------------------------------------------------------------
+
+    @property
+    def is_replica(self) -> bool:
+        return self._replica is not None
+
+    @property
+    def replicated_in(self) -> int:
+        """The epoch of its log; 0: it has none, and commits alone."""
+        return 0 if self._stream is None else self._stream.log.epoch
+
+    def take_over(self, epoch: int, departed: Sequence[Departed]) -> None:
+        """The replica becomes primary. ``departed``: all who are gone, of whom the log may not have told."""
+        self._replica = None
+        self.epoch = epoch
+        for gone in departed:
+            if gone.role == "worker" and gone.rank not in self.serving.gone:
+                self.departed(gone)
+        self._take_early()
+
+    def _take_early(self) -> None:
+        early, self._early = self._early, []
+        for peer, frames in early:
+            self._receive(peer, frames, -1)
+
+    def replicate(self, epoch: int, address: str, on_in_step: Callable[[], None]) -> None:
+        """From here on there is a replica, new and empty."""
+        self.stop_replicating()
+        began = Log(epoch)
+        steps = began.begin(self.serving)
+        self._stream = Stream(
+            self._network, self._reactor, began, address, lambda: self._session.sender, self._flush, on_in_step,
+            self._on_refused,
+        )  # fmt: skip
+        self._log(self._stream, steps)
+        self._flush()
+
+    def stop_replicating(self) -> None:
+        """From here on it commits alone."""
+        if self._stream is not None:
+            stream, self._stream = self._stream, None
+            stream.close()
+            self._flush()
+
+    def hand_over(self, done: Callable[[], None]) -> None:
+        """Take in nothing more, and call ``done`` when the replica has everything."""
+        self._closed = True
+
+        def look() -> None:
+            if self._closed and self._stream is not None:
+                if self._stream.log.over:
+                    done()
+                else:
+                    self._reactor.call_later(LOOK_S, look)
+
+        look()
+
+    def go_on(self) -> None:
+        """It is not handed over after all."""
+        self._closed = False
+
+    def tick(self, now: float) -> None:
+        """Now and then."""
+        if self._stream is not None:
+            self._stream.tick(now)
+
+    def close(self) -> None:
+        """This process does not have the shard any more."""
+        self._closed = True
+        self.stop_replicating()
+        self._endpoint.close()
+
+    def _take_entry(self, peer: bytes, entry: Entry, payload: Frames) -> None:
+        if self._replica is None:
+            refuse(entry.epoch, self.epoch)
+            return
+        for due, frames in self._replica.take(entry, payload):
+            arrays = self._check(NOBODY, due.message, frames)
+            for action in follow(self.serving, due, arrays, self._reactor.now()):
+                self._perform(action)
+        self._outbox(peer).put(Taken(self._replica.taken, self._replica.epoch))
 
     def report(self) -> dict[str, int]:
         """How many keys it has, and their bytes."""
@@ -134,6 +258,11 @@ class Shard:
         return {"keys": len(keys), "bytes": sum(stored.value.nbytes for stored in counted)}
 
     def _receive(self, peer: bytes, frames: Frames, fd: int) -> None:
+        if self._closed:
+            return  # who has sent it will send it to the next primary
+        if not self._served:
+            self._early.append((peer, frames))
+            return
         try:
             sender, messages = decode(frames[0], len(frames) - 1)
             if sender.cluster not in (0, self._session.sender.cluster):
@@ -142,6 +271,13 @@ class Shard:
             self._outbox(peer).put(Failed(0, *to_wire(error)))
             self._flush()
             return
+        if messages and isinstance(messages[0][0], Entry):
+            self._receive_log(peer, messages, frames)
+            return
+        if self._replica is not None and messages and not isinstance(messages[0][0], ReadStatus):
+            if len(self._early) < EARLY_MAX:
+                self._early.append((peer, frames))
+            return
         if sender.rank >= 0:
             self._peers[sender.rank] = peer
         position = 1
@@ -149,6 +285,17 @@ class Shard:
             payload = frames[position : position + count]
             position += count
             self._handle(peer, sender, message, payload)
+        self._flush()
+
+    def _receive_log(self, peer: bytes, messages: Sequence[tuple[Message, int]], frames: Frames) -> None:
+        position = 1
+        try:
+            for message, count in messages:
+                if isinstance(message, Entry):
+                    self._take_entry(peer, message, frames[position : position + count])
+                position += count
+        except KVStoreError as error:
+            self._outbox(peer).put(Failed(0, *to_wire(error)))
         self._flush()
 
     def _handle(self, peer: bytes, sender: Sender, message: Message, payload: Frames) -> None:
@@ -169,7 +316,8 @@ class Shard:
             priority = message.priority
             self._take_back(sender, message)
         now = self._reactor.now()
-        self._perform(self.serving.handle(sender.rank, sender.incarnation, message, arrays, now), priority)
+        actions = self.serving.handle(sender.rank, sender.incarnation, message, arrays, now)
+        self._conclude(sender.rank, sender.incarnation, message, actions, priority)
 
     def _take_back(self, sender: Sender, message: Push | Fetch) -> None:
         """A request says which of the earlier ones' places its worker still reads."""
@@ -187,14 +335,19 @@ class Shard:
         if isinstance(message, Init):
             kind, nbytes = _form(message.spec, message.piece)
             return self._one_frame(message, nbytes, kind, payload)
-        if isinstance(message, Push):
+        if isinstance(message, Push | Updated):
             spec = self.serving.spec_of(message.key, message.piece)
             if spec is None:
                 return None
             kind, nbytes = _form(spec, message.piece)
-            if message.place is not None:
+            if isinstance(message, Push) and message.place is not None:
                 return self._neighbourhood.array(rank, message.place, nbytes).view(kind)
             return self._one_frame(message, nbytes, kind, payload)
+        if isinstance(message, Restore):
+            kind, _ = _form(message.spec, message.piece)
+            states = zip(message.names, message.dtypes, payload[1:], strict=True)
+            state = {name: np.frombuffer(frame, dtype_named(dtype)) for name, dtype, frame in states}
+            return np.frombuffer(payload[0], kind), state
         if isinstance(message, WriteState):
             if not len(payload) == len(message.names) == len(message.dtypes):
                 raise ProtocolError(f"optimizer state of key {message.key!r}: expected one frame and dtype per name")
@@ -210,7 +363,9 @@ class Shard:
             raise ProtocolError(f"{type(message).__name__}: expected no value frame, got {len(payload)}")
         return None
 
-    def _one_frame(self, message: Init | Push, expected: int, dtype: np.dtype[Any], payload: Frames) -> Array | None:
+    def _one_frame(
+        self, message: Init | Push | Updated, expected: int, dtype: np.dtype[Any], payload: Frames
+    ) -> Array | None:
         if not payload:
             return None
         if len(payload) != 1 or len(payload[0]) != expected:
@@ -221,33 +376,78 @@ class Shard:
         array: Array = np.frombuffer(payload[0], dtype)
         return array
 
-    def _perform(self, actions: list[Action], priority: int = 0) -> None:
-        for action in actions:
-            match action:
-                case Reply(rank, message):
-                    self._reply(rank, message)
-                case ReplyValue():
-                    self._reply_value(action, priority)
-                case ReplyAfter(rank, message, piece):
-                    self._then(self._stored[piece], rank, message.request_id, lambda m=message: (m, ()), priority)  # type: ignore[misc]
-                case Apply():
-                    self._apply(action, priority)
-                case Create(piece, _, payload):
-                    assert isinstance(payload, np.ndarray)
-                    self._stored[piece] = Stored(payload, f"{piece[0]!r}[{piece[1]}]")
-                case SendState(rank, request_id, piece, span):
-                    stored = self._stored[piece]
-                    self._then(stored, rank, request_id, lambda s=stored, i=request_id, p=span: _state_of(s, i, p))  # type: ignore[misc]
-                case StoreState():
-                    self._store_state(action)
-                case Forget(piece):
-                    self._stored.pop(piece, None)
-                    self._shared.discard(piece)
-                    self._values.forget(piece)
-                case Unite(bundle):
-                    self._unite(bundle)
-                case Split(bundle):
-                    self._split(bundle)
+    def _conclude(
+        self, rank: int, incarnation: int, message: Message, actions: list[Action], priority: int = 0
+    ) -> None:
+        """Perform what followed from a message, with a log if there is a replica."""
+        if self._stream is None:
+            for action in actions:
+                self._perform(action, priority)
+        else:
+            self._log(self._stream, self._stream.log.conclude(rank, incarnation, message, actions), priority)
+
+    def _log(self, stream: Stream, steps: Steps, priority: int = 0) -> None:
+        """Perform what the log says."""
+        for action, number in steps:
+            mark = Mark(stream, number) if number else None
+            if not isinstance(action, Copy):
+                self._perform(action, priority, mark)
+            elif mark is not None:
+                self._copy(action.piece, mark)
+
+    def _perform(self, action: Action, priority: int = 0, mark: Mark | None = None) -> None:
+        """``mark``: what is to have the action's payload, or what a reply has to wait for."""
+        match action:
+            case Reply(rank, message):
+                self._reply(rank, message, mark=mark)
+            case ReplyValue():
+                self._reply_value(action, priority, mark)
+            case ReplyAfter(rank, message, piece):
+                self._then(self._stored[piece], rank, message.request_id, lambda: (message, ()), priority, mark=mark)
+            case Apply():
+                self._apply(action, priority, mark)
+            case Create(piece, _, payload):
+                assert isinstance(payload, np.ndarray)
+                self._stored[piece] = Stored(payload, f"{piece[0]!r}[{piece[1]}]")
+                if mark is not None:
+                    self._complete(mark, [payload.copy()])
+            case SendState(rank, request_id, piece, span):
+                stored = self._stored[piece]
+                self._then(stored, rank, request_id, lambda: _state_of(stored, request_id, span), mark=mark)
+            case StoreState():
+                self._store_state(action, mark)
+            case Forget(piece):
+                self._stored.pop(piece, None)
+                self._shared.discard(piece)
+                self._values.forget(piece)
+            case Unite(bundle):
+                self._unite(bundle)
+            case Split(bundle):
+                self._split(bundle)
+
+    def _complete(self, mark: Mark, arrays: Sequence[Array], **fields: Any) -> None:
+        """The payload of an entry of the log; from any thread."""
+        frames = tuple(array.reshape(-1).view(np.uint8) for array in arrays)
+        if self._reactor.is_here:
+            mark.complete(frames, **fields)
+            return
+
+        def complete() -> None:
+            mark.complete(frames, **fields)
+            self._flush_soon()
+
+        self._reactor.post(complete)
+
+    def _copy(self, piece: PieceId, mark: Mark) -> None:
+        """What a new replica is to begin with."""
+        stored = self._stored[piece]
+
+        def copy() -> None:
+            arrays = [array.copy() for array in (stored.value, *stored.state.values())]
+            names, dtypes = tuple(stored.state), tuple(array.dtype.name for array in arrays[1:])
+            self._complete(mark, arrays, names=names, dtypes=dtypes)
+
+        self._engine.push(copy, reads=[stored.var], name="copy", inline=True)
 
     def _unite(self, bundle: Bundle) -> None:
         parts = [self._stored.pop(piece) for piece in bundle.members]
@@ -266,18 +466,38 @@ class Shard:
         writes = [whole.var, *(part.var for part, _ in parts)]
         self._engine.push(lambda: whole.split(parts), reads=[whole.var], writes=writes, name="split", inline=True)
 
-    def _apply(self, action: Apply, priority: int) -> None:
+    def _apply(self, action: Apply, priority: int, mark: Mark | None) -> None:
         stored = self._stored[action.piece]
         pushes = [_elements(payload) for payload in action.payloads]
         rule: Any = action.rule
         info = {"key": action.piece[0], "bytes": stored.value.nbytes, "round": action.round}
         far = all(push.flags.writeable for push in pushes)  # what lies in another process's memory is not
         reads: tuple[engine.Var, ...]
-        if rule is None:
+        work: Callable[[], None]
+        if mark is not None:
+            name, reads = "merge, log, update", (stored.var,)
+            work = partial(self._update_and_log, stored, pushes, action, mark)
+        elif rule is None:
             name, reads, work = "merge", (), lambda: stored.assign(pushes, owned=True)
         else:
             name, reads, work = "merge+update", (stored.var,), lambda: stored.update(pushes, rule, action.generation)
         self._work(stored, work, name, priority, reads, (stored.var,), info, far=far)
+
+    def _update_and_log(self, stored: Stored, pushes: list[Array], action: Apply, mark: Mark) -> None:
+        """An update whose merged payload goes to the replica; it gives the same bits as one without."""
+        rule: Any = action.rule
+        if rule is None:
+            stored.assign(pushes, owned=True)
+            value = stored.lend(mark)
+            self._complete(mark, [value])
+            self._reactor.post(lambda: mark.then(lambda: stored.give_back(mark)))
+            return
+        merged = pushes[0]
+        if len(pushes) > 1:
+            merged = merged if merged.flags.writeable else np.empty_like(merged)
+            kernels.merge(pushes, merged)
+        self._complete(mark, [merged])
+        stored.update([merged], rule, action.generation)
 
     def _work(
         self,
@@ -304,7 +524,7 @@ class Shard:
                 work = partial(_raise, raised)  # so that those hear of it who would hear of an op's error
         return self._engine.push(work, reads, writes, priority, name=name, inline=inline, info=info)
 
-    def _reply_value(self, action: ReplyValue, priority: int) -> None:
+    def _reply_value(self, action: ReplyValue, priority: int, mark: Mark | None) -> None:
         stored, request_id = self._stored[action.piece], action.request_id
         if action.near and action.piece not in self._shared:
             self._share(action.piece)
@@ -318,7 +538,7 @@ class Shard:
             return value, (stored.lend(reader).reshape(-1)[_slice(action.span)].view(np.uint8),)
 
         on_sent = partial(stored.give_back, reader)
-        self._then(stored, action.rank, request_id, make, priority, on_sent, far=not action.near)
+        self._then(stored, action.rank, request_id, make, priority, on_sent, far=not action.near, mark=mark)
 
     def _share(self, piece: PieceId) -> None:
         """From here on the value lies in shared memory, if there is enough."""
@@ -351,6 +571,7 @@ class Shard:
         priority: int = 0,
         on_sent: OnSent | None = None,
         far: bool = False,
+        mark: Mark | None = None,
     ) -> None:
         """Send what ``make`` returns after all earlier ops on the piece; or their failure.
 
@@ -361,9 +582,9 @@ class Shard:
             message, frames = make()
             then = on_sent if frames else None
             if self._reactor.is_here:
-                self._reply(rank, message, frames, priority, then)
+                self._reply(rank, message, frames, priority, then, mark)
             else:
-                self._reactor.post(lambda: self._reply_now(rank, message, frames, priority, then))
+                self._reactor.post(lambda: self._reply_now(rank, message, frames, priority, then, mark))
 
         handle = self._work(stored, reply, "reply", priority, (stored.var,), (), far=far)
 
@@ -375,21 +596,33 @@ class Shard:
         if handle is not None:
             when_ended(handle, ended)
 
-    def _store_state(self, action: StoreState) -> None:
+    def _store_state(self, action: StoreState, mark: Mark | None) -> None:
         message, state = action.message, action.payload
         assert isinstance(state, dict)
         stored = self._stored[message.key, message.piece]
+        if mark is not None:
+            self._complete(mark, [array.copy() for array in state.values()])
         self._engine.push(
             lambda: stored.restore(state, message.step, action.generation),
             reads=[stored.var], writes=[stored.var], name="write state",
         )  # fmt: skip
-        self._then(stored, action.rank, message.request_id, lambda: (Done(message.request_id), ()))
+        self._then(stored, action.rank, message.request_id, lambda: (Done(message.request_id), ()), mark=mark)
 
     def _reply_now(
-        self, rank: int, message: Message, frames: Sequence[Any], priority: int, on_sent: OnSent | None
+        self,
+        rank: int,
+        message: Message,
+        frames: Sequence[Any],
+        priority: int,
+        on_sent: OnSent | None,
+        mark: Mark | None = None,
     ) -> None:
-        self._reply(rank, message, frames, priority, on_sent)
-        if not self._flushing:  # after all that was posted until now, in as few messages as that allows
+        self._reply(rank, message, frames, priority, on_sent, mark)
+        self._flush_soon()
+
+    def _flush_soon(self) -> None:
+        """After all that was posted until now, in as few messages as that allows."""
+        if not self._flushing:
             self._flushing = True
             self._reactor.post(self._flush)
 
@@ -400,7 +633,11 @@ class Shard:
         frames: Sequence[Any] = (),
         priority: int = 0,
         on_sent: OnSent | None = None,
+        mark: Mark | None = None,
     ) -> None:
+        if mark is not None and not mark.passed:
+            mark.then(lambda: self._reply(rank, message, frames, priority, on_sent))
+            return
         peer = self._peers.get(rank)
         if peer is not None:
             self._outbox(peer).put(message, frames, priority, on_sent)
@@ -417,6 +654,8 @@ class Shard:
 
     def _flush(self) -> None:
         self._flushing = False
+        if self._stream is not None:
+            self._stream.flush()
         unflushed, self._unflushed = self._unflushed, {}
         for peer, outbox in unflushed.items():
             for batch in outbox.batches():

@@ -341,6 +341,11 @@ class Placement(Message):
 
 
 @dataclass(frozen=True, slots=True)
+class ReadPlacement(Message):
+    """Ask the scheduler for the placement, which may have been missed."""
+
+
+@dataclass(frozen=True, slots=True)
 class Standby(Message):
     """From a replica to the scheduler: the shard's log of this epoch may be sent to this address."""
 
@@ -639,6 +644,7 @@ FORMS: dict[int, tuple[type[Message], tuple[Check, ...]]] = {
     72: (InStep, (_natural, _natural)),
     73: (HandedOver, (_natural, _natural)),
     74: (Drain, (_natural,)),
+    75: (ReadPlacement, ()),
     96: (Entry, (_natural, _rank, _rank, _logged)),
     97: (Taken, (_natural,)),
     98: (Updated, (_target, _natural, _natural, _pairs)),

@@ -63,9 +63,7 @@ class Placing:
             return self._settle()
         if len(self.servers) < self.num_servers:
             return False
-        self.shards = [
-            Shard(self.epoch, n, self.servers[n], NOBODY, "", False, False) for n in range(self.num_servers)
-        ]
+        self.shards = [Shard(self.epoch, n, self.servers[n], NOBODY, "", False, False) for n in range(self.num_servers)]
         self._settle()
         return True
 
@@ -176,8 +174,7 @@ class Placing:
 
     def _appoint(self, number: int, primary: int, address: str, replica: int) -> None:
         self.epoch += 1
-        at_home = self.servers.get(number, "") if replica == number else ""
-        self.shards[number] = Shard(self.epoch, primary, address, replica, at_home, False, False)
+        self.shards[number] = Shard(self.epoch, primary, address, replica, "", False, False)
 
     def _current(self, number: int, epoch: int) -> Shard | None:
         """The shard, if it is of this epoch."""

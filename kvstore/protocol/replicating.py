@@ -193,9 +193,14 @@ class Log:
                 yield logged.entry, logged.payload
 
     def tick(self, now: float) -> None:
-        """Send again what the replica has not taken, if there was no news of it for long."""
-        if self._waiting and now >= self._news_at + RESEND_S:
+        """Send again what the replica has not taken, if there was no news of it for long.
+
+        If there is nothing, send something: so that a primary which is none any more hears of it.
+        """
+        if now >= self._news_at + RESEND_S:
             self._news_at = now
+            if not self._waiting:
+                self._add(Arrived(0))
             self._unsent = deque(number for number, logged in self._waiting.items() if logged.ready)
 
     def heard(self, taken: int, now: float) -> bool:

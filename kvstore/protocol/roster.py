@@ -19,6 +19,7 @@ from kvstore.protocol.messages import (
     Leave,
     Message,
     Placement,
+    ReadPlacement,
     ReadStatus,
     Register,
     Roster,
@@ -85,7 +86,9 @@ class Membership:
             if isinstance(message, Drain):
                 return self._drain(peer, message)
             if member is not None and member.role == "server" and isinstance(message, Standby | InStep | HandedOver):
-                return self._told(member.rank, message)
+                return [(peer, Done(message.request_id)), *self._told(member.rank, message)]
+            if member is not None and isinstance(message, ReadPlacement):
+                return [(peer, Placement(message.request_id, self.epoch, tuple(self.placing.shards)))]
             if isinstance(message, Explain):
                 return [(peer, Explanation(message.request_id, self._explain(now)))]
             raise ProtocolError(f"the scheduler does not take {type(message).__name__} from a stranger")

@@ -56,6 +56,7 @@ class Cluster:
     Args:
         workers, servers: how many.
         seed: of all chance.
+        replication: on how many servers beside its primary a shard is kept.
         delay_s, loss, repetition, heartbeat_s: of the network; see :class:`kvstore.testing.Weather`.
         options: of :func:`kvstore.create`, for every worker.
     """
@@ -70,12 +71,14 @@ class Cluster:
         loss: float = 0.0,
         repetition: float = 0.0,
         heartbeat_s: float = 3.0,
+        replication: int = 0,
         **options: Any,
     ) -> None:
         self.world = World(seed)
         self.lines = Lines(self.world, Weather(delay_s, loss, repetition, heartbeat_s))
         self.workers = workers
         self.servers = servers
+        self._replication = replication
         self._options = options
         self._processes: dict[Member, Process] = {}
         self._outcomes: dict[Member, Future[Any]] = {}
@@ -237,7 +240,7 @@ class Cluster:
     def _start_scheduler(self) -> None:
         process = self._process("scheduler", 0)
         network = SimulatedNetwork(self.lines, process)
-        scheduler = Scheduler(self.address, self.workers, self.servers, network=network)
+        scheduler = Scheduler(self.address, self.workers, self.servers, network=network, replication=self._replication)
         self._daemons["scheduler", 0] = scheduler
         scheduler.start()
 

@@ -186,6 +186,14 @@ class Reactor:
         self._on_readable[socket] = on_readable
         self._poller.register(socket, zmq.POLLIN)
 
+    def remove(self, socket: zmq.Socket[bytes]) -> None:
+        """Close a socket; what it has queued is not sent any more. From within the loop."""
+        if socket in self._sockets:
+            self._sockets.remove(socket)
+            self._poller.unregister(socket)
+            del self._on_readable[socket]
+            socket.close(linger=0)
+
     def call_later(self, delay_s: float, work: Callable[[], None]) -> None:
         """Run ``work`` after so many seconds. From within the loop."""
         heapq.heappush(self._timers, (time.monotonic() + delay_s, next(self._timer_count), work))
@@ -236,7 +244,8 @@ class Reactor:
         with self._state:
             self._polling = False
         for socket, _ in ready:
-            self._guarded(self._on_readable[socket])
+            if socket in self._on_readable:  # it may have been removed by what came before
+                self._guarded(self._on_readable[socket])
         self._run_posted()
         while self._timers[0][0] <= time.monotonic():
             self._guarded(heapq.heappop(self._timers)[2])

@@ -74,6 +74,7 @@ class Connection:
 
     def __init__(self, reactor: Reactor, address: str, on_receive: Callable[[Frames], None]) -> None:
         self.address = address
+        self._reactor = reactor
         self._on_receive = on_receive
         self._socket = reactor.context.socket(zmq.DEALER)
         _tune(self._socket, address)
@@ -92,6 +93,10 @@ class Connection:
     def send(self, frames: Sequence[Any]) -> None:
         """Queue one message; buffers of 64 KiB and more are sent in place and must not change."""
         _send(self._socket, frames)
+
+    def close(self) -> None:
+        """For good; what is queued is not sent any more."""
+        self._reactor.remove(self._socket)
 
     def _receive(self) -> None:
         frames = _receive(self._socket)
@@ -166,6 +171,11 @@ class Endpoint:
                 self._sending.append((trackers, on_sent))
                 if len(self._sending) == 1:
                     self._reactor.call_later(LOOK_S, lambda: self._look_again(LOOK_S))
+
+    def close(self) -> None:
+        """For good; nobody is told any more about what was sent."""
+        self._sending.clear()
+        self._reactor.remove(self._socket)
 
     def _look_for_sent(self) -> bool:
         """Tell about what the socket has sent; was there any?"""

@@ -41,8 +41,8 @@ def test_an_urgent_key_overtakes_256_megabytes(shared, monkeypatch):
         merged.append(stored.var.name)
         assign(stored, *args, **options)
 
-    def apply_and_tell(shard, action, priority):
-        apply(shard, action, priority)
+    def apply_and_tell(shard, action, *args):
+        apply(shard, action, *args)
         if action.piece[0] == "urgent":
             urgent_is_there.set()
 
