@@ -79,12 +79,12 @@ class Server:
         self._neighbourhood = neighbourhood or Neighbourhood(0)
         self._reactor = network.loop("kvstore-server", self._tick, io_threads=IO_THREADS)
         try:
-            self._spare: Shard | None = self._listen()  # its address stands for the server until it has a shard
+            self._own: Shard | None = self._listen()  # for the shard of this server's number, whose address is known
         except OptionError:
             self._reactor.abandon()
             raise
-        assert self._spare is not None
-        self.address = self._spare.address
+        assert self._own is not None
+        self.address = self._own.address
         self.shards: dict[int, Shard] = {}  # by number
         self._session: Session | None = None
         self._moving: set[tuple[int, int]] = set()  # shards that are handed over, and the epoch
@@ -209,7 +209,10 @@ class Server:
     def _have(self, number: int, epoch: int, *, follow: bool) -> Shard:
         """A shard of this number, empty: it is new, or has a log to follow."""
         assert self._session is not None
-        shard, self._spare = self._spare or self._listen(), None
+        if number == self._session.sender.rank and self._own is not None:
+            shard, self._own = self._own, None
+        else:
+            shard = self._listen()
         name = f"server {self._session.sender.rank} at {shard.address}"
         core = Serving(self._session.num_workers, optim.from_wire, name)
         shard.serve(self._session, core, epoch, self._step_back, follow=follow)
