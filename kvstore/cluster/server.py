@@ -237,6 +237,7 @@ class Server:
         """Another server has what this one had, and nobody told it: it was stopped, or cut off."""
         if self._refused is None:
             self._refused = FencedError(f"server at {self.address} steps back: {error}")
+            log.warning("%s", self._refused)
             for shard in self.shards.values():
                 shard.close()
             threading.Thread(target=self.stop, name="kvstore-step-back", daemon=True).start()
@@ -248,3 +249,9 @@ class Server:
             self._asked_at = now  # a change is told once, and may have been missed
             with contextlib.suppress(KVStoreError):
                 self._asked = self._session.ask(SCHEDULER, ReadPlacement)
+                self._asked.add_done_callback(self._answered)
+
+    def _answered(self, asked: Future[Any]) -> None:
+        error = asked.exception()
+        if isinstance(error, FencedError):
+            self._reactor.post(lambda: self._step_back(error))

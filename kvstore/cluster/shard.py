@@ -201,10 +201,15 @@ class Shard:
         steps = began.begin(self.serving)
         self._stream = Stream(
             self._network, self._reactor, began, address, lambda: self._session.sender, self._flush, on_in_step,
-            self._on_refused,
+            self._refused,
         )  # fmt: skip
         self._log(self._stream, steps)
         self._flush()
+
+    def _refused(self, error: KVStoreError) -> None:
+        """The replica is primary already; when it has been handed over to, that is as it should be."""
+        if not self._closed:
+            self._on_refused(error)
 
     def stop_replicating(self) -> None:
         """From here on it commits alone."""

@@ -23,7 +23,7 @@ from typing import Any
 
 from kvstore import consistency
 from kvstore.consistency import Level, Update
-from kvstore.errors import FencedError
+from kvstore.errors import FencedError, ProtocolError
 from kvstore.protocol.messages import (
     NOBODY,
     Arrived,
@@ -301,8 +301,12 @@ def follow(serving: Serving, entry: Entry, payload: object, now: float) -> list[
             if entry.rank >= 0:
                 serving.incarnations[entry.rank] = entry.incarnation
                 serving.gone.pop(entry.rank, None)
-        case Init() | Bind() | Drop() | WriteState() | Leave():
+        case Bind():
+            serving.bind(message)
+        case Init() | Drop() | WriteState() | Leave():
             actions = serving.handle(entry.rank, entry.incarnation, message, payload, now)
+            if _failed(actions, message):
+                raise ProtocolError(f"log: {message} failed here: {actions}")
             return [action for action in actions if not isinstance(action, Reply | ReplyAfter | ReplyValue | SendState)]
     return []
 

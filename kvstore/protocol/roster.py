@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvstore.errors import DisagreementError, KVStoreError, ProtocolError, WorkerLostError, to_wire
+from kvstore.errors import DisagreementError, FencedError, KVStoreError, ProtocolError, WorkerLostError, to_wire
 from kvstore.protocol.messages import (
     Barrier,
     Departed,
@@ -87,7 +87,9 @@ class Membership:
                 return self._drain(peer, message)
             if member is not None and member.role == "server" and isinstance(message, Standby | InStep | HandedOver):
                 return [(peer, Done(message.request_id)), *self._told(member.rank, message)]
-            if member is not None and isinstance(message, ReadPlacement):
+            if isinstance(message, ReadPlacement):
+                if member is None or member.state != "here":
+                    raise FencedError("the scheduler does not count the sender among its members any more")
                 return [(peer, Placement(message.request_id, self.epoch, tuple(self.placing.shards)))]
             if isinstance(message, Explain):
                 return [(peer, Explanation(message.request_id, self._explain(now)))]

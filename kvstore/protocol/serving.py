@@ -366,12 +366,16 @@ class Serving:
     # --- bundles ------------------------------------------------------------------------------
 
     def _bind(self, rank: int, message: Bind, payload: object) -> list[Action]:
-        done: Action = Reply(rank, Done(message.request_id))
+        self.bind(message)
+        return [Reply(rank, Done(message.request_id))]
+
+    def bind(self, message: Bind) -> None:
+        """These keys may from here on be moved together. Raises ProtocolError or UnknownKeyError."""
         members = tuple((key, 0) for key in message.keys)
         if message.bundle != bundle_id(message.keys):
             raise ProtocolError("bind: expected the id that follows from the keys, got another")
         if message.bundle in self.bundles:
-            return [done]
+            return
         if len(self.bundles) >= BUNDLES_MAX or len(set(members)) < max(1, len(members)):
             raise ProtocolError(f"bind: expected at most {BUNDLES_MAX} bundles, of at least one key, each key once")
         specs = [self._find(*piece_id)[1].spec for piece_id in members]
@@ -384,7 +388,6 @@ class Serving:
             end += spec.cut.items
         whole = replace(specs[0], shape=(end,), piece_items=max(1, end))
         self.bundles[message.bundle] = Bundle(message.bundle, members, tuple(spans), whole)
-        return [done]
 
     def _unite(self, bundle: Bundle, pushed: tuple[int, int]) -> bool:
         """Count the bundle as one piece from this push on (rank, round), if its members' histories allow it."""
