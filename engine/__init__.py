@@ -23,6 +23,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from engine.base import Engine
+from engine.claim import Claim
 from engine.errors import (
     ArgumentError,
     ClosedError,
@@ -40,6 +41,7 @@ from engine.var import Var
 __all__ = [
     "ArgumentError",
     "ArrayGroup",
+    "Claim",
     "ClosedError",
     "Completion",
     "DeadlineError",

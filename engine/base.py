@@ -20,6 +20,7 @@ from time import perf_counter
 from types import FrameType
 from typing import Any
 
+from engine.claim import Claim
 from engine.deadlines import Deadlines
 from engine.errors import ArgumentError, ClosedError, DeadlineError, DeadlockError, ForkedError
 from engine.handle import Completion, Handle
@@ -63,6 +64,9 @@ class Engine(ABC):
         self._here = _Here()
         self._idle = self._lock.condition()
         self._awaiting_idle = 0  # threads that wait for it
+        self._array_ops = 0  # unfinished ops that were pushed with arrays
+        self._scarred = False  # may an array carry an error?
+        self._claimed: Claim | None = None
         self._trace: Trace | None = None
         self._process = _process
         self._pid = os.getpid()
@@ -183,6 +187,8 @@ class Engine(ABC):
                 op.info = info
             if lane is not None:
                 op.lane = lane
+            if op.holds is not None:
+                self._array_ops += 1
             self._retiring = False
             ready = self._scheduler.submit(op)
             if ready:
@@ -200,6 +206,8 @@ class Engine(ABC):
         return handle
 
     def _op_on_arrays(self, name: str, reads: tuple[Any, ...], writes: tuple[Any, ...], priority: int) -> Op:
+        if self._claimed is not None:
+            self._write_down(self._claimed)
         self._memory.tidy()
         read_vars: list[Var] = []
         for item in reads:
@@ -224,6 +232,45 @@ class Engine(ABC):
             return [item], [item], []
         whole, part = self._memory.vars_of(item)
         return whole[:1], whole, part
+
+    def claim(self, arrays: Iterable[Any], name: str) -> Claim | None:
+        """Like an asynchronous op that has begun, and writes these arrays whole until :meth:`Claim.end` is called.
+
+        It costs next to nothing as long as no other op or wait comes near arrays; then it is made an op.
+
+        Returns:
+            None if an op in the way, or another claim, makes :meth:`push_async` necessary.
+        """
+        self._check_process()
+        with self._lock:
+            if self._claimed is not None or self._arrays_used() or self.profiling or self._closed:
+                return None
+            claim = self._claimed = Claim(self, tuple(arrays), name, sys._getframe(1))
+        return claim
+
+    def _write_down(self, claim: Claim) -> None:
+        """From here on the claim is an op. Called with the lock held."""
+        self._claimed = None
+        op = claim.op = self._op_on_arrays(claim.name, (), claim.arrays, 0)
+        op.caller, op.caller_at = claim.caller, claim.caller_at
+        op.handle = Handle(self, op)
+        op.is_async = True
+        self._array_ops += 1
+        free = self._scheduler.submit(op)
+        assert free, op  # no op used an array when it was made, and whichever did later came by here
+        op.state = RUNNING
+        op.started_at = perf_counter()
+
+    def _end_claim(self, claim: Claim, error: BaseException | None) -> None:
+        with self._lock:
+            if claim is self._claimed:
+                if error is None:
+                    self._claimed = None
+                else:
+                    self._write_down(claim)  # for the arrays carry the error
+            op = claim.op
+        if op is not None:
+            self._finish(op, None, error)
 
     @contextmanager
     def bulk(self) -> Iterator[None]:
@@ -306,7 +353,11 @@ class Engine(ABC):
 
     def _end(self, op: Op, result: Any, error: BaseException | None) -> list[Op]:
         """The op has ended; called with the lock held, and :meth:`_leave` is to follow. The ops that are ready now."""
-        ready = self._scheduler.complete(op, op.given_up or error)
+        error = op.given_up or error
+        ready = self._scheduler.complete(op, error)
+        if op.holds is not None:
+            self._array_ops -= 1
+            self._scarred = self._scarred or error is not None
         if op.given_up is None:
             op.handle._settle(result, error)
         if self._trace is not None and op.thread:
@@ -340,6 +391,8 @@ class Engine(ABC):
     def _vars_of(self, item: Any) -> list[Var]:
         if isinstance(item, Var):
             return [item]
+        if self._claimed is not None:
+            self._write_down(self._claimed)
         self._memory.tidy()
         whole, part = self._memory.vars_of(item)
         return whole + part
@@ -362,6 +415,8 @@ class Engine(ABC):
         self._before_wait()
         self._help(timeout)
         with self._lock:
+            if self._claimed is not None:
+                self._write_down(self._claimed)
             self._awaiting_idle += 1
             try:
                 while self._scheduler.pending:
@@ -386,10 +441,18 @@ class Engine(ABC):
         return False
 
     def uses_arrays(self) -> bool:
-        """May there be an unfinished op that was pushed with arrays? Cheap, where :meth:`pending` looks each up."""
+        """Is there an unfinished op that was pushed with arrays, or an array that carries an error?
+
+        Cheap, where :meth:`pending` looks each array up.
+        """
         with self._lock:
+            return self._claimed is not None or self._arrays_used()
+
+    def _arrays_used(self) -> bool:
+        if self._scarred and not self._array_ops:
             self._memory.tidy()
-            return self._memory.in_use()
+            self._scarred = self._memory.in_use()
+        return self._array_ops > 0 or self._scarred
 
     def free(self, *vars: Var) -> bool:
         """Does no op hold these or wait for them, and do they carry no error?"""
@@ -505,6 +568,11 @@ class Engine(ABC):
             yield
         finally:
             self.stop_profile(path)
+
+    @property
+    def profiling(self) -> bool:
+        """Are ops being recorded?"""
+        return self._trace is not None
 
     def start_profile(self) -> None:
         """Begin to record."""

@@ -75,14 +75,14 @@ class Sequential:
 
     def due(self, level: Level, participant: int) -> list[Update]:
         updates: list[Update] = []
-        closed = level.closed
         rounds = level.rounds
-        while members := level.members_of(closed + 1):
+        round = level.next_round(level.closed)
+        while members := level.members_of(round):
             for p in members:
-                if rounds[p] <= closed:
+                if rounds[p] < round:
                     return updates
-            closed += 1
-            updates.append(Update(closed, tuple([(p, closed) for p in members])))
+            updates.append(Update(round, tuple([(p, round) for p in members])))
+            round = level.next_round(round)
         return updates
 
     def answers(self, level: Level, participant: int, own: int) -> bool:
@@ -145,6 +145,10 @@ class Eventual(_AtOnce):
         return "eventual"
 
 
+FOR_GOOD = 1 << 63  # the last round of an absence that has no end yet
+
+Absence = tuple[int, int]  # the first and the last round
+
 _SEQUENTIAL = Sequential()
 _FORM = re.compile(r"(sequential|eventual)|bounded\((\d{1,9})\)")
 
@@ -178,8 +182,8 @@ class Level:
 
     model: Model
     participants: Sequence[int]
-    rounds: dict[int, int] = field(init=False)  # members only: pushes counted so far
-    left: dict[int, int] = field(init=False)  # who left, with its last round
+    rounds: dict[int, int] = field(init=False)  # participants only: their last round so far
+    away: dict[int, list[Absence]] = field(init=False)  # the rounds of which a participant is not a member, ascending
     closed: int = 0  # the largest round that has taken effect
     version: int = 0  # updates so far
     waiting: dict[Hashable, Pull] = field(default_factory=dict)
@@ -187,20 +191,41 @@ class Level:
     def __post_init__(self) -> None:
         self.participants = tuple(self.participants)
         self.rounds = dict.fromkeys(self.participants, 0)
-        self.left = {}
+        self.away = {}
 
     def members_of(self, round: int) -> Sequence[int]:
         """The members of that round, in their order."""
-        if not self.left:
+        if not self.away:
             return self.participants
-        return [p for p in self.participants if self.left.get(p, round) >= round]
+        return [p for p in self.participants if not any(first <= round <= last for first, last in self._absences(p))]
+
+    def next_round(self, closed: int) -> int:
+        """The first round after ``closed`` that has members, if any round has; between some who left and one who joined
+        there may be none."""
+        round = closed + 1
+        while self.away and not self.members_of(round):
+            ends = [last for spans in self.away.values() for _, last in spans if round <= last < FOR_GOOD]
+            if not ends:
+                break
+            round = min(ends) + 1
+        return round
+
+    def is_here(self, participant: int) -> bool:
+        """Is it a member of the rounds to come?"""
+        spans = self._absences(participant)
+        return participant in self.rounds and not (spans and spans[-1][1] == FOR_GOOD)
 
     def slowest(self) -> int:
         """The smallest round of those who are still here; when everybody left, nobody is behind."""
-        if not self.left:
+        if not self.away:
             return min(self.rounds.values(), default=0)
-        here = [n for p, n in self.rounds.items() if p not in self.left]
+        here = [n for p, n in self.rounds.items() if self.is_here(p)]
         return min(here) if here else max(self.rounds.values(), default=0)
+
+    @property
+    def begun(self) -> int:
+        """The largest round that any participant has pushed."""
+        return max(self.rounds.values(), default=0)
 
     def push(self, participant: int) -> tuple[list[Update], list[Answer]]:
         """Count one push. Raises KeyError when ``participant`` is not a member."""
@@ -212,7 +237,7 @@ class Level:
 
         Nobody waits, nobody has left and all are in the same round; then every model lets each round take effect.
         """
-        assert self.in_step and not self.left
+        assert self.in_step and not self.away
         for participant in self.rounds:
             self.rounds[participant] += rounds
         self.closed += rounds
@@ -234,14 +259,15 @@ class Level:
         """What a pull is told that may be answered now."""
         slowest, staleness = self.slowest(), 0
         for participant, own in pull.needs:
-            if own - slowest > staleness and participant in self.rounds:
+            if own - slowest > staleness and participant in self.rounds and not self._has_just_joined(participant, own):
                 staleness = own - slowest
         return Answer(pull.ticket, self.version, staleness)
 
     def copy(self) -> Level:
         """The same counts; the pulls that wait stay behind."""
         other = Level(self.model, self.participants)
-        other.rounds, other.left = dict(self.rounds), dict(self.left)
+        other.rounds = dict(self.rounds)
+        other.away = {p: list(spans) for p, spans in self.away.items()}
         other.closed, other.version = self.closed, self.version
         return other
 
@@ -250,7 +276,7 @@ class Level:
         return (
             self.model == other.model
             and self.rounds == other.rounds
-            and self.left == other.left
+            and self.away == other.away
             and (self.closed, self.version) == (other.closed, other.version)
         )
 
@@ -258,15 +284,18 @@ class Level:
         """Count an update that took effect elsewhere: nothing is known here of pushes that have not."""
         for participant, round in update.contributions:
             self.rounds[participant] = round
-            if self.left.get(participant, round) < round:
-                self.left[participant] = round
+            spans = self.away.get(participant)
+            if spans and spans[-1][1] == FOR_GOOD:
+                spans[-1] = (max(spans[-1][0], round + 1), FOR_GOOD)
         self.closed = max(self.closed, update.round)
         self.version += 1
 
     def effective(self, participant: int) -> int:
-        """The last of its pushes that has taken effect."""
-        last = self.rounds[participant]
-        return last if self.in_effect(participant, last) else min(last, self.closed)
+        """The last of its rounds that has taken effect, or of which it is not a member."""
+        round = self.rounds[participant]
+        while not self.in_effect(participant, round) and participant in self.members_of(round):
+            round -= 1
+        return round
 
     def push_alone(self) -> None:
         """Count a push of the only participant: in every model it takes effect at once, and nobody waits."""
@@ -276,11 +305,24 @@ class Level:
         self.version += 1
 
     def leave(self, participant: int) -> tuple[list[Update], list[Answer]]:
-        """``participant`` counts up to its last round and no further."""
-        if participant not in self.rounds or participant in self.left:
+        """``participant`` counts up to its last round and no further, unless it joins again."""
+        if not self.is_here(participant):
             return [], []
-        self.left[participant] = self.rounds[participant]
+        self.away.setdefault(participant, []).append((self.rounds[participant] + 1, FOR_GOOD))
         return self._advance(-1)
+
+    def join(self, participant: int, round: int) -> None:
+        """``participant``, new or back again, counts from ``round`` on, which nobody has begun.
+
+        It will push that round next; until then its pulls are answered at once.
+        """
+        assert round > self.begun and not self.is_here(participant)
+        left = self._absences(participant)
+        first = left[-1][0] if left else 1
+        over = min(self.closed, self.slowest())  # nobody will ask who was a member until then
+        self.away[participant] = [span for span in left[:-1] if span[1] > over] + [(first, round - 1)]
+        self.rounds[participant] = round - 1
+        self.participants = tuple(sorted(self.rounds))
 
     def in_effect(self, participant: int, round: int) -> bool:
         return self.model.in_effect(self, participant, round)
@@ -309,10 +351,19 @@ class Level:
     def _may_answer(self, pull: Pull) -> bool:
         for participant, own in pull.needs:
             if participant in self.rounds and not self.model.answers(self, participant, own):
+                if self.away and self._has_just_joined(participant, own):
+                    continue
                 return False
         return True
 
+    def _has_just_joined(self, participant: int, own: int) -> bool:
+        """Was it, after its ``own``-th round, about to push its first since it joined?"""
+        return any(last == own for _, last in self._absences(participant))
 
-def participants_of(chosen: Iterable[int] | None, everybody: int) -> tuple[int, ...]:
-    """The participants of a key: those chosen, ascending, or everybody."""
-    return tuple(range(everybody)) if chosen is None else tuple(sorted(set(chosen)))
+    def _absences(self, participant: int) -> list[Absence]:
+        return self.away.get(participant, [])
+
+
+def participants_of(chosen: Iterable[int] | None, everybody: Iterable[int]) -> tuple[int, ...]:
+    """The participants of a key, ascending: those chosen, or everybody."""
+    return tuple(sorted(set(everybody if chosen is None else chosen)))

@@ -13,8 +13,9 @@ from kvstore.consistency import Eventual, Model, Sequential
 from kvstore.errors import DeviceCountError, OptionError
 from kvstore.home import Home
 from kvstore.local import LocalHome
+from kvstore.protocol.messages import ON_LOSS
 from kvstore.store import KVStore
-from kvstore.transport.network import Network
+from kvstore.transport.network import HEARTBEAT_S, Network
 from kvstore.transport.zeromq import NETWORK
 
 _LOCAL = ("local", "device", "nccl")
@@ -39,6 +40,8 @@ def create(
     timeout: float = 300.0,
     connect_timeout: float = 30.0,
     shared_memory: bool | None = None,
+    on_worker_loss: str | None = None,
+    heartbeat: float | None = None,
 ) -> KVStore:
     """Make a store.
 
@@ -59,6 +62,11 @@ def create(
         connect_timeout: seconds within which the scheduler must answer.
         shared_memory: exchange values with servers of this host through shared memory; None: as
             ``KVSTORE_SHARED_MEMORY`` says (0: no), else yes.
+        on_worker_loss: what becomes of rounds that wait for a worker which is lost: ``fail`` (they raise
+            :class:`~kvstore.WorkerLostError`), ``wait`` (for it to come back under its rank) or ``continue``
+            (without it). All workers must agree. None: as ``KVSTORE_ON_WORKER_LOSS`` says, else ``fail``.
+        heartbeat: seconds after which a scheduler that shows no sign of life is taken for gone; None: as
+            ``KVSTORE_HEARTBEAT`` says, else 3. For how long a worker may be silent the scheduler is told the same way.
 
     Raises:
         OptionError: an unknown type or model, no address, an option that the type has not, or an environment
@@ -78,6 +86,8 @@ def create(
         timeout=timeout,
         connect_timeout=connect_timeout,
         shared_memory=shared_memory,
+        on_worker_loss=on_worker_loss,
+        heartbeat=heartbeat,
     )
 
 
@@ -94,6 +104,8 @@ def create_on(
     timeout: float = 300.0,
     connect_timeout: float = 30.0,
     shared_memory: bool | None = None,
+    on_worker_loss: str | None = None,
+    heartbeat: float | None = None,
 ) -> KVStore:
     """:func:`create`, on a network and an engine of the caller's choice."""
     if not isinstance(type, str) or (type not in _LOCAL and type not in _CLUSTER):
@@ -109,13 +121,21 @@ def create_on(
     device_model = defaults[0] if device_consistency is None else consistency.parse(device_consistency)
     cluster_model = defaults[1] if cluster_consistency is None else consistency.parse(cluster_consistency)
     if type in _LOCAL:
-        for name, given in (("cluster_consistency", cluster_consistency), ("address", address), ("rank", rank)):
+        for name, given in (
+            ("cluster_consistency", cluster_consistency),
+            ("address", address),
+            ("rank", rank),
+            ("on_worker_loss", on_worker_loss),
+            ("heartbeat", heartbeat),
+        ):
             if given is not None:
                 raise OptionError(f"create({type!r}): expected no {name}, which is for clusters; got {given!r}")
         runtime.retain()
         home: Home = LocalHome(runtime)
     else:
-        home = _join(network, address, rank, runtime, timeout, connect_timeout, shared_memory)
+        home = _join(
+            network, address, rank, runtime, timeout, connect_timeout, shared_memory, on_worker_loss, heartbeat
+        )
     return KVStore(
         type, home, runtime, devices=devices, device_model=device_model, cluster_model=cluster_model, timeout=timeout
     )
@@ -129,6 +149,8 @@ def _join(
     timeout: float,
     connect_timeout: float,
     shared_memory: bool | None,
+    on_worker_loss: str | None,
+    heartbeat: float | None,
 ) -> ClusterHome:
     around = environment.read()
     address = address or around.address
@@ -142,10 +164,26 @@ def _join(
         raise OptionError(f"create('dist'): expected a rank >= 0, or -1 for any; got {rank!r}")
     share = around.shared_memory if shared_memory is None else shared_memory
     neighbourhood = Neighbourhood(0 if share is False else around.shared_memory_bytes)
-    session = Session(address, "worker", neighbourhood=neighbourhood, network=network)
+    on_loss = on_worker_loss or around.on_worker_loss or ON_LOSS[0]
+    if on_loss not in ON_LOSS:
+        raise OptionError(f"on_worker_loss: expected one of {', '.join(ON_LOSS)}; got {on_loss!r}")
+    heartbeat = around.heartbeat if heartbeat is None else heartbeat
+    if heartbeat is not None and not 0 < heartbeat < 1e6:
+        raise OptionError(f"heartbeat: expected a number of seconds > 0, got {heartbeat!r}")
+    limit = 1e9 if timeout == math.inf else timeout
+    session = Session(
+        address,
+        "worker",
+        neighbourhood=neighbourhood,
+        network=network,
+        on_loss=on_loss,
+        heartbeat=heartbeat or HEARTBEAT_S,
+    )
     try:
-        session.register(wanted, "", connect_timeout, 1e9 if timeout == math.inf else timeout)
+        session.register(wanted, "", connect_timeout, limit)
         session.connect_servers()
+        if session.joins:
+            session.join(limit)
     except BaseException:
         session.close(linger_s=0)
         raise

@@ -23,6 +23,8 @@ class Environment:
     num_servers: int | None = None
     shared_memory: bool | None = None
     shared_memory_bytes: int | None = None
+    on_worker_loss: str | None = None
+    heartbeat: float | None = None
 
     def variables(self) -> dict[str, str]:
         """The environment that says this; for child processes."""
@@ -34,6 +36,8 @@ class Environment:
             "KVSTORE_NUM_SERVERS": self.num_servers,
             "KVSTORE_SHARED_MEMORY": None if self.shared_memory is None else int(self.shared_memory),
             "KVSTORE_SHARED_MEMORY_BYTES": self.shared_memory_bytes,
+            "KVSTORE_ON_WORKER_LOSS": self.on_worker_loss,
+            "KVSTORE_HEARTBEAT": self.heartbeat,
         }
         return {name: str(value) for name, value in values.items() if value is not None}
 
@@ -62,6 +66,18 @@ def read(environ: Mapping[str, str] | None = None) -> Environment:
             raise OptionError(f"{found[0]}: expected a whole number, got {found[1]!r}")
         return int(found[1])
 
+    def seconds(name: str) -> float | None:
+        found = text(name)
+        if found is None:
+            return None
+        try:
+            value = float(found[1])
+        except ValueError:
+            value = 0.0
+        if not 0 < value < 1e6:
+            raise OptionError(f"{name}: expected a number of seconds > 0, got {found[1]!r}")
+        return value
+
     address = text("KVSTORE_ADDRESS")
     if address is None:
         host, port = text("DMLC_PS_ROOT_URI"), number("DMLC_PS_ROOT_PORT")
@@ -72,6 +88,7 @@ def read(environ: Mapping[str, str] | None = None) -> Environment:
     if role is not None and role[1] not in ("worker", "server", "scheduler"):
         raise OptionError(f"{role[0]}: expected worker, server or scheduler, got {role[1]!r}")
     shared = number("KVSTORE_SHARED_MEMORY")
+    on_loss = text("KVSTORE_ON_WORKER_LOSS")
     return Environment(
         address[1] if address else None,
         role[1] if role else None,
@@ -80,4 +97,6 @@ def read(environ: Mapping[str, str] | None = None) -> Environment:
         number("KVSTORE_NUM_SERVERS", "DMLC_NUM_SERVER"),
         None if shared is None else bool(shared),
         number("KVSTORE_SHARED_MEMORY_BYTES"),
+        on_loss[1] if on_loss else None,
+        seconds("KVSTORE_HEARTBEAT"),
     )

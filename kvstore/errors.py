@@ -13,7 +13,7 @@ The first level below the root answers *whose fault it is*::
     │   ├── ReadOnlyError          (ValueError)  an ``out`` that cannot be written
     │   ├── OptionError            (ValueError)  an unknown or ill-formed option, model or address
     │   ├── OptimizerError         (ValueError)  an unknown optimizer or hyperparameter, or a second one
-    │   └── ClosedError            (RuntimeError) the store is closed, or belongs to another process
+    │   └── ClosedError            (RuntimeError) the store is closed or belongs to another process, or left
     ├── PeerError                  another process of the cluster is at fault, or has failed
     │   ├── DisagreementError      workers (or worker and server) differ; shows both sides
     │   ├── UpdateError            an optimizer or updater raised while applying an update
@@ -82,7 +82,7 @@ class OptimizerError(CallerError, ValueError):
 
 
 class ClosedError(CallerError, RuntimeError):
-    """The store is closed, or was inherited through fork."""
+    """The store is closed, was inherited through fork, or pushes after it has left the rounds."""
 
 
 class PeerError(KVStoreError):

@@ -111,7 +111,10 @@ class Home(Protocol):
     """Where values live. Calls for one key come in program order, from any thread."""
 
     rank: int
-    num_workers: int
+
+    @property
+    def workers(self) -> Sequence[int]:
+        """The ranks of those who take part now."""
 
     def init(self, key: Key, spec: Spec, value: Array) -> Future[Any]:
         """Create the key; done when it exists. ``value`` is flat and stays unchanged until then."""
@@ -153,6 +156,12 @@ class Home(Protocol):
         """What the open operations of ``key`` wait for."""
 
     def dead_workers(self) -> list[int]: ...
+
+    def rounds(self, key: Key) -> int:
+        """The pushes of the key by this worker, those of its earlier lives included."""
+
+    def leave(self, timeout_s: float) -> None:
+        """Take part in no further round; all pushes are committed."""
 
     def close(self, reason: str, timeout_s: float) -> None:
         """Leave: in order when ``reason`` is empty."""

@@ -31,9 +31,7 @@ class _UpdaterRule:
     def create_state(self, value: Array) -> dict[str, Array]:
         return {}
 
-    def update(
-        self, value: Array, pushes: Sequence[Array], state: dict[str, Array], step: int, target: Array
-    ) -> None:
+    def update(self, value: Array, pushes: Sequence[Array], state: dict[str, Array], step: int, target: Array) -> None:
         merged = pushes[0]
         if len(pushes) > 1:
             merged = np.empty_like(merged)
@@ -47,7 +45,7 @@ class LocalHome(Home):
     """Values of one process; pushes are applied in their order."""
 
     rank = 0
-    num_workers = 1
+    workers = (0,)
 
     def __init__(self, runtime: engine.Engine) -> None:
         self._engine = runtime
@@ -57,6 +55,7 @@ class LocalHome(Home):
         self._optimizer: Optimizer | None = None
         self._updater: Updater | None = None
         self._generation = 0
+        self._rounds: dict[Key, int] = {}
 
     def __repr__(self) -> str:
         return f"<LocalHome: {len(self._stored)} keys>"
@@ -65,12 +64,14 @@ class LocalHome(Home):
         if key in self._stored:
             raise DuplicateKeyError(f"init of key {key!r}: expected a new key, it exists")
         self._specs[key] = spec
+        self._rounds[key] = 0
         self._stored[key] = Stored(value.reshape(spec.shape).copy(), repr(key))
         done: Future[Any] = Future()
         done.set_result(None)
         return done
 
     def push(self, key: Key, gradient: Gradient, ended: Ended) -> Reading:
+        self._rounds[key] += 1
         applied = self._apply(key, gradient, ())
         if applied is not None:
             when_ended(applied, ended)
@@ -92,6 +93,7 @@ class LocalHome(Home):
         applied = self._apply(key, gradient, gradient.outs) if gradient.outs else None
         if applied is None:
             return self.push(key, gradient, ended), self.pull(key, gradient.priority)
+        self._rounds[key] += 1
         when_ended(applied, ended)
         return None if applied.done() else applied, _Delivered(applied)
 
@@ -187,6 +189,12 @@ class LocalHome(Home):
 
     def dead_workers(self) -> list[int]:
         return []
+
+    def rounds(self, key: Key) -> int:
+        return self._rounds[key]
+
+    def leave(self, timeout_s: float) -> None:
+        pass
 
     def close(self, reason: str, timeout_s: float) -> None:
         self._stored.clear()

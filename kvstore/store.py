@@ -97,6 +97,7 @@ class KVStore:
         self._pushes: set[Handle] = set()  # not committed yet
         self._lock = threading.RLock()
         self._closed = False
+        self._has_left = False
         self._pid = os.getpid()
         _stores.add(self)
 
@@ -120,8 +121,8 @@ class KVStore:
 
     @property
     def num_workers(self) -> int:
-        """How many workers the cluster was started with; 1 without a cluster."""
-        return self._home.num_workers
+        """How many workers take part now; it changes as they join, leave or are lost. 1 without a cluster."""
+        return len(self._home.workers)
 
     @property
     def num_devices(self) -> int:
@@ -259,6 +260,7 @@ class KVStore:
             UnknownKeyError, ShapeError, DtypeError, DeviceCountError: before anything is sent.
         """
         priority = _priority(priority)
+        self._check_takes_part("push")
         many = isinstance(key, list | tuple)
         if many and device is None and (whole := self._together("push", key, value, None, priority)) is not None:
             return whole
@@ -329,6 +331,7 @@ class KVStore:
                 belongs to the store until the handle is done.
         """
         priority = _priority(priority)
+        self._check_takes_part("pushpull")
         many = isinstance(key, list | tuple)
         if many and device is None and (whole := self._together("pushpull", key, value, out, priority)) is not None:
             return whole
@@ -540,12 +543,16 @@ class KVStore:
                 f"{self.type} store: it belongs to process {self._pid}, not to this forked one; create another"
             )
 
+    def _check_takes_part(self, what: str) -> None:
+        if self._has_left:
+            raise ClosedError(f"{what}: this worker has left the rounds by leave(); it may still pull")
+
     def _ranks(self, participants: Sequence[int]) -> tuple[int, ...]:
         given = list(participants) if isinstance(participants, Iterable) else [None]
         ranks = {plain.whole(one) for one in given}
-        if not ranks or not ranks <= set(range(self.num_workers)):
+        if not ranks or not ranks <= set(self._home.workers):
             raise OptionError(
-                f"participants: expected a list of ranks within 0..{self.num_workers - 1}, got {participants!r}"
+                f"participants: expected a list of ranks among {list(self._home.workers)}, got {participants!r}"
             )
         return tuple(sorted(rank for rank in ranks if rank is not None))
 
@@ -865,6 +872,31 @@ class KVStore:
         self.wait_for_commits(timeout)
         limit = self._limit(timeout)
         self._home.barrier(limit)
+
+    def rounds(self, key: Key) -> int:
+        """How often this worker has pushed the key, in its earlier lives too: where it goes on when it is back.
+
+        Raises:
+            UnknownKeyError, KeyKindError: as named.
+        """
+        return self._home.rounds(self._one(key, "rounds").key)
+
+    def leave(self, timeout: float | None = None) -> None:
+        """Take part in no further round, because this worker has run out of batches for instance.
+
+        Waits for the commit of this worker's pushes. Then the rounds and barriers of the others do not wait for it any
+        more. It may still pull; its own barrier waits for the next one of the others. Leaving twice is fine.
+
+        Raises:
+            DeadlineError: a push was not committed, or nobody answered, within ``timeout`` seconds.
+            KVStoreError: the error of an earlier operation that nobody looked at.
+        """
+        self._check_open()
+        if self._has_left:
+            return
+        self._has_left = True
+        self.wait_for_commits(timeout)
+        self._home.leave(self._limit(timeout))
 
     def close(self) -> None:
         """Wait for commits, then leave the cluster. Closing twice is fine.

@@ -40,6 +40,13 @@ def main() -> None:
     """A two-level key-value store that keeps a model's parameters in step."""
 
 
+HEARTBEAT = click.option(
+    "--heartbeat",
+    type=click.FloatRange(0, min_open=True),
+    help="Seconds without a sign of life after which a member is lost (or KVSTORE_HEARTBEAT, else 3).",
+)
+
+
 @main.command(context_settings={"ignore_unknown_options": True})
 @click.option("-w", "--workers", type=int, default=1, show_default=True, help="Worker processes.")
 @click.option("-s", "--servers", type=int, default=1, show_default=True, help="Server processes.")
@@ -71,19 +78,33 @@ def run(workers: int, servers: int, replication: int, grace: float, command: tup
 @click.option("--advertise", help="The address others reach it by, if another.")
 @click.option("-w", "--workers", type=int, help="Workers of the cluster (or KVSTORE_NUM_WORKERS).")
 @click.option("-s", "--servers", type=int, help="Servers of the cluster (or KVSTORE_NUM_SERVERS, else 1).")
+@click.option("--journal", type=click.Path(dir_okay=False), help="A file from which a restarted one goes on.")
 @click.option("--replication", **_REPLICATION)
-def scheduler(bind: str, advertise: str | None, workers: int | None, servers: int | None, replication: int) -> None:
+@HEARTBEAT
+def scheduler(
+    bind: str,
+    advertise: str | None,
+    workers: int | None,
+    servers: int | None,
+    journal: str | None,
+    replication: int,
+    heartbeat: float | None,
+) -> None:
     """Run the scheduler of a cluster until SIGINT or SIGTERM."""
     from kvstore import environment
     from kvstore.cli.daemon import serve
     from kvstore.cluster.scheduler import Scheduler
+    from kvstore.transport.network import HEARTBEAT_S
 
     around = environment.read()
     workers = around.num_workers if workers is None else workers
     servers = (1 if around.num_servers is None else around.num_servers) if servers is None else servers
     if workers is None:
         raise click.UsageError("expected --workers or KVSTORE_NUM_WORKERS")
-    one = Scheduler(bind, workers, servers, advertise=advertise, replication=replication)
+    limit = heartbeat or around.heartbeat or HEARTBEAT_S
+    one = Scheduler(
+        bind, workers, servers, advertise=advertise, journal=journal, heartbeat=limit, replication=replication
+    )
     click.echo(f"scheduler at {one.address}")
     sys.exit(serve(one))
 
@@ -94,22 +115,37 @@ def scheduler(bind: str, advertise: str | None, workers: int | None, servers: in
 @click.option("--advertise", help="The address that workers reach it by, if another.")
 @click.option("--with-scheduler", is_flag=True, help="Be the scheduler too, bound at --address: a whole service.")
 @click.option("-w", "--workers", type=int, help="With --with-scheduler: workers of the cluster.")
-def server(address: str | None, bind: str, advertise: str | None, with_scheduler: bool, workers: int | None) -> None:
+@click.option("--journal", type=click.Path(dir_okay=False), help="With --with-scheduler: the scheduler's journal.")
+@HEARTBEAT
+def server(
+    address: str | None,
+    bind: str,
+    advertise: str | None,
+    with_scheduler: bool,
+    workers: int | None,
+    journal: str | None,
+    heartbeat: float | None,
+) -> None:
     """Run a server until SIGINT or SIGTERM."""
     from kvstore import environment
     from kvstore.cli.daemon import keep_memory, serve
     from kvstore.cluster.near import Neighbourhood
     from kvstore.cluster.scheduler import Scheduler
     from kvstore.cluster.server import Server
+    from kvstore.transport.network import HEARTBEAT_S
 
     if with_scheduler != (workers is not None):
         raise click.UsageError("--with-scheduler and --workers belong together")
+    if journal is not None and not with_scheduler:
+        raise click.UsageError("--journal is the scheduler's: it needs --with-scheduler")
     keep_memory()
     around = environment.read()
     address = address or around.address
+    limit = heartbeat or around.heartbeat or HEARTBEAT_S
     beside = None
     if with_scheduler:
-        beside = Scheduler(address or "tcp://127.0.0.1:9091", workers or 0, 1)
+        at = address or "tcp://127.0.0.1:9091"
+        beside = Scheduler(at, workers or 0, 1, journal=journal, heartbeat=limit)
         beside.start()
         address = beside.address
         click.echo(f"scheduler at {address}")
@@ -117,7 +153,7 @@ def server(address: str | None, bind: str, advertise: str | None, with_scheduler
         raise click.UsageError("expected --address or KVSTORE_ADDRESS, the scheduler's address")
     neighbourhood = Neighbourhood(0 if around.shared_memory is False else around.shared_memory_bytes)
     rank = around.rank if around.role == "server" else None
-    one = Server(address, bind=bind, advertise=advertise, rank=rank, neighbourhood=neighbourhood)
+    one = Server(address, bind=bind, advertise=advertise, rank=rank, neighbourhood=neighbourhood, heartbeat=limit)
     click.echo(f"server at {one.address}")
     sys.exit(serve(one, beside))
 

@@ -236,6 +236,20 @@ class Arrivals(Source):
                 info = {"key": remote.key, "bytes": nbytes, "piece": piece.number}
                 self._engine.push(lambda: copy(piece), priority=priority, name="deliver", info=info)
 
+        claim = self._engine.claim(outs, "pull")
+        if claim is not None:
+
+            def over(error: BaseException | None) -> None:
+                claim.end(error)
+                ended(error)
+
+            try:
+                self._consume(take, over)
+            except BaseException as error:
+                claim.end(error)
+                raise
+            return
+
         def start(completion: engine.Completion) -> None:
             self._consume(take, lambda error: _complete(completion, error))
 

@@ -1,21 +1,36 @@
-"""The scheduler as a running process: a socket around :class:`kvstore.protocol.roster.Membership`."""
+"""The scheduler as a running process: a socket and a journal around :class:`kvstore.protocol.roster.Membership`."""
 
 from __future__ import annotations
 
 import logging
 import secrets
 import threading
+from pathlib import Path
 
 from kvstore.cluster.address import advertised, split
+from kvstore.cluster.journal import Journal
 from kvstore.errors import OptionError, ProtocolError, to_wire
-from kvstore.protocol.messages import HEADER_BYTES_MAX, NOBODY, Failed, Message, Sender, decode, envelope
-from kvstore.protocol.roster import Membership
-from kvstore.transport.network import Frames, Network
+from kvstore.protocol.messages import (
+    HEADER_BYTES_MAX,
+    NOBODY,
+    Done,
+    Failed,
+    Message,
+    Register,
+    Sender,
+    decode,
+    envelope,
+)
+from kvstore.protocol.roster import Actions, Membership
+from kvstore.transport.network import HEARTBEAT_S, Frames, Network
 from kvstore.transport.zeromq import NETWORK
 
 log = logging.getLogger(__name__)
 
-GRACE_S = 1.0  # a connection that ended may come back within this time
+GRACE = 1 / 6  # of the heartbeat's deadline: so long a connection that ended may take to come back
+RETURN_S = 10.0  # so long the members may take to come back to a scheduler that was restarted
+
+_ANYBODY_THERE = Done(0)  # answers no request: it is sent to see whether it can be
 
 
 class Scheduler:
@@ -23,13 +38,15 @@ class Scheduler:
 
     Args:
         bind: ``tcp://interface:port``; port ``*`` lets the system choose.
-        num_workers, num_servers: how many the cluster has; at least one each.
+        num_workers, num_servers: how many the cluster is started with; at least one each.
         advertise: the address that others reach it by, if another than the bound one.
+        journal: a file; a scheduler that is started again with it goes on where the former one ended.
+        heartbeat: seconds after which a member that shows no life is lost.
         network: how it is reached.
         replication: on how many servers beside its primary a shard is kept: 0 or 1.
 
     Raises:
-        OptionError: an address that cannot be bound, or a wrong number.
+        OptionError: an address that cannot be bound, a wrong number, or a file that is no journal of such a cluster.
     """
 
     def __init__(
@@ -41,27 +58,47 @@ class Scheduler:
         advertise: str | None = None,
         network: Network = NETWORK,
         replication: int = 0,
+        journal: str | Path | None = None,
+        heartbeat: float = HEARTBEAT_S,
     ) -> None:
         if num_workers < 1 or num_servers < 1:
             raise OptionError(
                 f"a cluster: expected at least 1 worker and 1 server, got {num_workers} and {num_servers}"
             )
-        self.membership = Membership(secrets.randbits(62) | 1, num_workers, num_servers, replication=replication)
-        self._reactor = network.loop("kvstore-scheduler", self._tick)
-        self._endpoint = network.listen(self._reactor, self._receive, frame_bytes_max=HEADER_BYTES_MAX, watch=True)
-        self._endpoint.on_disconnect = self._disconnected
+        if journal is not None and replication:
+            raise OptionError("a scheduler: a journal does not keep yet which server has what under replication")
+        self._replication = replication
+        self._grace_s = heartbeat * GRACE
+        self._unreachable: dict[bytes, float] = {}  # peer -> since when
+        self._stopped = threading.Event()
+        self._journal = Journal(journal) if journal is not None else None
+        self._reactor = network.loop("kvstore-scheduler")
+        self._endpoint = network.listen(
+            self._reactor, self._receive, frame_bytes_max=HEADER_BYTES_MAX, watch=True, heartbeat_s=heartbeat
+        )
+        self._endpoint.on_disconnect = self._look_soon
         try:
+            self.membership = self._begin(num_workers, num_servers)
             split(bind)  # for ZeroMQ port 70000 is port 4464
             self.address = advertised(self._endpoint.bind(bind), advertise)
         except OptionError:
             self._reactor.abandon()
             raise
-        self._peers: dict[int, bytes] = {}  # fd -> peer
-        self._ended: dict[bytes, float] = {}  # peer -> when its connection ended
-        self._stopped = threading.Event()
 
     def __repr__(self) -> str:
         return f"<Scheduler at {self.address}: {len(self.membership.members)} members>"
+
+    def _begin(self, num_workers: int, num_servers: int) -> Membership:
+        def new() -> Membership:
+            return Membership(secrets.randbits(62) | 1, num_workers, num_servers, replication=self._replication)
+
+        if self._journal is None:
+            return new()
+        membership = self._journal.recover(new)
+        if membership.members:
+            log.warning("%s: going on with %d members", self._journal, len(membership.members))
+            self._reactor.call_later(RETURN_S, lambda: self._send(membership.absent()))
+        return membership
 
     def start(self) -> None:
         """Start to answer."""
@@ -73,32 +110,58 @@ class Scheduler:
 
     def stop(self) -> None:
         """Stop answering. Safe from any thread and from a signal handler, more than once."""
+        if self._stopped.is_set():
+            return
         self._stopped.set()
         self._reactor.stop(linger_s=0.2)
+        if self._journal is not None:
+            self._journal.close()
 
-    def _receive(self, peer: bytes, frames: Frames, fd: int) -> None:
-        sender = Sender(self.membership.cluster, self.membership.epoch, NOBODY, NOBODY)
-        self._peers[fd] = peer
+    # --- within the reactor's loop ----------------------------------------------------------------
+
+    def _receive(self, peer: bytes, frames: Frames) -> None:
         try:
             _, messages = decode(frames[0], len(frames) - 1)
         except ProtocolError as error:
-            self._endpoint.send(peer, envelope(sender, [(Failed(0, *to_wire(error)), ())]))
+            self._send([(peer, Failed(0, *to_wire(error)))])
             return
         for message, _ in messages:
+            if isinstance(message, Register):
+                self._make_room(message)
             self._send(self.membership.handle(peer, message, self._reactor.now()))
 
-    def _send(self, actions: list[tuple[bytes, Message]]) -> None:
-        sender = Sender(self.membership.cluster, self.membership.epoch, NOBODY, NOBODY)
+    def _make_room(self, newcomer: Register) -> None:
+        """Somebody wants that very rank: if whoever has it cannot be reached, its time is over."""
+        former = self.membership.members.get((newcomer.role, newcomer.rank))
+        if former is None or not former.connected or former.token == newcomer.token:
+            return
+        if not self._send_one(former.peer, _ANYBODY_THERE):
+            self._send(self.membership.lost(former.peer))
+
+    def _send(self, actions: Actions) -> None:
+        if self._journal is not None and self.membership.has_news:
+            self._journal.write(self.membership)
         for peer, message in actions:
-            self._endpoint.send(peer, envelope(sender, [(message, ())]))
+            self._send_one(peer, message)
 
-    def _disconnected(self, fd: int) -> None:
-        peer = self._peers.pop(fd, None)
-        if peer is not None:
-            self._ended[peer] = self._reactor.now()
+    def _send_one(self, peer: bytes, message: Message) -> bool:
+        sender = Sender(self.membership.cluster, self.membership.epoch, NOBODY, NOBODY)
+        return self._endpoint.send(peer, envelope(sender, [(message, ())]))
 
-    def _tick(self, now: float) -> None:
-        for peer, ended in list(self._ended.items()):
-            if now - ended >= GRACE_S:
-                del self._ended[peer]
+    def _look_soon(self) -> None:
+        """A connection has ended: if it is not renewed soon, its member is lost."""
+        self._reactor.call_later(self._grace_s / 2, self._look)
+
+    def _look(self) -> None:
+        """Who cannot be reached is lost, if that was so before."""
+        now = self._reactor.now()
+        peers = [member.peer for member in self.membership.connected]
+        unreachable = [peer for peer in peers if not self._send_one(peer, _ANYBODY_THERE)]
+        since = self._unreachable
+        self._unreachable = {peer: since.get(peer, now) for peer in unreachable}
+        for peer in unreachable:
+            if now - self._unreachable[peer] >= self._grace_s / 2:
+                del self._unreachable[peer]
                 self._send(self.membership.lost(peer))
+        if self._unreachable:
+            self._reactor.call_later(self._grace_s / 2, self._look)

@@ -27,6 +27,7 @@ from kvstore.protocol.messages import (
     Explain,
     HandedOver,
     InStep,
+    Joined,
     Message,
     Placement,
     ReadPlacement,
@@ -34,7 +35,7 @@ from kvstore.protocol.messages import (
 )
 from kvstore.protocol.messages import Shard as Placed
 from kvstore.protocol.serving import Serving
-from kvstore.transport.network import Network
+from kvstore.transport.network import HEARTBEAT_S, Network
 from kvstore.transport.zeromq import NETWORK
 
 log = logging.getLogger(__name__)
@@ -58,6 +59,7 @@ class Server:
         neighbourhood: memory for values that workers of this host read in place; None: none is shared.
         network: how others are reached, and reach it.
         runtime: the engine; None: the process's default.
+        heartbeat: seconds after which a scheduler that shows no life is taken for gone, and connected anew.
     """
 
     def __init__(
@@ -70,7 +72,9 @@ class Server:
         neighbourhood: Neighbourhood | None = None,
         network: Network = NETWORK,
         runtime: engine.Engine | None = None,
+        heartbeat: float = HEARTBEAT_S,
     ) -> None:
+        self._heartbeat = heartbeat
         self._scheduler = reachable(address)
         self._wanted = NOBODY if rank is None else rank
         self._bind, self._advertise = bind, advertise
@@ -87,6 +91,7 @@ class Server:
         self.address = self._own.address
         self.shards: dict[int, Shard] = {}  # by number
         self._session: Session | None = None
+        self._lost: dict[int, Departed] = {}  # workers
         self._moving: set[tuple[int, int]] = set()  # shards that are handed over, and the epoch
         self._asked: Future[Any] | None = None
         self._asked_at = 0.0
@@ -107,7 +112,9 @@ class Server:
         kernels.prepare()
         self._engine.retain()
         self._retained = True
-        session = Session(self._scheduler, "server", self._departed, self._placed, network=self._network)
+        session = Session(
+            self._scheduler, "server", self._changed, self._placed, network=self._network, heartbeat=self._heartbeat
+        )
         self._session = session
         try:
             session.register(self._wanted, self.address, connect_timeout, JOIN_TIMEOUT_S)
@@ -156,18 +163,22 @@ class Server:
 
     # --- on the session's thread ----------------------------------------------------------------
 
-    def _departed(self, gone: Departed) -> None:
-        def tell() -> None:
-            for shard in self.shards.values():
-                shard.departed(gone)
-
-        if gone.role == "worker":
-            self._reactor.post(tell)
+    def _changed(self, change: Departed | Joined) -> None:
+        self._reactor.post(lambda: self._take_change(change))
 
     def _placed(self, placement: Placement) -> None:
         self._reactor.post(lambda: self._place(placement))
 
     # --- in the loop ----------------------------------------------------------------------------
+
+    def _take_change(self, change: Departed | Joined) -> None:
+        """A member is gone, or a worker has joined."""
+        if isinstance(change, Joined):
+            self._lost.pop(change.rank, None)
+        elif change.role == "worker" and change.reason:
+            self._lost[change.rank] = change
+        for shard in self.shards.values():
+            shard.changed(change)
 
     def _place(self, placement: Placement) -> None:
         """Have those shards which the scheduler says."""
@@ -192,7 +203,7 @@ class Server:
         assert self._session is not None
         if shard.is_replica:
             log.info("shard %d: this server takes over, in epoch %d", number, placed.epoch)
-            shard.take_over(placed.epoch, self._session.departed)
+            shard.take_over(placed.epoch, self._lost.values())
         if placed.replica == NOBODY:
             if shard.replicated_in:
                 log.warning("shard %d: its replica is gone; it goes on unreplicated", number)

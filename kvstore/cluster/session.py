@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from kvstore.cluster.address import reachable
@@ -22,6 +23,7 @@ from kvstore.cluster.near import Neighbourhood
 from kvstore.errors import (
     ClosedError,
     DeadlineError,
+    FencedError,
     KVStoreError,
     ProtocolError,
     ServerLostError,
@@ -29,10 +31,16 @@ from kvstore.errors import (
 )
 from kvstore.protocol.messages import (
     NOBODY,
+    PRIORITY_MAX,
+    Admit,
     Departed,
+    Enter,
     Explain,
     Explanation,
     Fetch,
+    Freeze,
+    Frozen,
+    Joined,
     Leave,
     Meet,
     Message,
@@ -46,8 +54,9 @@ from kvstore.protocol.messages import (
     decode,
     envelope,
 )
+from kvstore.protocol.pieces import Key
 from kvstore.protocol.requesting import CREDIT_FREE_BYTES, Answered, Divide, Outcome, Refused, Request, Requesting
-from kvstore.transport.network import Frames, Line, Network
+from kvstore.transport.network import HEARTBEAT_S, Frames, Link, Network
 from kvstore.transport.zeromq import NETWORK
 
 log = logging.getLogger(__name__)
@@ -69,37 +78,49 @@ class Session:
     Args:
         address: the scheduler's.
         role: ``worker`` or ``server``; ``observer`` registers nowhere.
-        on_departed: called on the session's thread for every member that is gone.
+        on_change: called on the session's thread for every member that is gone, and every worker that joined.
         on_placement: called there whenever shards have changed their servers. A worker needs none: it follows them.
         neighbourhood: this process's memory that others on its host may read.
         network: how the others are reached.
+        on_loss: a worker's policy for workers that are lost.
+        heartbeat: seconds after which a scheduler that shows no life is taken for gone, and connected anew.
     """
 
     def __init__(
         self,
         address: str,
         role: str,
-        on_departed: Callable[[Departed], None] | None = None,
+        on_change: Callable[[Departed | Joined], None] | None = None,
         on_placement: Callable[[Placement], None] | None = None,
         neighbourhood: Neighbourhood | None = None,
+        *,
         network: Network = NETWORK,
+        on_loss: str = "",
+        heartbeat: float = HEARTBEAT_S,
     ) -> None:
         self.address = reachable(address)
         self.role = role
         self.sender = Sender(0, 0, NOBODY, NOBODY)
-        self.num_workers = 0
+        self.num_workers = 0  # that the cluster was started with
+        self.workers: set[int] = set()  # who takes part now
+        self.lost_workers: set[int] = set()
+        self.joins = False  # new to a running job: `join` is to be called
         self.servers: tuple[str, ...] = ()
-        self.departed: list[Departed] = []
+        self.departed: list[Departed] = []  # servers
         self.neighbourhood = neighbourhood or Neighbourhood(0)
         self.near: set[int] = set()  # servers whose memory can be mapped here, and the other way round
-        self._on_departed = on_departed
+        self._on_change = on_change
         self._on_placement = on_placement
         self._placed = 0  # the epoch of the placement
         self._meeting: dict[int, int] = {}  # shards that have moved, while it is found out whether they are near
         self._strange: set[int] = set()  # those that turned out to be far
+        self._on_loss = on_loss
+        self._heartbeat_s = heartbeat
+        self._own_address = ""
+        self._token = secrets.randbits(62)
         self._requests = Requesting()
         self._unanswered: dict[int, tuple[Request, OnOutcome]] = {}
-        self._connections: dict[int, Line] = {}
+        self._connections: dict[int, Link] = {}
         self._heard_at: dict[int, float] = {}
         self._ids = 0
         self._lock = threading.Lock()
@@ -108,9 +129,7 @@ class Session:
         self._network = network
         self._reactor = network.loop(f"kvstore-{role}", self._tick, lambda: bool(self._requests.open))
         try:
-            self._connections[SCHEDULER] = network.connect(
-                self._reactor, address, lambda frames: self._receive(SCHEDULER, frames)
-            )
+            self._connections[SCHEDULER] = self._connect_scheduler()
         except KVStoreError:
             self._reactor.abandon()
             raise
@@ -127,9 +146,9 @@ class Session:
             DeadlineError: the cluster was not complete within ``timeout`` seconds.
             PeerError: the scheduler refused.
         """
+        self._own_address = own_address
         hello = self.ask(SCHEDULER, lambda i: Explain(i, 0))
-        host, token = socket.gethostname(), secrets.randbits(62)
-        joined = self.ask(SCHEDULER, lambda i: Register(i, self.role, rank, own_address, host, os.getpid(), token))
+        joined = self.ask(SCHEDULER, lambda i: self._registration(i, rank, 0))
         try:
             hello.result(connect_timeout)
         except TimeoutError as error:
@@ -145,7 +164,46 @@ class Session:
             ) from error
         assert isinstance(roster, Roster)
         self.num_workers, self.servers = roster.num_workers, self.servers or roster.servers
+        self.joins = roster.joins
         self.sender = Sender(self.sender.cluster, self.sender.epoch, roster.rank, roster.incarnation)
+
+    def _registration(self, request_id: int, rank: int, incarnation: int) -> Register:
+        host, pid = socket.gethostname(), os.getpid()
+        return Register(
+            request_id, self.role, rank, self._own_address, host, pid, self._token, incarnation, self._on_loss
+        )
+
+    def join(self, timeout_s: float) -> None:
+        """Enter a running job: take part in every key from one round after the largest that anybody has begun.
+
+        Raises:
+            DeadlineError: a server did not answer within ``timeout_s`` seconds.
+        """
+        servers = range(len(self.servers))
+        frozen = self._ask_each(servers, Freeze, timeout_s)
+        rounds: dict[Key, int] = {}
+        for answer in frozen:
+            assert isinstance(answer, Frozen)
+            for key, round in answer.rounds.items():
+                rounds[key] = max(rounds.get(key, 0), round)
+        self._ask_each(servers, lambda i: Admit(i, rounds), timeout_s)
+        self._ask_each([SCHEDULER], Enter, timeout_s)
+        self.joins = False
+        self.workers.add(self.sender.rank)
+
+    def _ask_each(self, whom: Sequence[int], make: Callable[[int], Message], timeout_s: float) -> list[Message]:
+        """Their answers."""
+        asked = [self.ask(server, make) for server in whom]
+        answers = []
+        for server, answer in zip(whom, asked, strict=True):
+            try:
+                answers.append(answer.result(timeout_s))
+            except TimeoutError as error:
+                if answer.done():
+                    raise
+                why = self.explain(server, 0)
+                raise DeadlineError(f"joining: no answer after {timeout_s:g} s; {why}") from error
+        return answers
 
     def connect_servers(self) -> None:
         """Connect to all servers of the roster."""
@@ -176,6 +234,7 @@ class Session:
                 met = answer.result(MEET_S)
                 if isinstance(met, Met) and self.neighbourhood.reaches(server, met.probe):
                     self.near.add(server)
+                    self._reactor.call(partial(self._connections[server].shorten, met.line))
 
     def future(self) -> Future[Any]:
         """A future that answers will settle."""
@@ -266,6 +325,39 @@ class Session:
 
     # --- within the reactor's loop ----------------------------------------------------------------
 
+    def _connect_scheduler(self) -> Link:
+        """A connection that is replaced when it ends, so that Register is the first thing that the next one brings."""
+        connection = self._network.connect(
+            self._reactor,
+            self.address,
+            lambda frames: self._receive(SCHEDULER, frames),
+            lambda: self._reactor.post(lambda: self._reconnect(connection)),
+            self._heartbeat_s,
+        )
+        return connection
+
+    def _reconnect(self, ended: Link) -> None:
+        if self._connections[SCHEDULER] is not ended or self._closed is not None:
+            return
+        ended.close()
+        self._connections[SCHEDULER] = self._connect_scheduler()
+        if self.sender.incarnation != NOBODY:  # and so it is a member, which that connection must be told first
+            registration = self._registration(self.next_id(), self.sender.rank, self.sender.incarnation)
+            again = Request(SCHEDULER, registration, priority=PRIORITY_MAX)
+            with self._lock:
+                self._unanswered[again.request_id] = again, self._renewed
+            self._requests.submit(again)
+        self._requests.resend(SCHEDULER)
+        self._pump()
+
+    def _renewed(self, outcome: Outcome | Divide) -> None:
+        """The scheduler's answer to a member that is back."""
+        if isinstance(outcome, Refused):
+            if isinstance(outcome.error, FencedError):
+                self._fail_all(outcome.error)
+            elif self._closed is None:
+                log.warning("%r: the scheduler does not take it back: %s", self, outcome.error)
+
     def _take_inbox(self) -> None:
         with self._lock:
             inbox, self._inbox = self._inbox, []
@@ -311,7 +403,7 @@ class Session:
                 self._settle(outcome)
             return
         self._heard_at[server] = self._reactor.now()
-        if server == SCHEDULER and sender.cluster:
+        if server == SCHEDULER and self.sender.cluster in (0, sender.cluster):
             self.sender = Sender(sender.cluster, sender.epoch, self.sender.rank, self.sender.incarnation)
         position = 1
         for message, count in messages:
@@ -320,24 +412,40 @@ class Session:
             if isinstance(message, Departed):
                 self._take_departed(message)
                 continue
+            if isinstance(message, Joined):
+                self.workers.add(message.rank)
+                self.lost_workers.discard(message.rank)
+                if self._on_change is not None:
+                    self._on_change(message)
+                continue
             if isinstance(message, Placement):
                 self._take_placement(message)  # which may also be the answer to a question
             if isinstance(message, Met) and self._meeting.get(server) == message.request_id:
-                self._moved(server, self.neighbourhood.reaches(server, message.probe))
+                near = self.neighbourhood.reaches(server, message.probe)
+                if near:
+                    self._connections[server].shorten(message.line)
+                self._moved(server, near)
                 continue
+            if isinstance(message, Roster):
+                self.workers = set(message.workers)
             concluded = self._requests.reply(message, payload)
             if concluded is not None:
                 self._settle(concluded)
         self._pump()
 
     def _take_departed(self, message: Departed) -> None:
-        self.departed.append(message)
-        if message.role == "server":
+        if message.role == "worker":
+            if message.reason:
+                self.lost_workers.add(message.rank)
+            if message.on_loss == "continue" or not message.reason:
+                self.workers.discard(message.rank)
+        else:
+            self.departed.append(message)
             error = ServerLostError(f"server {message.rank} is gone: {message.reason or 'it was stopped'}")
             for outcome in self._requests.abandon(message.rank, error):
                 self._settle(outcome)
-        if self._on_departed is not None:
-            self._on_departed(message)
+        if self._on_change is not None:
+            self._on_change(message)
 
     # --- shards that move -------------------------------------------------------------------------
 
@@ -398,7 +506,7 @@ class Session:
 
     def _server_gone(self, server: int) -> ServerLostError | None:
         for gone in self.departed:
-            if gone.role == "server" and gone.rank == server:
+            if gone.rank == server:
                 return ServerLostError(f"server {server} is gone: {gone.reason or 'it was stopped'}")
         return None
 

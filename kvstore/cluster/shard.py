@@ -11,7 +11,7 @@ It is the shard's primary, or a replica that follows the primary's log until it 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
@@ -39,7 +39,7 @@ from kvstore.protocol.messages import (
     Failed,
     Fetch,
     Init,
-    Leave,
+    Joined,
     Meet,
     Message,
     Met,
@@ -160,14 +160,24 @@ class Shard:
         if not follow:
             self._take_early()
 
-    def departed(self, gone: Departed) -> None:
-        """The scheduler says that a worker is gone."""
-        self._take_all_back(gone.rank)
-        if gone.reason and self._replica is None:  # a replica is told by its primary's log
-            known = self.serving.incarnations.get(gone.rank, NOBODY)
-            actions = self.serving.lost(gone.rank, gone.reason)
-            self._conclude(gone.rank, known, Leave(0, gone.reason), actions)
-            self._flush()
+    def changed(self, change: Departed | Joined) -> None:
+        """The scheduler says that a member is gone, or that a worker has joined."""
+        if isinstance(change, Joined):
+            self._take_all_back(change.rank, change.incarnation - 1)
+            return
+        if change.role != "worker" or change.stays:
+            return
+        if not (change.reason and change.on_loss == "wait"):  # then it may go on reading when it is back
+            self._take_all_back(change.rank, change.incarnation)
+        if self.is_replica:
+            return  # its primary's log will tell
+        if not change.reason:
+            self.serving.forget(change.rank)
+            return
+        now = self._reactor.now()
+        lost = self.serving.lost(change.rank, change.reason, change.on_loss, change.incarnation, now)
+        self._conclude(NOBODY, NOBODY, change, lost)
+        self._flush()
 
     # --- replication --------------------------------------------------------------------------
 
@@ -180,19 +190,18 @@ class Shard:
         """The epoch of its log; 0: it has none, and commits alone."""
         return 0 if self._stream is None else self._stream.log.epoch
 
-    def take_over(self, epoch: int, departed: Sequence[Departed]) -> None:
-        """The replica becomes primary. ``departed``: all who are gone, of whom the log may not have told."""
+    def take_over(self, epoch: int, lost: Iterable[Departed]) -> None:
+        """The replica becomes primary. ``lost``: the workers that are, of whom the log may not have told."""
         self._replica = None
         self.epoch = epoch
-        for gone in departed:
-            if gone.role == "worker" and gone.rank not in self.serving.gone:
-                self.departed(gone)
+        for gone in lost:
+            self.changed(gone)
         self._take_early()
 
     def _take_early(self) -> None:
         early, self._early = self._early, []
         for peer, frames in early:
-            self._receive(peer, frames, -1)
+            self._receive(peer, frames)
 
     def replicate(self, epoch: int, address: str, on_in_step: Callable[[], None]) -> None:
         """From here on there is a replica, new and empty."""
@@ -262,7 +271,7 @@ class Shard:
         counted = [self._stored[piece] for piece, _ in self.serving.counted()]
         return {"keys": len(keys), "bytes": sum(stored.value.nbytes for stored in counted)}
 
-    def _receive(self, peer: bytes, frames: Frames, fd: int) -> None:
+    def _receive(self, peer: bytes, frames: Frames) -> None:
         if self._closed:
             return  # who has sent it will send it to the next primary
         if not self._served:
@@ -309,7 +318,8 @@ class Shard:
             return
         if isinstance(message, Meet):
             met = self._neighbourhood.reaches(sender.rank, message.probe)
-            self._outbox(peer).put(Met(message.request_id, self._neighbourhood.probe() if met else None))
+            probe, line = (self._neighbourhood.probe(), self._endpoint.offer(peer)) if met else (None, "")
+            self._outbox(peer).put(Met(message.request_id, probe, line))
             return
         try:
             arrays = self._check(sender.rank, message, payload)
@@ -533,7 +543,7 @@ class Shard:
         stored, request_id = self._stored[action.piece], action.request_id
         if action.near and action.piece not in self._shared:
             self._share(action.piece)
-        reader = Reader(action.rank, self.serving.incarnations[action.rank], request_id)
+        reader = Reader(action.rank, self.serving.workers.incarnations[action.rank], request_id)
 
         def make() -> Outgoing:
             place = self._lend_in_place(action.piece, reader) if action.near else None
@@ -675,10 +685,10 @@ class Shard:
             self._unflushed[peer] = outbox
             self._reactor.post(self._flush)
 
-    def _take_all_back(self, rank: int) -> None:
-        """A worker is gone and reads nothing any more."""
+    def _take_all_back(self, rank: int, incarnation: int) -> None:
+        """That life of a worker is over, and reads nothing any more."""
         with self._lending_lock:
-            over = self._lending.gone(rank)
+            over = self._lending.gone(rank, incarnation)
         for piece, reader in over:
             if piece in self._stored:
                 self._stored[piece].give_back(reader)

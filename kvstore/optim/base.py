@@ -147,4 +147,3 @@ class Optimizer(ABC):
                 value = value.to_wire()
             described[field.name] = list(value) if isinstance(value, tuple) else value
         return described
-

@@ -68,7 +68,13 @@ class Lending:
             self._readers[piece, speaker.rank] = [reader for reader in readers if reader not in over]
         return over
 
-    def gone(self, rank: int) -> list[tuple[PieceId, Reader]]:
-        """The worker has left or is lost. Returns its readers, all of which have finished."""
-        mine = [key for key in self._readers if key[1] == rank]
-        return [(piece, reader) for piece, _ in mine for reader in self._readers.pop((piece, rank))]
+    def gone(self, rank: int, incarnation: int) -> list[tuple[PieceId, Reader]]:
+        """The worker has left or is lost, in that life. Returns its readers until then, all of which have finished."""
+        over: list[tuple[PieceId, Reader]] = []
+        for key in [key for key in self._readers if key[1] == rank]:
+            readers = self._readers.pop(key)
+            over += [(key[0], reader) for reader in readers if reader.incarnation <= incarnation]
+            alive = [reader for reader in readers if reader.incarnation > incarnation]
+            if alive:
+                self._readers[key] = alive
+        return over

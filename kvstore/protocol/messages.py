@@ -80,7 +80,10 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Init(Message):
-    """Create a piece. The one from rank 0 carries the value; the others check and wait for it."""
+    """Create a piece. The first worker's carries the value; the others check and wait for it.
+
+    Who is the first, the smallest rank that takes part, the server decides: it says Missing if the value did not come.
+    """
 
     key: Key
     piece: int
@@ -181,9 +184,25 @@ class Explain(Message):
 
 @dataclass(frozen=True, slots=True)
 class Leave(Message):
-    """The sender leaves: in order when ``reason`` is empty, else because it failed."""
+    """The sender leaves the rounds: in order when ``reason`` is empty, else because it failed.
+
+    ``stays``: it remains in the cluster and may pull; else it is gone.
+    """
 
     reason: str
+    stays: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Freeze(Message):
+    """The sender wants to join: say which rounds have begun, and let none begin until it has, or is gone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Admit(Message):
+    """The sender joins each of these keys from the round after this one, and those that will be created."""
+
+    rounds: dict[Key, int]
 
 
 # --- server to worker ---------------------------------------------------------------------------
@@ -238,9 +257,12 @@ class Divided(Message):
 
 @dataclass(frozen=True, slots=True)
 class Met(Message):
-    """The answer to :class:`Meet`: a place in the server's memory, if it could read the worker's."""
+    """The answer to :class:`Meet`: if the server could read the worker's memory, a place in its own, and a line
+    (see :mod:`kvstore.transport.lines`) that the worker may open; "" for none.
+    """
 
     probe: Place | None
+    line: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,7 +285,16 @@ class Failed(Message):
     text: str
 
 
+@dataclass(frozen=True, slots=True)
+class Frozen(Message):
+    """The answer to :class:`Freeze`: for each key the largest round that anybody has begun on this server."""
+
+    rounds: dict[Key, int]
+
+
 # --- with the scheduler -------------------------------------------------------------------------
+
+ON_LOSS = ("fail", "wait", "continue")  # what is to happen when a worker is lost
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,6 +302,8 @@ class Register(Message):
     """A worker or server presents itself. ``rank`` -1: any. ``address``: a server's own.
 
     ``token`` is drawn at random by the sender: the same one again is the same member again.
+    ``incarnation`` is what it was told when it registered before, 0 the first time. ``on_loss``: a worker's policy
+    for workers that are lost, one of :data:`ON_LOSS`.
     """
 
     role: str
@@ -279,6 +312,8 @@ class Register(Message):
     host: str
     pid: int
     token: int
+    incarnation: int = 0
+    on_loss: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,8 +322,10 @@ class Roster(Message):
 
     rank: int
     incarnation: int
-    num_workers: int
+    num_workers: int  # that the cluster was started with
     servers: tuple[str, ...]
+    workers: tuple[int, ...] = ()  # the ranks that take part now
+    joins: bool = False  # the worker is new to a running job: it has to be admitted by the servers, then Enter
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,11 +337,30 @@ class Barrier(Message):
 
 @dataclass(frozen=True, slots=True)
 class Departed(Message):
-    """From the scheduler to all: a member is gone; in order when ``reason`` is empty."""
+    """From the scheduler to all: a member is gone (or, with ``stays``, a worker only left the rounds).
+
+    In order when ``reason`` is empty; else ``on_loss`` says what is to become of the rounds of a worker.
+    """
 
     role: str
     rank: int
     reason: str
+    incarnation: int = 1
+    on_loss: str = "fail"
+    stays: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Joined(Message):
+    """From the scheduler to all: this worker takes part now, or is back."""
+
+    rank: int
+    incarnation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Enter(Message):
+    """The sender has been admitted by all servers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -431,7 +487,7 @@ class Restore(Message):
     closed: int
     version: int
     rounds: tuple[tuple[int, int], ...]  # (rank, round) in effect
-    left: tuple[tuple[int, int], ...]
+    away: tuple[tuple[int, int, int], ...]  # (rank, first, last) rounds of which it is not a member
     generation: int
     step: int
     written: bool  # a worker wrote the state
@@ -446,6 +502,19 @@ class RestoreSetting(Message):
     optimizer: dict[str, Any]
     since: dict[Key, int]
     generation: int
+    asked: dict[str, Any]  # the one that was set, before its numbers were changed
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreWorkers(Message):
+    """In an entry: what the primary knows of the workers, see :class:`kvstore.protocol.workers.Workers`."""
+
+    members: tuple[int, ...]
+    known: tuple[int, ...]
+    incarnations: tuple[tuple[int, int], ...]
+    admitted: tuple[tuple[int, int], ...]
+    missed: tuple[tuple[int, str], ...]
+    hopeless: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -603,8 +672,23 @@ def _logged(value: Any) -> Message:
     return message
 
 
+def _absence(value: Any) -> tuple[int, int, int]:
+    if not isinstance(value, list | tuple) or len(value) != 3:
+        raise ValueError("a rank, and the first and last round of its absence")
+    return _natural(value[0]), _natural(value[1]), _natural(value[2])
+
+
+def _missed(value: Any) -> tuple[int, str]:
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise ValueError("a rank and a reason")
+    return _natural(value[0]), _text(value[1])
+
+
 _pairs = _many(_pair, 1 << 20)
+_absences = _many(_absence, 1 << 20)
+_reasons = _many(_missed, 1 << 20)
 _name_list = _many(_text, 64)
+_rank_list = _many(_natural, 1 << 20)
 _address_list = _many(_text, 1 << 16)
 _key_list = _many(key, BUNDLE_KEYS_MAX)
 _held = _many(_natural, HELD_MAX)
@@ -619,9 +703,11 @@ FORMS: dict[int, tuple[type[Message], tuple[Check, ...]]] = {
     7: (ReadState, (key, _natural)),
     8: (WriteState, (key, _natural, _natural, _name_list, _name_list)),
     9: (Explain, (_natural,)),
-    10: (Leave, (_text,)),
+    10: (Leave, (_text, _flag)),
     11: (Meet, (_place,)),
     12: (Bind, (_bundle, _key_list)),
+    13: (Freeze, ()),
+    14: (Admit, (_since,)),
     32: (Initialized, (_natural,)),
     33: (Accepted, ()),
     34: (Committed, ()),
@@ -631,20 +717,23 @@ FORMS: dict[int, tuple[type[Message], tuple[Check, ...]]] = {
     38: (Done, ()),
     39: (Explanation, (_text,)),
     40: (Failed, (_text, _text)),
-    41: (Met, (_maybe_place,)),
+    41: (Met, (_maybe_place, _text)),
     42: (Divided, (_flag,)),
-    64: (Register, (_text, _rank, _text, _text, _natural, _natural)),
-    65: (Roster, (_natural, _natural, _natural, _address_list)),
+    43: (Frozen, (_since,)),
+    64: (Register, (_text, _rank, _text, _text, _natural, _natural, _natural, _text)),
+    65: (Roster, (_natural, _natural, _natural, _address_list, _rank_list, _flag)),
     66: (Barrier, (_natural,)),
-    67: (Departed, (_text, _natural, _text)),
+    67: (Departed, (_text, _natural, _text, _natural, _text, _flag)),
     68: (ReadStatus, ()),
     69: (Status, (_report,)),
-    70: (Placement, (_natural, _many(_shard, 1 << 16))),
-    71: (Standby, (_natural, _natural, _text)),
-    72: (InStep, (_natural, _natural)),
-    73: (HandedOver, (_natural, _natural)),
-    74: (Drain, (_natural,)),
-    75: (ReadPlacement, ()),
+    70: (Joined, (_natural, _natural)),
+    71: (Enter, ()),
+    72: (Placement, (_natural, _many(_shard, 1 << 16))),
+    73: (Standby, (_natural, _natural, _text)),
+    74: (InStep, (_natural, _natural)),
+    75: (HandedOver, (_natural, _natural)),
+    76: (Drain, (_natural,)),
+    77: (ReadPlacement, ()),
     96: (Entry, (_natural, _rank, _rank, _logged)),
     97: (Taken, (_natural,)),
     98: (Updated, (_target, _natural, _natural, _pairs)),
@@ -652,14 +741,28 @@ FORMS: dict[int, tuple[type[Message], tuple[Check, ...]]] = {
     100: (SplitBundle, (_bundle,)),
     101: (
         Restore,
-        (key, _natural, _spec, _natural, _natural, _pairs, _pairs, _natural, _natural, _flag, _name_list, _name_list),
+        (
+            key,
+            _natural,
+            _spec,
+            _natural,
+            _natural,
+            _pairs,
+            _absences,
+            _natural,
+            _natural,
+            _flag,
+            _name_list,
+            _name_list,
+        ),
     ),
-    102: (RestoreSetting, (_described, _since, _natural)),
-    103: (Arrived, ()),
+    102: (RestoreSetting, (_described, _since, _natural, _described)),
+    103: (RestoreWorkers, (_rank_list, _rank_list, _pairs, _pairs, _reasons, _rank_list)),
+    104: (Arrived, ()),
 }
 LOGGED = (
-    Init, Bind, Drop, SetOptimizer, SetHyperparameters, WriteState, Leave,
-    Updated, UniteBundle, SplitBundle, Restore, RestoreSetting, Arrived,
+    Init, Bind, Drop, SetOptimizer, SetHyperparameters, WriteState, Leave, Admit, Departed,
+    Updated, UniteBundle, SplitBundle, Restore, RestoreSetting, RestoreWorkers, Arrived,
 )  # fmt: skip
 _KINDS = {form[0]: kind for kind, form in FORMS.items()}
 _FIELDS = {form[0]: tuple(form[0].__dataclass_fields__)[1:] for form in FORMS.values()}

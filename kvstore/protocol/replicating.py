@@ -26,8 +26,10 @@ from kvstore.consistency import Level, Update
 from kvstore.errors import FencedError, ProtocolError
 from kvstore.protocol.messages import (
     NOBODY,
+    Admit,
     Arrived,
     Bind,
+    Departed,
     Done,
     Drop,
     Entry,
@@ -38,6 +40,7 @@ from kvstore.protocol.messages import (
     Message,
     Restore,
     RestoreSetting,
+    RestoreWorkers,
     SetHyperparameters,
     SetOptimizer,
     SplitBundle,
@@ -62,6 +65,7 @@ from kvstore.protocol.serving import (
 )
 from kvstore.protocol.settings import Setting
 
+_AS_THEY_ARE = Bind | SetOptimizer | SetHyperparameters | Leave | Admit | Departed  # entries of the log
 RESEND_S = 2.0  # without news of the replica, all that it has not taken is sent again
 
 
@@ -118,13 +122,10 @@ class Log:
         for bundle in serving.bundles.values():
             self._add(Bind(0, bundle.id, bundle.keys))
         for setting in serving.settings:
-            self._add(RestoreSetting(0, setting.rule.to_wire(), setting.since, setting.generation))
-        self._incarnations = dict(serving.incarnations)
-        for rank, incarnation in self._incarnations.items():
-            self._add(Arrived(0), rank, incarnation)
-        for rank, reason in serving.gone.items():
-            self._add(Leave(0, reason), rank, self._incarnations.get(rank, 0))
-        self._add(Arrived(0))  # so that there is an end, even of nothing
+            rule, asked = setting.rule.to_wire(), setting.asked.to_wire()
+            self._add(RestoreSetting(0, rule, setting.since, setting.generation, asked))
+        self._incarnations = dict(serving.workers.incarnations)
+        self._add(serving.workers.described())
         self._snapshot_end = self._number
         return steps
 
@@ -133,14 +134,14 @@ class Log:
         if self._incarnations.get(rank) != incarnation and rank >= 0:
             self._incarnations[rank] = incarnation
             self._add(Arrived(0), rank, incarnation)
-        if isinstance(message, Bind | SetOptimizer | SetHyperparameters | Leave) and not _failed(actions, message):
+        if isinstance(message, _AS_THEY_ARE) and not _failed(actions, message):
             self._add(message, rank, incarnation)
         numbers: list[int] = []
         for action in actions:
             number = 0
             match action:
-                case Create(piece, _, _):
-                    number = self._latest[piece] = self._add(message, rank, incarnation, ready=False)
+                case Create(piece, spec, _):
+                    number = self._latest[piece] = self._add(Init(0, *piece, spec), ready=False)  # type: ignore[arg-type]
                 case Apply(piece, round, _, _, _, contributions):
                     update = Updated(0, *piece, round, contributions)
                     number = self._latest[piece] = self._add(update, ready=False)
@@ -234,10 +235,10 @@ def _failed(actions: list[Action], message: Message) -> bool:
 def _restore(key: Any, number: int, piece: Piece) -> Restore:
     level = piece.level
     rounds = tuple((p, level.effective(p)) for p in level.rounds)
-    left = tuple((p, min(last, level.effective(p))) for p, last in level.left.items())
+    away = tuple((p, *span) for p, spans in level.away.items() for span in spans)
     written = piece.written is not None
     return Restore(
-        0, key, number, piece.spec, level.closed, level.version, rounds, left, piece.generation, piece.steps, written,
+        0, key, number, piece.spec, level.closed, level.version, rounds, away, piece.generation, piece.steps, written,
         (), (),
     )  # fmt: skip
 
@@ -290,8 +291,9 @@ def follow(serving: Serving, entry: Entry, payload: object, now: float) -> list[
             return [action for action in serving.moved() if isinstance(action, Split)]
         case Restore():
             return _create(serving, message, payload)
-        case RestoreSetting(_, optimizer, since, generation):
-            serving.settings.restore(Setting(since, serving.parse_optimizer(optimizer), generation))
+        case RestoreSetting(_, optimizer, since, generation, asked):
+            rules = serving.parse_optimizer(optimizer), serving.parse_optimizer(asked)
+            serving.settings.restore(Setting(since, rules[0], generation, rules[1]))
         case SetOptimizer():  # what it does to bundles is in the log by itself
             rule = serving.parse_optimizer(message.optimizer)
             serving.settings.set(rule, message.since, replace=message.replace, by=entry.rank)
@@ -299,12 +301,19 @@ def follow(serving: Serving, entry: Entry, payload: object, now: float) -> list[
             serving.settings.change(message.changes, message.since)
         case Arrived():
             if entry.rank >= 0:
-                serving.incarnations[entry.rank] = entry.incarnation
-                serving.gone.pop(entry.rank, None)
+                serving.workers.hear(entry.rank, entry.incarnation, now)
+        case RestoreWorkers():
+            serving.workers.restore(message)
         case Bind():
             serving.bind(message)
-        case Init() | Drop() | WriteState() | Leave():
-            actions = serving.handle(entry.rank, entry.incarnation, message, payload, now)
+        case Departed():
+            serving.lost(message.rank, message.reason, message.on_loss, message.incarnation, now)
+        case Init() | Drop() | WriteState() | Leave() | Admit():
+            rank, incarnation = entry.rank, entry.incarnation
+            if isinstance(message, Init):  # it was created, whoever came first
+                rank = serving.workers.first or 0
+                incarnation = serving.workers.incarnations.get(rank, 1)
+            actions = serving.handle(rank, incarnation, message, payload, now)
             if _failed(actions, message):
                 raise ProtocolError(f"log: {message} failed here: {actions}")
             return [action for action in actions if not isinstance(action, Reply | ReplyAfter | ReplyValue | SendState)]
@@ -325,7 +334,9 @@ def _update(serving: Serving, message: Updated, payload: object) -> Apply:
 def _create(serving: Serving, message: Restore, payload: Any) -> list[Action]:
     piece_id = (message.key, message.piece)
     level = Level(consistency.parse(message.spec.cluster_model), tuple(p for p, _ in message.rounds))
-    level.rounds, level.left = dict(message.rounds), dict(message.left)
+    level.rounds = dict(message.rounds)
+    for participant, first, last in message.away:
+        level.away.setdefault(participant, []).append((first, last))
     level.closed, level.version = message.closed, message.version
     piece = Piece(message.spec, level, {p: n for p, n in message.rounds if n})
     piece.generation, piece.steps = message.generation, message.step

@@ -21,7 +21,7 @@ from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 
 from kvstore.errors import KVStoreError, from_wire
-from kvstore.protocol.messages import Accepted, Committed, Divided, Failed, Message, Missing, Push
+from kvstore.protocol.messages import Accepted, Committed, Divided, Failed, Init, Message, Missing, Push
 from kvstore.protocol.pieces import PIECE_BYTES
 
 CREDIT_BYTES = 2 * PIECE_BYTES  # what an urgent piece may have to wait for
@@ -43,8 +43,8 @@ class Request:
     channel: Hashable = None  # requests of one channel keep their order; None: no order
     is_push: bool = False
     is_pull: bool = False
+    accepted: bool = False  # the server has its payload, or does not need it
     sequence: int = field(default=0, init=False)
-    accepted: bool = field(default=False, init=False)
     committed: bool = field(default=False, init=False)
     holds_credit: bool = field(default=False, init=False)
     queued: bool = field(default=False, init=False)
@@ -194,6 +194,12 @@ class Requesting:
             if request.sent_times and not request.queued:
                 self._enqueue(request)
 
+    def resend(self, server: int) -> None:
+        """The connection to ``server`` was renewed: send again what it has not answered."""
+        for request in self.open.values():
+            if request.server == server and request.sent_times:
+                self._enqueue(request)
+
     def change(self, server: int, revise: Callable[[Request], None]) -> None:
         """Revise the open requests to ``server``."""
         for request in self.open.values():
@@ -297,5 +303,5 @@ class Requesting:
 
 
 def _is_bare(request: Request) -> bool:
-    """Is it enough to ask what became of it?"""
-    return request.accepted and isinstance(request.message, Push)
+    """Is it enough to ask what became of it, or to wait for another's?"""
+    return request.accepted and isinstance(request.message, Push | Init)

@@ -1,21 +1,34 @@
-"""The scheduler's conclusions: who belongs to the cluster, and who is awaited at a barrier. Pure."""
+"""The scheduler's conclusions: who belongs to the cluster, and who is awaited at a barrier. Pure.
+
+What this file decides: which rank and which life a process gets, whether a worker that comes to a running job returns
+under a lost rank or joins anew, who is told of it, and when a barrier opens. What a change means for the rounds
+of a key is decided by the servers, which server has what in :mod:`kvstore.protocol.placement`.
+
+Everything that must outlive the scheduler is in :class:`Member`, but for ``peer``, ``request_id``, ``heard`` and
+``waiting``: :meth:`Membership.records` says what has changed and has to be kept before the actions are performed.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import Any
 
 from kvstore.errors import DisagreementError, FencedError, KVStoreError, ProtocolError, WorkerLostError, to_wire
 from kvstore.protocol.messages import (
+    ON_LOSS,
     Barrier,
     Departed,
     Done,
     Drain,
+    Enter,
     Explain,
     Explanation,
     Failed,
     HandedOver,
     InStep,
+    Joined,
     Leave,
     Message,
     Placement,
@@ -29,11 +42,16 @@ from kvstore.protocol.messages import (
 from kvstore.protocol.placement import Placing
 
 Peer = Any  # how the shell addresses a connection; opaque here
+Actions = list[tuple[Peer, Message]]
 
 
 @dataclass(slots=True)
 class Member:
-    """A worker or a server, as the scheduler knows it."""
+    """A worker or a server, as the scheduler knows it.
+
+    ``state``: ``here``; ``joining`` until the servers have admitted it; ``apart``: it left the rounds and stays to
+    pull; ``left`` or ``lost``.
+    """
 
     role: str
     rank: int
@@ -44,10 +62,20 @@ class Member:
     pid: int
     token: int
     incarnation: int = 1
-    state: str = "here"  # here, left, lost
+    state: str = "here"
+    reason: str = ""  # why it is gone; "" if it left in order
     heard: float = 0.0
     barriers: int = 0  # how many it has passed
     waiting: Barrier | None = None
+
+    @property
+    def gone(self) -> bool:
+        return self.state in ("left", "lost")
+
+    @property
+    def connected(self) -> bool:
+        """Can something be sent to it?"""
+        return self.peer is not None and not self.gone
 
 
 @dataclass(slots=True)
@@ -62,14 +90,17 @@ class Membership:
     num_servers: int
     epoch: int = 1
     members: dict[tuple[str, int], Member] = field(default_factory=dict)
+    on_loss: str = ""  # the workers' policy; the first of them says it
+    started: bool = False  # all that it was started with have come
     replication: int = 0
     placing: Placing = field(init=False)
     drains: list[tuple[Peer, Drain]] = field(default_factory=list)  # not answered yet
+    _changed: dict[tuple[str, int], None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.placing = Placing(self.num_servers, self.replication)
 
-    def handle(self, peer: Peer, message: Message, now: float) -> list[tuple[Peer, Message]]:
+    def handle(self, peer: Peer, message: Message, now: float) -> Actions:
         """One message of a connection."""
         member = self._member_of(peer)
         if member is not None:
@@ -81,32 +112,67 @@ class Membership:
                 return [(peer, Status(message.request_id, self.report(now)))]
             if member is not None and isinstance(message, Barrier):
                 return self._barrier(member, message)
+            if member is not None and isinstance(message, Enter):
+                return [(peer, Done(message.request_id)), *self._enter(member)]
             if member is not None and isinstance(message, Leave):
-                return [(peer, Done(message.request_id)), *self._depart(member, message.reason)]
+                return [(peer, Done(message.request_id)), *self._depart(member, message.reason, stays=message.stays)]
             if isinstance(message, Drain):
                 return self._drain(peer, message)
             if member is not None and member.role == "server" and isinstance(message, Standby | InStep | HandedOver):
                 return [(peer, Done(message.request_id)), *self._told(member.rank, message)]
-            if isinstance(message, ReadPlacement):
-                if member is None or member.state != "here":
-                    raise FencedError("the scheduler does not count the sender among its members any more")
-                return [(peer, Placement(message.request_id, self.epoch, tuple(self.placing.shards)))]
+            if member is not None and isinstance(message, ReadPlacement):
+                return [(peer, self._placement(message.request_id))]
             if isinstance(message, Explain):
                 return [(peer, Explanation(message.request_id, self._explain(now)))]
             raise ProtocolError(f"the scheduler does not take {type(message).__name__} from a stranger")
         except KVStoreError as error:
             return [(peer, Failed(message.request_id, *to_wire(error)))]
 
-    def lost(self, peer: Peer) -> list[tuple[Peer, Message]]:
+    def lost(self, peer: Peer) -> Actions:
         """The connection ended and did not come back."""
         member = self._member_of(peer)
-        if member is None or member.state != "here":
+        if member is None or not member.connected:
             return []
         return self._depart(member, f"its connection ended (pid {member.pid} on {member.host})")
 
+    def recover(self, members: Iterable[Member]) -> None:
+        """Take over what :meth:`records` told an earlier scheduler's journal."""
+        self.members = {(member.role, member.rank): member for member in members}
+        if self.started:
+            servers = sorted((m for m in self.members.values() if m.role == "server"), key=lambda m: m.rank)
+            for member in servers:
+                self.placing.arrived(member.rank, member.address)
+            for member in servers:
+                if member.gone:
+                    self.placing.gone(member.rank)
+
+    def absent(self) -> Actions:
+        """Whoever has not come back to a scheduler that recovered is lost."""
+        gone = [m for m in self.members.values() if m.peer is None and not m.gone]
+        return [
+            action
+            for member in gone
+            for action in self._depart(member, f"it did not come back to the scheduler (pid {member.pid})")
+        ]
+
+    @property
+    def has_news(self) -> bool:
+        """Has anything changed that :meth:`records` would tell?"""
+        return bool(self._changed)
+
+    def records(self) -> list[Member]:
+        """The members that have changed since the last call."""
+        changed, self._changed = self._changed, {}
+        return [self.members[key] for key in changed]
+
     def here(self, role: str) -> list[Member]:
-        """Who of that role is in the cluster now, by rank."""
+        """Who of that role is in the cluster now and takes part, by rank."""
         return sorted((m for m in self.members.values() if m.role == role and m.state == "here"), key=lambda m: m.rank)
+
+    @property
+    def connected(self) -> list[Member]:
+        """Who can be sent something."""
+        return [member for member in self.members.values() if member.connected]
 
     def report(self, now: float) -> dict[str, Any]:
         """What ``kvstore status`` shows."""
@@ -119,6 +185,7 @@ class Membership:
                 "host": member.host,
                 "pid": member.pid,
                 "state": member.state,
+                "incarnation": member.incarnation,
                 "heard_s": round(now - member.heard, 3),
             }
 
@@ -131,6 +198,7 @@ class Membership:
             "epoch": self.epoch,
             "num_workers": self.num_workers,
             "num_servers": self.num_servers,
+            "on_worker_loss": self.on_loss,
             "workers": [row(m) for m in everybody if m.role == "worker"],
             "servers": [held(m) for m in everybody if m.role == "server"],
             "shards": [
@@ -142,29 +210,92 @@ class Membership:
     def _member_of(self, peer: Peer) -> Member | None:
         return next((m for m in self.members.values() if m.peer == peer), None)
 
-    def _register(self, peer: Peer, message: Register, now: float) -> list[tuple[Peer, Message]]:
+    def _keep(self, member: Member) -> None:
+        """It has changed."""
+        self._changed[member.role, member.rank] = None
+
+    def _tell(self, message: Message, besides: Member | None = None) -> Actions:
+        """Everybody is told, but for one perhaps."""
+        return [(m.peer, message) for m in self.connected if m is not besides]
+
+    # --- coming -------------------------------------------------------------------------------
+
+    def _register(self, peer: Peer, message: Register, now: float) -> Actions:
         size = {"worker": self.num_workers, "server": self.num_servers}.get(message.role)
         if size is None:
             raise ProtocolError(f"register: expected role 'worker' or 'server', got {message.role!r}")
         known = next((m for m in self.members.values() if m.token == message.token), None)
         if known is not None:  # the same process asks again: its connection was renewed
-            known.peer = peer
-            return self._welcome([known]) if self._complete() else []
-        taken = {m.rank for m in self.members.values() if m.role == message.role and m.state == "here"}
-        awaited = [r for r in range(size) if message.role == "server" and self.placing.awaits(r)]
-        complete = self._complete_once(message.role, size) and len(taken) + self._departed(message.role) >= size
-        if complete and not awaited:
-            raise DisagreementError(
-                f"the cluster is complete: it was started for {size} {message.role}s and has had them all"
+            return self._renew(known, peer, message, now)
+        if message.incarnation:
+            if (message.role, message.rank) in self.members:
+                raise FencedError(f"{message.role} {message.rank}: a newer one took over this rank")
+            raise ProtocolError(
+                f"{message.role} {message.rank}: not known here; was the scheduler restarted without its journal?"
             )
+        if message.role == "worker":
+            self._agree(message)
+        if not self.started:
+            return self._found(peer, message, size, now)
+        if message.role != "worker":
+            return self._replace(peer, message, now)
+        return self._come(peer, message, now)
+
+    def _agree(self, message: Register) -> None:
+        """All workers name the same policy."""
+        if message.on_loss not in ON_LOSS:
+            raise ProtocolError(
+                f"register: expected on_worker_loss among {', '.join(ON_LOSS)}; got {message.on_loss!r}"
+            )
+        if self.on_loss and self.on_loss != message.on_loss:
+            raise DisagreementError(
+                f"on_worker_loss: expected {self.on_loss!r}, which the workers of this cluster have said, "
+                f"got {message.on_loss!r}"
+            )
+        self.on_loss = message.on_loss
+
+    def _found(self, peer: Peer, message: Register, size: int, now: float) -> Actions:
+        """One of those that the cluster starts with."""
+        taken = {m.rank for m in self.members.values() if m.role == message.role and not m.gone}
+        rank = message.rank if message.rank >= 0 else next(r for r in range(size + 1) if r not in taken)
+        if rank >= size or rank in taken:
+            raise DisagreementError(
+                f"register as {message.role} {message.rank}: expected a free rank below {size}, until the cluster is "
+                f"complete; taken: {sorted(taken)}"
+            )
+        self._add(peer, message, rank, now)
+        if message.role == "server":
+            self.placing.arrived(rank, message.address)
+        self.started = all(
+            len(self.here(r)) >= n for r, n in (("worker", self.num_workers), ("server", self.num_servers))
+        )
+        if not self.started:
+            return []
+        return [*(self._welcome(m) for m in self.connected), *self._tell(self._placement(0))]
+
+    def _come(self, peer: Peer, message: Register, now: float) -> Actions:
+        """A worker comes to a running job: under the rank of one who is awaited, or as one who joins."""
+        workers = {m.rank: m for m in self.members.values() if m.role == "worker"}
+        lost = sorted(rank for rank, m in workers.items() if m.state == "lost")
+        if lost and self.on_loss == "fail":
+            raise WorkerLostError(f"register: worker {lost[0]} is lost, and on_worker_loss is 'fail'")
         rank = message.rank
         if rank < 0:
-            rank = next(r for r in awaited or range(size + 1) if r not in taken)
-        if rank >= size or rank in taken or (complete and rank not in awaited):
-            raise DisagreementError(
-                f"register as {message.role} {rank}: expected a free rank below {size}, taken: {sorted(taken)}"
-            )
-        self.members[message.role, rank] = Member(
+            free = (r for r in count() if r not in workers or workers[r].gone)
+            rank = lost[0] if lost else next(free)
+        former = workers.get(rank)
+        if former is not None and not former.gone:
+            raise DisagreementError(f"register as worker {rank}: expected a free rank, it is taken")
+        member = self._add(peer, message, rank, now)
+        if former is not None:
+            member.incarnation = former.incarnation + 1
+            if former.state == "lost" and self.on_loss == "wait":
+                return [self._welcome(member), *self._tell(Joined(0, rank, member.incarnation), member)]
+        member.state = "joining"
+        return [self._welcome(member)]
+
+    def _add(self, peer: Peer, message: Register, rank: int, now: float) -> Member:
+        member = Member(
             message.role,
             rank,
             peer,
@@ -175,42 +306,84 @@ class Membership:
             message.token,
             heard=now,
         )
-        if message.role == "server":
-            self.placing.arrived(rank, message.address)
-        if complete:
-            return [*self._welcome([self.members["server", rank]]), *self._placed()]
-        return self._welcome(list(self.members.values())) if self._complete() else []
+        self.members[message.role, rank] = member
+        self._keep(member)
+        return member
 
-    def _departed(self, role: str) -> int:
-        return sum(m.role == role and m.state != "here" for m in self.members.values())
-
-    def _complete_once(self, role: str, size: int) -> bool:
-        return sum(m.role == role for m in self.members.values()) >= size
-
-    def _complete(self) -> bool:
-        return self._complete_once("worker", self.num_workers) and self.placing.begun
-
-    def _welcome(self, whom: list[Member]) -> list[tuple[Peer, Message]]:
-        placement = Placement(0, self.epoch, tuple(self.placing.shards))
-        servers = tuple(shard.address for shard in placement.shards)
-        here = [m for m in whom if m.state == "here"]
-        welcome: list[tuple[Peer, Message]] = [
-            (m.peer, Roster(m.request_id, m.rank, m.incarnation, self.num_workers, servers)) for m in here
+    def _renew(self, member: Member, peer: Peer, message: Register, now: float) -> Actions:
+        """A process is back on another connection: the network or the scheduler was away, or it was stopped itself."""
+        if member.state == "lost" and (member.role != "worker" or self.on_loss != "wait"):
+            raise FencedError(f"{member.role} {member.rank}: it was taken for lost, the others go on without it")
+        if member.state == "left":
+            raise FencedError(f"{member.role} {member.rank}: it has left")
+        member.peer, member.request_id, member.heard = peer, message.request_id, now
+        if not self.started:
+            return []
+        actions: Actions = [self._welcome(member), (peer, self._placement(0))]
+        actions += [
+            (peer, self._notice(m))
+            for m in self.members.values()
+            if m is not member and m.role == "worker" and (m.gone or m.state == "apart")
         ]
-        return [*welcome, *((m.peer, placement) for m in here)]
+        for number in self.placing.lost():
+            actions.append((peer, replace(self._notice(self.members["server", number]), rank=number)))
+        if member.state == "lost":  # nobody has taken over meanwhile
+            member.state, member.reason = "here", ""
+            self._keep(member)
+            actions += self._tell(Joined(0, member.rank, member.incarnation), member)
+        return actions
+
+    def _welcome(self, member: Member) -> tuple[Peer, Message]:
+        servers = tuple(shard.address for shard in self.placing.shards)
+        workers = tuple(m.rank for m in self.members.values() if m.role == "worker" and self._counts(m))
+        roster = Roster(
+            member.request_id,
+            member.rank,
+            member.incarnation,
+            self.num_workers,
+            servers,
+            tuple(sorted(workers)),
+            member.state == "joining",
+        )
+        return member.peer, roster
+
+    def _counts(self, member: Member) -> bool:
+        """Do rounds and barriers wait for it?"""
+        return member.state == "here" or (member.state == "lost" and self.on_loss == "wait")
+
+    def _enter(self, member: Member) -> Actions:
+        if member.state != "joining":
+            return []
+        member.state = "here"
+        self._keep(member)
+        return self._tell(Joined(0, member.rank, member.incarnation), member)
 
     # --- shards -------------------------------------------------------------------------------
 
-    def _placed(self) -> list[tuple[Peer, Message]]:
+    def _replace(self, peer: Peer, message: Register, now: float) -> Actions:
+        """A server comes in the place of one that is gone, if others have its shard."""
+        awaited = [rank for rank in range(self.num_servers) if self.placing.awaits(rank)]
+        if not awaited or message.rank not in (-1, *awaited):
+            raise DisagreementError(
+                f"register as server {message.rank}: the cluster is complete; expected one of {awaited}, whose servers "
+                "are gone and whose values others have"
+            )
+        rank = awaited[0] if message.rank < 0 else message.rank
+        former = self.members["server", rank]
+        member = self._add(peer, message, rank, now)
+        member.incarnation = former.incarnation + 1
+        self.placing.arrived(rank, message.address)
+        return [self._welcome(member), *self._placed()]
+
+    def _placement(self, request_id: int) -> Placement:
+        return Placement(request_id, self.epoch, tuple(self.placing.shards))
+
+    def _placed(self) -> Actions:
         """The placement has changed: tell everybody; and those who asked for a drain that has ended."""
         self.epoch += 1
-        placement = Placement(0, self.epoch, tuple(self.placing.shards))
-        actions: list[tuple[Peer, Message]] = [
-            (m.peer, placement) for m in self.members.values() if m.state == "here" and self._complete()
-        ]
-        return actions + self._drained()
+        return (self._tell(self._placement(0)) if self.started else []) + self._drained()
 
-    def _told(self, rank: int, message: Standby | InStep | HandedOver) -> list[tuple[Peer, Message]]:
+    def _told(self, rank: int, message: Standby | InStep | HandedOver) -> Actions:
         placing = self.placing
         match message:
             case Standby(_, number, epoch, address):
@@ -221,7 +394,7 @@ class Membership:
                 changed = placing.handed_over(rank, number, epoch)
         return self._placed() if changed else []
 
-    def _drain(self, peer: Peer, message: Drain) -> list[tuple[Peer, Message]]:
+    def _drain(self, peer: Peer, message: Drain) -> Actions:
         if message.rank not in self.placing.servers:
             raise DisagreementError(
                 f"drain: expected a server that is here, among {sorted(self.placing.servers)}, got {message.rank}"
@@ -229,64 +402,89 @@ class Membership:
         self.drains.append((peer, message))
         return self._placed() if self.placing.drain(message.rank) else self._drained()
 
-    def _drained(self) -> list[tuple[Peer, Message]]:
+    def _drained(self) -> Actions:
         """Answer those whose drain has ended."""
         over = [asked for asked in self.drains if self.placing.drained(asked[1].rank)]
         self.drains = [asked for asked in self.drains if asked not in over]
         return [(peer, Done(message.request_id)) for peer, message in over]
 
-    def _barrier(self, member: Member, message: Barrier) -> list[tuple[Peer, Message]]:
+    def _server_gone(self, member: Member) -> Actions:
+        """What matters to the others are its shards: which have moved, and which are lost."""
+        known = self.placing.lost()
+        if not self.placing.gone(member.rank):
+            return []
+        lost = [number for number in self.placing.lost() if number not in known]
+        notices = [action for n in lost for action in self._tell(replace(self._notice(member), rank=n), member)]
+        return notices + self._placed()
+
+    # --- barriers -----------------------------------------------------------------------------
+
+    def _barrier(self, member: Member, message: Barrier) -> Actions:
         if message.number <= member.barriers:
             return [(member.peer, Done(message.request_id))]
         lost = [m for m in self.members.values() if m.role == "worker" and m.state == "lost"]
-        if lost:
+        if lost and self.on_loss == "fail":
             raise WorkerLostError(f"barrier: worker {lost[0].rank} is lost")
         member.waiting = message
         return self._open_barrier()
 
-    def _open_barrier(self) -> list[tuple[Peer, Message]]:
-        awaited = self.here("worker")
-        if not awaited or any(m.waiting is None for m in awaited):
+    def _open_barrier(self) -> Actions:
+        """If all who are awaited have come, they may go on, and with them who left the rounds and waits too."""
+        workers = [m for m in self.members.values() if m.role == "worker"]
+        if any(self._counts(m) and m.waiting is None for m in workers):
             return []
-        actions: list[tuple[Peer, Message]] = []
-        for member in awaited:
-            assert member.waiting is not None
-            member.barriers = member.waiting.number
-            actions.append((member.peer, Done(member.waiting.request_id)))
-            member.waiting = None
+        actions: Actions = []
+        for member in workers:
+            if member.waiting is not None:
+                member.barriers = member.waiting.number
+                self._keep(member)
+                actions.append((member.peer, Done(member.waiting.request_id)))
+                member.waiting = None
         return actions
 
-    def _depart(self, member: Member, reason: str) -> list[tuple[Peer, Message]]:
-        if member.state != "here":
+    # --- going --------------------------------------------------------------------------------
+
+    def _depart(self, member: Member, reason: str, *, stays: bool = False) -> Actions:
+        if member.gone:
             return []
-        member.state = "lost" if reason else "left"
-        member.waiting = None
-        notices = [Departed(0, member.role, member.rank, reason)]
-        actions: list[tuple[Peer, Message]] = []
-        if member.role == "server" and self.placing.begun:  # what matters to the others are its shards
-            known = self.placing.lost()
-            if self.placing.gone(member.rank):
-                actions = self._placed()
-            notices = [Departed(0, "server", number, reason) for number in self.placing.lost() if number not in known]
-        elif member.role == "server":
+        joined = member.state != "joining"
+        member.reason = reason
+        if not joined:  # it is no member of any round yet, so that nobody has to wait for it, or fail
+            member.state = "left"
+        else:
+            member.state = "lost" if reason else "apart" if stays else "left"
+        self._keep(member)
+        if not member.connected:
+            member.waiting = None
+        if member.role == "server" and self.placing.begun:
+            return self._server_gone(member)
+        if member.role == "server":
             self.placing.gone(member.rank)
-        others = [m for m in self.members.values() if m.state == "here" and m is not member]
-        actions = [*((m.peer, notice) for notice in notices for m in others), *actions]
-        if reason and member.role == "worker":
+        actions = self._tell(self._notice(member), member)
+        if joined and reason and member.role == "worker" and self.on_loss == "fail":
             error = WorkerLostError(f"barrier: worker {member.rank} is lost: {reason}")
-            for waiter in self.here("worker"):
+            for waiter in self.members.values():
                 if waiter.waiting is not None:
                     actions.append((waiter.peer, Failed(waiter.waiting.request_id, *to_wire(error))))
                     waiter.waiting = None
             return actions
         return actions + self._open_barrier()
 
+    def _notice(self, member: Member) -> Departed:
+        on_loss = self.on_loss or "fail" if member.state == "lost" else "continue"
+        stays = member.state == "apart"
+        return Departed(0, member.role, member.rank, member.reason, member.incarnation, on_loss, stays)
+
     def _explain(self, now: float) -> str:
-        if not self._complete():
+        if not self.started:
             have = {role: len(self.here(role)) for role in ("worker", "server")}
             return (
                 f"the cluster has {have['worker']} of {self.num_workers} workers "
                 f"and {have['server']} of {self.num_servers} servers"
             )
-        absent = [f"{m.rank} (last heard {now - m.heard:.1f} s ago)" for m in self.here("worker") if m.waiting is None]
+        absent = [
+            f"{m.rank} ({'lost, ' if m.state == 'lost' else ''}last heard {now - m.heard:.1f} s ago)"
+            for m in sorted(self.members.values(), key=lambda m: m.rank)
+            if m.role == "worker" and self._counts(m) and m.waiting is None
+        ]
         return f"the barrier waits for workers {', '.join(absent) or 'nobody'}"

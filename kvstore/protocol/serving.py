@@ -5,7 +5,7 @@ who is told when a round has taken effect. Rounds are counted by :mod:`kvstore.c
 nowhere else. A push is known by (rank, key, round, piece); all that is kept to tell a repeat is one
 integer per (rank, piece), the last accepted round. Which keys are counted together is said in
 :mod:`kvstore.protocol.bundles`, which optimizer is in effect in
-:mod:`kvstore.protocol.settings`.
+:mod:`kvstore.protocol.settings`, and which workers there are in :mod:`kvstore.protocol.workers`.
 
 What it refuses to know: arrays (a payload is an opaque object that it hands on), sockets, the
 clock (``now`` is an argument). The caller performs the returned actions in their order; because
@@ -23,7 +23,6 @@ from kvstore import consistency
 from kvstore.consistency import Answer, Level, Pull, Update
 from kvstore.errors import (
     DisagreementError,
-    FencedError,
     KVStoreError,
     ProtocolError,
     UnknownKeyError,
@@ -33,6 +32,7 @@ from kvstore.errors import (
 from kvstore.protocol.bundles import BUNDLES_MAX, Bundle, Part
 from kvstore.protocol.messages import (
     Accepted,
+    Admit,
     Bind,
     Committed,
     Divided,
@@ -42,6 +42,8 @@ from kvstore.protocol.messages import (
     Explanation,
     Failed,
     Fetch,
+    Freeze,
+    Frozen,
     Init,
     Initialized,
     Leave,
@@ -56,6 +58,7 @@ from kvstore.protocol.messages import (
 )
 from kvstore.protocol.pieces import BundleId, Key, PieceId, Span, bundle_id
 from kvstore.protocol.settings import Rule, Settings
+from kvstore.protocol.workers import Waiting, Workers
 
 # --- actions --------------------------------------------------------------------------------------
 
@@ -205,7 +208,7 @@ class Serving:
     """The pure core of one server.
 
     Args:
-        num_workers: ranks 0 .. num_workers-1 take part in keys that do not choose.
+        num_workers: ranks 0 .. num_workers-1 take part in keys that do not choose, before others join.
         parse_optimizer: from its description on the wire to a rule; raises OptimizerError.
         name: how this server calls itself in messages.
     """
@@ -213,18 +216,16 @@ class Serving:
     def __init__(
         self, num_workers: int, parse_optimizer: Callable[[dict[str, Any]], Rule], name: str = "server"
     ) -> None:
-        self.num_workers = num_workers
         self.name = name
+        self.workers = Workers(num_workers)
         self.pieces: dict[PieceId, Piece] = {}
-        self.incarnations: dict[int, int] = {}
-        self.heard: dict[int, float] = {}
-        self.gone: dict[int, str] = {}  # rank -> why; "" when it left in order
         self.settings = Settings()
         self.bundles: dict[BundleId, Bundle] = {}
         self._united: dict[PieceId, tuple[Bundle, Span]] = {}  # members of united bundles
         self._moved: list[Action] = []  # Unite and Split: they come before what else is concluded from a message
         self.parse_optimizer = parse_optimizer
-        self._early: dict[PieceId, dict[int, Init]] = {}  # init of others before rank 0's
+        self._early: dict[PieceId, dict[int, Init]] = {}  # init of others before the first worker's
+        self._now = 0.0
         self._handlers: dict[type[Message], Callable[[int, Any, object], list[Action]]] = {
             Init: self._init,
             Bind: self._bind,
@@ -236,40 +237,63 @@ class Serving:
             ReadState: self._read_state,
             WriteState: self._write_state,
             Leave: self._leave,
+            Freeze: self._freeze,
+            Admit: self._admit,
         }
 
     def __repr__(self) -> str:
-        return f"<Serving {self.name}: {len(self.pieces)} pieces, heard of {sorted(self.heard)}, gone {self.gone}>"
+        return f"<Serving {self.name}: {len(self.pieces)} pieces, {self.workers!r}>"
 
     def handle(self, rank: int, incarnation: int, message: Message, payload: object, now: float) -> list[Action]:
         """One message of a worker; ``payload`` is None when it came without a frame."""
-        known = self.incarnations.get(rank, incarnation)
-        if incarnation < known:
-            return [_failed(rank, message, FencedError(f"rank {rank}: a newer worker took over this rank"))]
-        if incarnation > known:
-            self.gone.pop(rank, None)
-            self._forget_requests(rank)
-        self.incarnations[rank] = incarnation
-        self.heard[rank] = now
-        if isinstance(message, Explain):
-            return [Reply(rank, Explanation(message.request_id, self._explain(rank, message.about, now)))]
-        handler = self._handlers.get(type(message))
+        self._now = now
         try:
+            if self.workers.hear(rank, incarnation, now):
+                self._forget_requests(rank)
+            if isinstance(message, Explain):
+                return [Reply(rank, Explanation(message.request_id, self._explain(rank, message.about, now)))]
+            handler = self._handlers.get(type(message))
             if handler is None or rank < 0:
                 raise ProtocolError(f"a server does not take {type(message).__name__} from rank {rank}")
+            if self.workers.joining and self._begins_something(message):
+                self.workers.hold(Waiting(rank, incarnation, message, payload))
+                return []
             actions = handler(rank, message, payload)
         except KVStoreError as error:
             actions = [_failed(rank, message, error)]
         return [*self.moved(), *actions] if self._moved else actions
 
-    def lost(self, rank: int, reason: str) -> list[Action]:
-        """``rank`` died: whatever waits for it fails, and whatever would wait for it will."""
-        self.gone[rank] = reason
+    def lost(
+        self, rank: int, reason: str, on_loss: str = "fail", incarnation: int | None = None, now: float = 0.0
+    ) -> list[Action]:
+        """That life of the worker is over; ``on_loss`` says what becomes of those who wait for its pushes.
+
+        ``fail``: they fail, and whoever would wait for it will. ``wait``: they wait for its return. ``continue``: it
+        counts up to its last accepted push, as one who leaves.
+        """
+        self._now = now
+        workers = self.workers
+        if incarnation is None:
+            incarnation = workers.incarnations.get(rank, 1)
+        if workers.is_over(rank, incarnation):
+            return []
         self._forget_requests(rank)
+        workers.give_up(rank)
+        if on_loss == "wait":
+            workers.miss(rank, reason, hopeless=False)
+            return self._resume()
+        workers.fence(rank, incarnation)
+        if on_loss == "continue":
+            return self._go_on_without(rank) + self._resume()
+        workers.miss(rank, reason, hopeless=True)
         actions: list[Action] = []
         for piece_id, piece in self.counted():
             actions += self._fail_hopeless(piece_id, piece)
-        return actions + self._fail_early()
+        return actions + self._settle_early() + self._resume()
+
+    def forget(self, rank: int) -> None:
+        """The worker has left in order, and wants no answers any more."""
+        self._forget_requests(rank)
 
     def counted(self) -> Iterator[tuple[PieceId, Piece]]:
         """The pieces that are counted by themselves: all but the members of united bundles."""
@@ -290,24 +314,29 @@ class Serving:
         piece = self.pieces.get(piece_id)
         if piece is not None:
             return [self._agree(rank, message, piece)]
-        if rank != 0:
-            if 0 in self.gone:
-                raise self._lost_error(piece_id, 0, [0])
+        first = self.workers.first
+        if rank != first:
+            if first is None:
+                raise DisagreementError(
+                    f"init of key {message.key!r}: expected a worker that takes part, all have left"
+                )
+            if first in self.workers.hopeless:
+                raise self._lost_error(piece_id, 0, [first])
             self._early.setdefault(piece_id, {})[rank] = message
             return []
         if payload is None:
-            raise ProtocolError(f"init of key {message.key!r} by rank 0: expected its value, none came")
-        members = consistency.participants_of(message.spec.participants, self.num_workers)
-        if not members or members[-1] >= self.num_workers:
+            return [Reply(rank, Missing(message.request_id))]
+        members = consistency.participants_of(message.spec.participants, self.workers.members)
+        if not members or not self.workers.known.issuperset(members):
             raise DisagreementError(
-                f"key {message.key!r}: expected participants among workers 0..{self.num_workers - 1}, "
+                f"key {message.key!r}: expected participants among workers {sorted(self.workers.known)}, "
                 f"got {list(members)}"
             )
         piece = Piece(message.spec, Level(consistency.parse(message.spec.cluster_model), members))
         self.pieces[piece_id] = piece
-        for left, reason in self.gone.items():
-            if not reason:
-                piece.level.leave(left)
+        for member in members:
+            if member not in self.workers.members:
+                piece.level.leave(member)
         actions: list[Action] = [
             Create(piece_id, message.spec, payload),
             Reply(rank, Initialized(message.request_id, 0)),
@@ -316,16 +345,18 @@ class Serving:
             actions.append(self._agree(other, init, piece))
         return actions
 
-    def _fail_early(self) -> list[Action]:
-        """Once rank 0 is gone, fail the inits that wait for it."""
-        if 0 not in self.gone:
-            return []
-        early, self._early = self._early, {}
-        return [
-            _failed(rank, init, self._lost_error(piece_id, 0, [0]))
-            for piece_id, inits in early.items()
-            for rank, init in inits.items()
-        ]
+    def _settle_early(self) -> list[Action]:
+        """What becomes of the inits that wait for the first worker's, when that is lost or has left."""
+        first = self.workers.first
+        if first is not None and first not in self.workers.hopeless:  # it may have come without its value
+            early = [inits.pop(first) for inits in self._early.values() if first in inits]
+            return [Reply(first, Missing(init.request_id)) for init in early]
+        failed: list[Action] = []
+        for piece_id, inits in self._early.items():
+            for rank, init in inits.items():
+                failed.append(_failed(rank, init, self._lost_error(piece_id, 0, [] if first is None else [first])))
+        self._early.clear()
+        return failed
 
     def _agree(self, rank: int, message: Init, piece: Piece) -> Action:
         if message.spec == piece.spec:
@@ -469,7 +500,7 @@ class Serving:
         if message.round == last + 1:
             if payload is None:
                 return [Reply(rank, Missing(message.request_id))]
-            if rank in piece.level.left:
+            if not piece.level.is_here(rank):
                 raise DisagreementError(f"push of {self._called(piece_id)} by worker {rank}: it has left")
             self._part(piece_id)
             piece.accepted[rank] = message.round
@@ -586,14 +617,64 @@ class Serving:
 
     def _leave(self, rank: int, message: Leave, payload: object) -> list[Action]:
         reply: Action = Reply(rank, Done(message.request_id))
-        if message.reason:
-            return [reply, *self.lost(rank, message.reason)]
-        self.gone[rank] = ""
-        self._forget_requests(rank)
-        actions: list[Action] = [reply]
+        if message.reason:  # what follows from this the scheduler will say
+            return [reply]
+        return [reply, *self._go_on_without(rank)]
+
+    def _go_on_without(self, rank: int) -> list[Action]:
+        """The worker counts up to its last accepted push, and is no member of keys to come."""
+        self.workers.leaves(rank)
+        actions: list[Action] = []
         for piece_id, piece in self.counted():
             actions += self._perform(piece_id, piece, *piece.level.leave(rank))
-        return actions + self._fail_early()
+        return actions + self._settle_early()
+
+    def _freeze(self, rank: int, message: Freeze, payload: object) -> list[Action]:
+        self.workers.begin_to_join(rank, self.workers.incarnations[rank])
+        rounds: dict[Key, int] = {}
+        for (key, _), piece in self.pieces.items():
+            if not isinstance(key, bytes):
+                rounds[key] = max(rounds.get(key, 0), piece.level.begun)
+        return [Reply(rank, Frozen(message.request_id, rounds))]
+
+    def _begins_something(self, message: Message) -> bool:
+        """Is it a push of a round that nobody has pushed here, or the creation of a key?"""
+        if isinstance(message, Init):
+            return (message.key, message.piece) not in self.pieces
+        if not isinstance(message, Push):
+            return False
+        key = message.key
+        bundle = self.bundles.get(key) if isinstance(key, bytes) else None
+        pieces = [(key, message.piece)] if bundle is None else bundle.members
+        return message.round > max([self.pieces[one].level.begun for one in pieces if one in self.pieces], default=0)
+
+    def _admit(self, rank: int, message: Admit, payload: object) -> list[Action]:
+        incarnation = self.workers.incarnations[rank]
+        done: Action = Reply(rank, Done(message.request_id))
+        if self.workers.is_admitted(rank, incarnation):
+            return [done]
+        joins: list[tuple[Piece, int]] = []
+        for (key, number), piece in self.counted():
+            name = self.key_of((key, number))
+            chosen = piece.spec.participants
+            if chosen is None or rank in chosen:
+                round = message.rounds.get(name, -1)
+                if round < piece.level.begun or piece.level.is_here(rank):
+                    raise ProtocolError(f"admit: key {name!r} has begun round {piece.level.begun}, got {round}")
+                joins.append((piece, round))
+        for piece, round in joins:
+            piece.level.join(rank, round + 1)
+            piece.accepted[rank] = round
+        self.workers.admit(rank, incarnation)
+        return [done, *self._resume()]
+
+    def _resume(self) -> list[Action]:
+        """If nobody is joining any more, what was held up goes on."""
+        return [
+            action
+            for one in self.workers.resumed()
+            for action in self.handle(one.rank, one.incarnation, one.message, one.payload, self._now)
+        ]
 
     def _forget_requests(self, rank: int) -> None:
         """Nobody waits for what the worker asked for until now: it is gone, or has begun a new life."""
@@ -607,9 +688,9 @@ class Serving:
 
     def _fail_hopeless(self, piece_id: PieceId, piece: Piece) -> list[Action]:
         """Fail the parked requests of the piece that wait for a worker which is lost."""
-        if not self.gone:
+        lost = self.workers.hopeless
+        if not lost:
             return []
-        lost = {rank for rank, reason in self.gone.items() if reason}
         actions: list[Action] = []
         for pull in list(piece.level.waiting.values()):
             missing = lost.intersection(piece.level.blockers(pull))
@@ -627,8 +708,7 @@ class Serving:
         return actions
 
     def _lost_error(self, piece_id: PieceId, round: int, ranks: list[int]) -> WorkerLostError:
-        why = "; ".join(f"worker {rank}: {self.gone[rank] or 'it has left'}" for rank in ranks)
-        return WorkerLostError(f"{self._called(piece_id)}, round {round}: waits for a worker that is gone ({why})")
+        return WorkerLostError(f"{self._called(piece_id)}, round {round}: {self.workers.missing(ranks, self._now)}")
 
     def _explain(self, rank: int, about: int, now: float) -> str:
         for piece_id, piece in self.counted():
@@ -642,19 +722,13 @@ class Serving:
                     continue
                 round, missing = rounds[0], piece.level.behind(rounds[0])
             what = f"{self._called(piece_id)}, piece {piece_id[1]} on {self.name}"
-            return f"{what}, round {round}: {self._missing(missing, now)}"
+            return f"{what}, round {round}: {self.workers.missing(missing, now)}"
         for (key, _), early in self._early.items():
             if rank in early and early[rank].request_id == about:
-                return f"key {key!r}: its init waits for rank 0's; {self._missing([0], now)}"
+                first = self.workers.first
+                missing = [] if first is None else [first]
+                return f"key {key!r}: its init waits for that of worker {first}; {self.workers.missing(missing, now)}"
         return f"{self.name} has no such request waiting"
-
-    def _missing(self, ranks: list[int], now: float) -> str:
-        def last_heard(rank: int) -> str:
-            if rank not in self.heard:
-                return f"{rank} (never heard of)"
-            return f"{rank} (last heard {now - self.heard[rank]:.1f} s ago)"
-
-        return f"waits for workers {', '.join(map(last_heard, ranks)) or 'nobody'}"
 
 
 def _failed(rank: int, message: Message, error: KVStoreError) -> Reply:

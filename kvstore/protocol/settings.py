@@ -34,6 +34,7 @@ class Setting:
     since: dict[Key, int]
     rule: Rule
     generation: int  # another generation than before: the optimizer's state begins anew
+    asked: Rule  # the rule as it was set, before its numbers were changed
 
 
 class Settings:
@@ -61,20 +62,20 @@ class Settings:
         return self._settings[-1].generation if self._settings else 0
 
     def set(self, rule: Rule, since: dict[Key, int], *, replace: bool, by: int) -> None:
-        """The optimizer from here on; an equal one changes nothing.
+        """The optimizer from here on; one that equals what is set, or was before its numbers changed, changes nothing.
 
         Raises:
             OptimizerError: another one is set, and ``replace`` is not given; ``by`` is the worker who asked.
         """
         if not self._settings:
-            self._settings.append(Setting(since, rule, 1))
-        elif self._settings[-1].rule != rule:
+            self._settings.append(Setting(since, rule, 1, rule))
+        elif rule not in (self._settings[-1].rule, self._settings[-1].asked):  # a joiner asks for what was set first
             if not replace:
                 raise OptimizerError(
                     f"set_optimizer by worker {by}: expected the one that is set, {self._settings[-1].rule}, "
                     f"got {rule}; replace=True replaces it"
                 )
-            self._settings.append(Setting(since, rule, self.generation + 1))
+            self._settings.append(Setting(since, rule, self.generation + 1, rule))
 
     def change(self, changes: dict[str, Any], since: dict[Key, int]) -> None:
         """Change numbers of the optimizer, from here on.
@@ -87,7 +88,7 @@ class Settings:
         current = self._settings[-1].rule
         rule = current.with_hyperparameters(**changes)
         if rule != current:
-            self._settings.append(Setting(since, rule, self.generation))
+            self._settings.append(Setting(since, rule, self.generation, self._settings[-1].asked))
 
     def at(self, key: Key, round: int) -> tuple[Rule | None, int]:
         """The rule for this round of the key, and its generation; None: pushes are assigned."""

@@ -15,10 +15,12 @@ from kvstore.cluster.server import Server
 from kvstore.create import create_on
 from kvstore.errors import DeadlineError, OptionError
 from kvstore.store import KVStore
-from kvstore.testing.network import Lines, SimulatedNetwork, Weather
+from kvstore.testing.network import SimulatedNetwork, Weather, Web
 from kvstore.testing.world import Crashed, Process, Program, World
+from kvstore.transport.network import HEARTBEAT_S
 
 HOST = "tcp://10.0.0.1"
+PATIENCE_S = 300.0  # where a real process would not wait so long for an answer: here many are lost
 Member = tuple[str, int]  # a role and a rank
 
 
@@ -57,7 +59,8 @@ class Cluster:
         workers, servers: how many.
         seed: of all chance.
         replication: on how many servers beside its primary a shard is kept.
-        delay_s, loss, repetition, heartbeat_s: of the network; see :class:`kvstore.testing.Weather`.
+        delay_s, loss, repetition: of the network; see :class:`kvstore.testing.Weather`.
+        heartbeat_s: after so long without a sign of life a member is lost.
         options: of :func:`kvstore.create`, for every worker.
     """
 
@@ -70,20 +73,22 @@ class Cluster:
         delay_s: tuple[float, float] = (0.0001, 0.001),
         loss: float = 0.0,
         repetition: float = 0.0,
-        heartbeat_s: float = 3.0,
+        heartbeat_s: float = HEARTBEAT_S,
         replication: int = 0,
         **options: Any,
     ) -> None:
         self.world = World(seed)
-        self.lines = Lines(self.world, Weather(delay_s, loss, repetition, heartbeat_s))
+        self.web = Web(self.world, Weather(delay_s, loss, repetition))
         self.workers = workers
         self.servers = servers
         self._replication = replication
-        self._options = options
+        self._options = {"heartbeat": heartbeat_s, **options}
+        self._heartbeat_s = heartbeat_s
         self._processes: dict[Member, Process] = {}
         self._outcomes: dict[Member, Future[Any]] = {}
+        self._over: list[Future[Any]] = []  # outcomes, the earliest first: a later error may follow from it
         self._daemons: dict[Member, Scheduler | Server] = {}
-        self.address = f"{HOST}:{self.lines.free_port()}"
+        self.address = f"{HOST}:{self.web.free_port()}"
         self._start_scheduler()
         for rank in range(servers):
             self._start_server(rank)
@@ -140,8 +145,8 @@ class Cluster:
         """Wait until all programs are over; see :meth:`run`."""
         outcomes = [self._outcomes[member] for member in sorted(self._outcomes)]
         over = self.world.run(lambda: all(outcome.done() for outcome in outcomes), limit_s)
-        errors = [outcome.exception() for outcome in outcomes if outcome.done()]
-        for error in errors:
+        for outcome in self._over:
+            error = outcome.exception()
             if error is not None and not isinstance(error, Crashed):
                 error.add_note(f"in a simulated cluster of seed {self.world.seed}, at {self.now:.3f} s")
                 raise error
@@ -181,26 +186,27 @@ class Cluster:
         """Stop this process as ``kill -STOP`` would."""
         self.world.note(f"pause of {role} {rank}")
         self._alive(role, rank).pause()
-        self.lines.look_again()
+        self.web.look_again()
 
     def resume(self, role: str, rank: int = 0) -> None:
         """Let a process that was paused go on, as ``kill -CONT`` would."""
         self.world.note(f"{role} {rank} goes on")
         self._alive(role, rank).resume()
+        self.web.look_again()
 
     def partition(self, one: Sequence[Member], other: Sequence[Member]) -> None:
         """Nothing passes between these members, such as ``("server", 1)``, until :meth:`heal`."""
         self.world.note(f"partition between {list(one)} and {list(other)}")
-        self.lines.cut([self._processes[m] for m in one], [self._processes[m] for m in other])
+        self.web.cut([self._processes[m] for m in one], [self._processes[m] for m in other])
 
     def heal(self) -> None:
         """The network is whole again."""
         self.world.note("the network is whole again")
-        self.lines.heal()
+        self.web.heal()
 
     def kind(self) -> None:
         """From now on no message is lost or repeated."""
-        self.lines.weather.loss = self.lines.weather.repetition = 0.0
+        self.web.weather.loss = self.web.weather.repetition = 0.0
 
     # --- life ---------------------------------------------------------------------------------
 
@@ -234,26 +240,37 @@ class Cluster:
 
     def _begin(self, process: Process, work: Callable[[], Any]) -> Future[Any]:
         program = Program(process, work)
+        program.outcome.add_done_callback(self._over.append)
         process.later(0.0, program.start)
         return program.outcome
 
     def _start_scheduler(self) -> None:
         process = self._process("scheduler", 0)
-        network = SimulatedNetwork(self.lines, process)
-        scheduler = Scheduler(self.address, self.workers, self.servers, network=network, replication=self._replication)
+        network = SimulatedNetwork(self.web, process)
+        scheduler = Scheduler(
+            self.address, self.workers, self.servers, network=network, heartbeat=self._heartbeat_s,
+            replication=self._replication,
+        )  # fmt: skip
         self._daemons["scheduler", 0] = scheduler
         scheduler.start()
 
     def _start_server(self, rank: int) -> None:
         process = self._process("server", rank)
-        network = SimulatedNetwork(self.lines, process)
-        server = Server(self.address, bind=f"{HOST}:*", rank=rank, network=network, runtime=_Engine(self.world))
+        network = SimulatedNetwork(self.web, process)
+        server = Server(
+            self.address,
+            bind=f"{HOST}:*",
+            rank=rank,
+            network=network,
+            runtime=_Engine(self.world),
+            heartbeat=self._heartbeat_s,
+        )
         self._daemons["server", rank] = server
-        self._begin(process, server.start)
+        self._begin(process, lambda: server.start(connect_timeout=PATIENCE_S))
 
     @contextmanager
     def _store(self, process: Process, rank: int, options: dict[str, Any]) -> Iterator[KVStore]:
-        network = SimulatedNetwork(self.lines, process)
-        chosen = {"shared_memory": False, **self._options, **options}
+        network = SimulatedNetwork(self.web, process)
+        chosen = {"shared_memory": False, "connect_timeout": PATIENCE_S, **self._options, **options}
         with create_on(network, _Engine(self.world), "dist", address=self.address, rank=rank, **chosen) as kv:
             yield kv

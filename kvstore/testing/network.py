@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from kvstore.errors import OptionError
 from kvstore.testing.world import Awaited, Process, World
-from kvstore.transport.network import Frames
+from kvstore.transport.network import BULK_HEARTBEAT_S, Frames
 
 TICK_S = 0.5
 RETRY_S = 0.1  # a connection without a peer tries again
@@ -30,13 +30,11 @@ class Weather:
     Args:
         delay_s: the least and the most that a message takes; a delay drawn for each lets them overtake each other.
         loss, repetition: the share of messages that never come, or come twice.
-        heartbeat_s: after so long without a sign of life a connection is given up.
     """
 
     delay_s: tuple[float, float] = (0.0001, 0.001)
     loss: float = 0.0
     repetition: float = 0.0
-    heartbeat_s: float = 3.0
 
     def __post_init__(self) -> None:
         low, high = self.delay_s
@@ -47,20 +45,21 @@ class Weather:
                 raise OptionError(f"{name}: expected a share of all messages, 0 <= {name} < 1, got {share}")
 
 
-class Lines:
+class Web:
     """What lies between processes: who listens where, who is connected, and what is cut off."""
 
     def __init__(self, world: World, weather: Weather) -> None:
         self.world = world
         self.weather = weather
         self.ports: dict[str, SimulatedPort] = {}
-        self.lines: list[SimulatedLine] = []
+        self.links: list[SimulatedLink] = []
         self._cuts: set[frozenset[Process]] = set()
+        self._silent: dict[SimulatedLink, float] = {}  # since when nothing passes
         self._next_port = 9000
         self._peers = 0
 
     def __repr__(self) -> str:
-        return f"<Lines: {len(self.ports)} ports, {len(self.lines)} lines, {len(self._cuts)} cuts>"
+        return f"<Web: {len(self.ports)} ports, {len(self.links)} links, {len(self._cuts)} cuts>"
 
     def free_port(self) -> int:
         """A number that no port has had."""
@@ -81,23 +80,25 @@ class Lines:
     def heal(self) -> None:
         """Everybody reaches everybody."""
         self._cuts.clear()
+        self.look_again()
 
     def reach(self, one: Process, other: Process) -> bool:
         """May a message pass?"""
         return frozenset((one, other)) not in self._cuts
 
     def look_again(self) -> None:
-        """Something has been cut or paused: after the heartbeat's time, give up what is still silent."""
-        self.world.later(self.weather.heartbeat_s, self._give_up_silent)
+        """Something has been cut, paused or has gone on: what stays silent for the heartbeat's time is given up."""
+        now = self.world.now
+        self._silent = {link: self._silent.get(link, now) for link in self.links if not link.passes}
+        for link, since in self._silent.items():
+            if since == now and link.port is not None:
+                heartbeat_s = min(link.heartbeat_s, link.port.heartbeat_s)
+                self.world.later(heartbeat_s, lambda link=link: self._give_up(link, now))  # type: ignore[misc]
 
-    def _give_up_silent(self) -> None:
-        for line in list(self.lines):
-            port = line.port
-            if port is None:
-                continue
-            one, other = line.process, port.process
-            if one.paused or other.paused or not self.reach(one, other):
-                line.break_off()
+    def _give_up(self, link: SimulatedLink, since: float) -> None:
+        if self._silent.get(link) == since:
+            del self._silent[link]
+            link.break_off()
 
     def carry(self, frames: Sequence[Any], deliver: Callable[[Frames], None]) -> None:
         """One message is on its way; ``deliver`` is called never, once or twice."""
@@ -195,16 +196,19 @@ class SimulatedLoop:
 
 
 class SimulatedPort:
-    """Where lines end; see :class:`kvstore.transport.network.Port`."""
+    """Where links end; see :class:`kvstore.transport.network.Port`."""
 
-    def __init__(self, lines: Lines, loop: SimulatedLoop, on_receive: Callable[[bytes, Frames, int], None]) -> None:
+    def __init__(
+        self, web: Web, loop: SimulatedLoop, on_receive: Callable[[bytes, Frames], None], heartbeat_s: float
+    ) -> None:
         self.address = ""
-        self.on_disconnect: Callable[[int], None] | None = None
+        self.heartbeat_s = heartbeat_s
+        self.on_disconnect: Callable[[], None] | None = None
         self.process = loop.process
         self.loop = loop
-        self._lines = lines
+        self._web = web
         self._receive = on_receive
-        self._peers: dict[bytes, SimulatedLine] = {}
+        self._peers: dict[bytes, SimulatedLink] = {}
         loop.at_end.append(self.close)
         loop.process.on_end.append(self.close)
 
@@ -214,66 +218,90 @@ class SimulatedPort:
     def bind(self, address: str) -> str:
         """Listen there; port ``*`` is any. Raises OptionError when somebody does already."""
         host, _, port = address.rpartition(":")
-        address = f"{host}:{self._lines.free_port() if port in ('*', '0') else port}"
-        if address in self._lines.ports:
+        address = f"{host}:{self._web.free_port() if port in ('*', '0') else port}"
+        if address in self._web.ports:
             raise OptionError(f"bind: expected a free address, got {address!r}")
         self.address = address
-        self._lines.ports[address] = self
+        self._web.ports[address] = self
         return address
 
+    def offer(self, peer: bytes) -> str:
+        """There is no shorter way."""
+        return ""
+
     def send(self, peer: bytes, frames: Sequence[Any], on_sent: Sequence[Callable[[], None]] = ()) -> bool:
-        """One message to a peer; False when its line is gone."""
-        line = self._peers.get(peer)
+        """One message to a peer; False when its link is gone."""
+        link = self._peers.get(peer)
         for tell in on_sent:
             self.loop.post(tell)
-        if line is None:
+        if link is None:
             return False
-        self._lines.carry(frames, lambda came: line.take(peer, came))
+        self._web.carry(frames, lambda came: link.take(peer, came))
         return True
 
-    def join(self, peer: bytes, line: SimulatedLine) -> None:
-        """A line ends here from now on."""
-        self._peers[peer] = line
+    def join(self, peer: bytes, link: SimulatedLink) -> None:
+        """A link ends here from now on."""
+        self._peers[peer] = link
 
     def leave(self, peer: bytes) -> None:
-        """Its line is gone."""
+        """Its link is gone."""
         if self._peers.pop(peer, None) is not None and self.on_disconnect is not None:
-            tell = self.on_disconnect
-            self.loop.post(lambda: tell(int(peer)))
+            self.loop.post(self.on_disconnect)
 
     def take(self, peer: bytes, frames: Frames) -> None:
         """A message has come."""
         if peer in self._peers:
-            self.process.later(0.0, lambda: self.loop.do(lambda: self._receive(peer, frames, int(peer))))
+            self.process.later(0.0, lambda: self.loop.do(lambda: self._receive(peer, frames)))
 
     def close(self) -> None:
-        """All lines end."""
-        if self._lines.ports.get(self.address) is self:
-            del self._lines.ports[self.address]
-        for line in list(self._peers.values()):
-            line.break_off()
+        """All links end."""
+        if self._web.ports.get(self.address) is self:
+            del self._web.ports[self.address]
+        for link in list(self._peers.values()):
+            link.break_off()
 
 
-class SimulatedLine:
-    """A connection to one address, made anew as often as it breaks; see :class:`kvstore.transport.network.Line`."""
+class SimulatedLink:
+    """A connection to one address, made anew as often as it breaks; see :class:`kvstore.transport.network.Link`."""
 
-    def __init__(self, lines: Lines, loop: SimulatedLoop, address: str, on_receive: Callable[[Frames], None]) -> None:
+    def __init__(
+        self,
+        web: Web,
+        loop: SimulatedLoop,
+        address: str,
+        on_receive: Callable[[Frames], None],
+        on_lost: Callable[[], None] | None,
+        heartbeat_s: float,
+    ) -> None:
         self.address = address
+        self.heartbeat_s = heartbeat_s
         self.process = loop.process
         self.port: SimulatedPort | None = None
         self._loop = loop
-        self._lines = lines
+        self._web = web
         self._receive = on_receive
+        self._on_lost = on_lost
         self._peer = b""
         self._unsent: list[Sequence[Any]] = []  # until there is a peer
         self._closed = False
-        lines.lines.append(self)
+        web.links.append(self)
         loop.at_end.append(self.close)
         loop.process.on_end.append(self.close)
         self._connect()
 
     def __repr__(self) -> str:
-        return f"<SimulatedLine of {self.process.name} to {self.address}>"
+        return f"<SimulatedLink of {self.process.name} to {self.address}>"
+
+    def shorten(self, offered: str) -> None:
+        """There is no shorter way."""
+
+    @property
+    def passes(self) -> bool:
+        """Do messages, or would they if it were connected?"""
+        port = self.port
+        if port is None:
+            return True
+        return not (self.process.paused or port.process.paused) and self._web.reach(self.process, port.process)
 
     def send(self, frames: Sequence[Any]) -> None:
         """One message, now or when the connection is there."""
@@ -281,16 +309,16 @@ class SimulatedLine:
             self._unsent.append([bytes(memoryview(frame).cast("B")) if len(frame) else b"" for frame in frames])
         else:
             port, peer = self.port, self._peer
-            self._lines.carry(frames, lambda came: self._arrive(port, peer, came))
+            self._web.carry(frames, lambda came: self._arrive(port, peer, came))
 
     def _arrive(self, port: SimulatedPort, peer: bytes, frames: Frames) -> None:
-        if self._lines.reach(self.process, port.process):
+        if self._web.reach(self.process, port.process):
             port.take(peer, frames)
 
     def take(self, peer: bytes, frames: Frames) -> None:
         """A message has come back."""
         port = self.port
-        if port is not None and peer == self._peer and self._lines.reach(self.process, port.process):
+        if port is not None and peer == self._peer and self._web.reach(self.process, port.process):
             self.process.later(0.0, lambda: self._loop.do(lambda: self._receive(frames)))
 
     def break_off(self) -> None:
@@ -298,24 +326,27 @@ class SimulatedLine:
         port, self.port = self.port, None
         if port is not None:
             port.leave(self._peer)
-        if not self._closed:
-            self.process.later(RETRY_S, self._connect)
+        if self._closed:
+            return
+        if port is not None and self._on_lost is not None:
+            self._loop.post(self._on_lost)
+        self.process.later(RETRY_S, self._connect)
 
     def close(self) -> None:
         """For good."""
         self._closed = True
         self.break_off()
-        if self in self._lines.lines:
-            self._lines.lines.remove(self)
+        if self in self._web.links:
+            self._web.links.remove(self)
 
     def _connect(self) -> None:
         if self._closed or self.port is not None:
             return
-        port = self._lines.ports.get(self.address)
-        if port is None or port.process.paused or not self._lines.reach(self.process, port.process):
+        port = self._web.ports.get(self.address)
+        if port is None or port.process.paused or not self._web.reach(self.process, port.process):
             self.process.later(RETRY_S, self._connect)
             return
-        self.port, self._peer = port, b"%d" % self._lines.next_peer()
+        self.port, self._peer = port, b"%d" % self._web.next_peer()
         port.join(self._peer, self)
         unsent, self._unsent = self._unsent, []
         for frames in unsent:
@@ -325,8 +356,8 @@ class SimulatedLine:
 class SimulatedNetwork:
     """The network as one process sees it; see :class:`kvstore.transport.network.Network`."""
 
-    def __init__(self, lines: Lines, process: Process) -> None:
-        self._lines = lines
+    def __init__(self, web: Web, process: Process) -> None:
+        self._web = web
         self._process = process
 
     def __repr__(self) -> str:
@@ -342,10 +373,23 @@ class SimulatedNetwork:
     ) -> SimulatedLoop:
         return SimulatedLoop(self._process, on_tick)
 
-    def connect(self, loop: Any, address: str, on_receive: Callable[[Frames], None]) -> SimulatedLine:
-        return SimulatedLine(self._lines, loop, address, on_receive)
+    def connect(
+        self,
+        loop: Any,
+        address: str,
+        on_receive: Callable[[Frames], None],
+        on_lost: Callable[[], None] | None = None,
+        heartbeat_s: float = BULK_HEARTBEAT_S,
+    ) -> SimulatedLink:
+        return SimulatedLink(self._web, loop, address, on_receive, on_lost, heartbeat_s)
 
     def listen(
-        self, loop: Any, on_receive: Callable[[bytes, Frames, int], None], *, frame_bytes_max: int, watch: bool = False
+        self,
+        loop: Any,
+        on_receive: Callable[[bytes, Frames], None],
+        *,
+        frame_bytes_max: int,
+        watch: bool = False,
+        heartbeat_s: float = BULK_HEARTBEAT_S,
     ) -> SimulatedPort:
-        return SimulatedPort(self._lines, loop, on_receive)
+        return SimulatedPort(self._web, loop, on_receive, heartbeat_s)

@@ -10,6 +10,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol, TypeVar
 
+HEARTBEAT_S = 3.0  # a peer that shows no sign of life for so long is lost
+BULK_HEARTBEAT_S = 20.0  # the same where a sign of life may be behind megabytes on a slow link
+
 Frames = list[Any]  # the first a header (bytes-like), then value buffers
 
 T = TypeVar("T")
@@ -37,12 +40,13 @@ class Loop(Protocol):
     def abandon(self) -> None: ...
 
 
-class Line(Protocol):
+class Link(Protocol):
     """A connection to one peer, made by this side; see :class:`~kvstore.transport.zeromq.Connection`."""
 
     address: str
 
     def send(self, frames: Sequence[Any]) -> None: ...
+    def shorten(self, offered: str) -> None: ...
     def close(self) -> None: ...
 
 
@@ -50,9 +54,10 @@ class Port(Protocol):
     """Where peers connect; see :class:`~kvstore.transport.zeromq.Endpoint`."""
 
     address: str
-    on_disconnect: Callable[[int], None] | None
+    on_disconnect: Callable[[], None] | None
 
     def bind(self, address: str) -> str: ...
+    def offer(self, peer: bytes) -> str: ...
     def send(self, peer: bytes, frames: Sequence[Any], on_sent: Sequence[Callable[[], None]] = ()) -> bool: ...
     def close(self) -> None: ...
 
@@ -69,8 +74,21 @@ class Network(Protocol):
         io_threads: int = 1,
     ) -> Any: ...
 
-    def connect(self, loop: Any, address: str, on_receive: Callable[[Frames], None]) -> Line: ...
+    def connect(
+        self,
+        loop: Any,
+        address: str,
+        on_receive: Callable[[Frames], None],
+        on_lost: Callable[[], None] | None = None,
+        heartbeat_s: float = BULK_HEARTBEAT_S,
+    ) -> Link: ...
 
     def listen(
-        self, loop: Any, on_receive: Callable[[bytes, Frames, int], None], *, frame_bytes_max: int, watch: bool = False
+        self,
+        loop: Any,
+        on_receive: Callable[[bytes, Frames], None],
+        *,
+        frame_bytes_max: int,
+        watch: bool = False,
+        heartbeat_s: float = BULK_HEARTBEAT_S,
     ) -> Port: ...

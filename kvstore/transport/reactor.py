@@ -7,6 +7,10 @@ back at once); what other threads post in that moment they run themselves.
 
 Whoever holds ``_turns`` works the sockets. A ZeroMQ socket may be used by one thread after another as
 long as a lock lies between them.
+
+The loop sleeps in epoll, on plain descriptors and on those of ZeroMQ's sockets. The latter tell of news once, to
+whoever uses the socket next, for whatever purpose. So a socket that has been used is asked before the loop sleeps
+again (:meth:`Reactor.used`); zmq's own poller asks each one twice whenever it sleeps.
 """
 
 from __future__ import annotations
@@ -16,12 +20,14 @@ import itertools
 import logging
 import math
 import os
+import select
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 import zmq
 
@@ -31,6 +37,13 @@ TICK_S = 0.5
 STEP_BACK_S = 0.002  # how long after it was last driven the loop stays without its own thread
 
 T = TypeVar("T")
+
+
+class Descriptor(Protocol):
+    """What can be watched beside ZeroMQ's sockets."""
+
+    def fileno(self) -> int: ...
+    def close(self) -> None: ...
 
 
 class Reactor:
@@ -54,12 +67,14 @@ class Reactor:
         self.context = zmq.Context(io_threads)
         self.context.setsockopt(zmq.MAX_SOCKETS, 4096)
         self.thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._poller = zmq.Poller()
-        self._sockets: list[zmq.Socket[bytes]] = []
-        self._on_readable: dict[Any, Callable[[], object]] = {}
+        self._epoll = select.epoll()
+        self._on_readable: dict[int, Callable[[], object]] = {}  # by descriptor
+        self._sockets: dict[zmq.Socket[bytes], Callable[[], object]] = {}
+        self._used: set[zmq.Socket[bytes]] = set()  # may have something that their descriptors do not tell of
+        self._watched: dict[int, Descriptor] = {}
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._poller.register(self._wake_fd, zmq.POLLIN)
         self._on_readable[self._wake_fd] = lambda: os.eventfd_read(self._wake_fd)
+        self._epoll.register(self._wake_fd, select.EPOLLIN)
         self._turns = threading.Lock()  # whoever holds it works the sockets
         self._state = threading.Condition()  # guards what follows
         self._posted: deque[Callable[[], None]] = deque()
@@ -181,18 +196,38 @@ class Reactor:
         self._release()
 
     def add(self, socket: zmq.Socket[bytes], on_readable: Callable[[], None]) -> None:
-        """Watch a socket; from within the loop, or before it starts."""
-        self._sockets.append(socket)
-        self._on_readable[socket] = on_readable
-        self._poller.register(socket, zmq.POLLIN)
+        """Watch a ZeroMQ socket; from within the loop, or before it starts."""
+        fd = int(socket.getsockopt(zmq.FD))
+        self._sockets[socket] = on_readable
+        self._on_readable[fd] = partial(self._used.add, socket)
+        self._epoll.register(fd, select.EPOLLIN)
+        self._used.add(socket)
+
+    def used(self, socket: zmq.Socket[bytes]) -> None:
+        """The loop has sent by this socket or received from it, outside of its ``on_readable``."""
+        self._used.add(socket)
+
+    def watch(self, item: Descriptor, on_readable: Callable[[], None]) -> None:
+        """Watch something else until :meth:`forget`; from within the loop."""
+        fd = item.fileno()
+        self._watched[fd] = item
+        self._on_readable[fd] = on_readable
+        self._epoll.register(fd, select.EPOLLIN)
+
+    def forget(self, item: Descriptor, *, close: bool = True) -> None:
+        """Watch it no more; from within the loop."""
+        fd = item.fileno()
+        del self._watched[fd], self._on_readable[fd]
+        self._epoll.unregister(fd)
+        if close:
+            item.close()
 
     def remove(self, socket: zmq.Socket[bytes]) -> None:
-        """Close a socket; what it has queued is not sent any more. From within the loop."""
-        if socket in self._sockets:
-            self._sockets.remove(socket)
-            self._poller.unregister(socket)
-            del self._on_readable[socket]
-            socket.close(linger=0)
+        """Watch it no longer; from within the loop."""
+        fd = int(socket.getsockopt(zmq.FD))
+        del self._sockets[socket], self._on_readable[fd]
+        self._used.discard(socket)
+        self._epoll.unregister(fd)
 
     def call_later(self, delay_s: float, work: Callable[[], None]) -> None:
         """Run ``work`` after so many seconds. From within the loop."""
@@ -240,15 +275,26 @@ class Reactor:
             self._polling = not self._posted
             until = min(end, self._timers[0][0])
             timeout_s = until - time.monotonic() if self._polling else 0.0
-        ready = self._poller.poll(max(0, math.ceil(timeout_s * 1000)))
+        readable = self._readable() if self._used else ()
+        ready = self._epoll.poll(0.0 if readable or timeout_s < 0 else timeout_s)
         with self._state:
             self._polling = False
-        for socket, _ in ready:
-            if socket in self._on_readable:  # it may have been removed by what came before
-                self._guarded(self._on_readable[socket])
+        for fd, _ in ready:
+            on_readable = self._on_readable.get(fd)  # none: forgotten a moment ago
+            if on_readable is not None:
+                self._guarded(on_readable)
+        for socket in readable:
+            if socket in self._sockets:  # or an earlier one has removed it
+                self._guarded(self._sockets[socket])
         self._run_posted()
         while self._timers[0][0] <= time.monotonic():
             self._guarded(heapq.heappop(self._timers)[2])
+
+    def _readable(self) -> list[zmq.Socket[bytes]]:
+        """Those of the sockets just used that have something to read; the descriptors of the others will tell."""
+        readable = [socket for socket in self._used if int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN]
+        self._used.intersection_update(readable)
+        return readable
 
     def _tick(self) -> None:
         self.call_later(TICK_S, self._tick)
@@ -262,7 +308,10 @@ class Reactor:
     def _release(self) -> None:
         for socket in self._sockets:
             socket.close(linger=self._linger_ms)
+        for item in self._watched.values():
+            item.close()
         with self._state:
+            self._epoll.close()
             os.close(self._wake_fd)
         self.context.term()
 

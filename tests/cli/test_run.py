@@ -96,7 +96,8 @@ def test_output_has_prefixes_and_whole_lines(mark):
 
 
 def test_ranks_and_sizes_reach_the_workers(mark):
-    body = "print(kv.rank == int(os.environ['KVSTORE_RANK']), kv.num_workers, os.environ['KVSTORE_NUM_SERVERS'])"
+    said = "kv.rank == int(os.environ['KVSTORE_RANK']), kv.num_workers, os.environ['KVSTORE_NUM_SERVERS']"
+    body = f"print({said}); kv.barrier()"  # so that nobody has left before
     done = run("-w", "2", "-s", "2", *worker(body))
     assert done.stdout.count("True 2 2") == 2
 

@@ -50,7 +50,7 @@ def test_an_init_that_was_too_early_says_why_and_may_be_made_again():
         else:
             kv.timeout = 0.1
             for _ in range(2):
-                with pytest.raises(errors.DeadlineError, match=r"'w'.*waits for rank 0's.*workers 0"):
+                with pytest.raises(errors.DeadlineError, match=r"'w'.*init waits for that of worker 0.*workers 0"):
                     kv.init("w", value)
             tried.set()
             exists.wait(30)
@@ -302,7 +302,7 @@ def test_a_close_that_is_interrupted_closes_all_the_same():
     def work(kv):
         kv.init("w", np.zeros(1, np.float32))
         if kv.rank == 0:
-            with pytest.raises(errors.WorkerLostError, match=r"worker 1.*KeyboardInterrupt"):
+            with pytest.raises(errors.WorkerLostError, match=r"workers? 1.*KeyboardInterrupt"):
                 push_without_the_other(kv, ONE)
             return None
         left = kv.push("w", ONE)

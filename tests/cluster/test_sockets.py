@@ -64,7 +64,7 @@ def test_the_send_buffer_is_short_on_loopback_only(address, near):
 def test_a_server_that_others_can_reach_leaves_the_send_buffer_to_the_kernel(address, near):
     reactor = Reactor("sockets")
     try:
-        endpoint = Endpoint(reactor, lambda peer, frames, fd: None, frame_bytes_max=1 << 20)
+        endpoint = Endpoint(reactor, lambda peer, frames: None, frame_bytes_max=1 << 20)
         endpoint.bind(address)
         assert (endpoint._socket.getsockopt(zmq.SNDBUF) == LOOPBACK_SNDBUF) is near
     finally:

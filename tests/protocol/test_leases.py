@@ -67,9 +67,9 @@ def test_who_is_gone_reads_nothing():
     lending.lend("a", Reader(0, 1, 5))
     lending.lend("b", Reader(0, 1, 6))
     lending.lend("a", Reader(1, 1, 5))
-    assert sorted(map(str, lending.gone(0))) == sorted(map(str, [("a", Reader(0, 1, 5)), ("b", Reader(0, 1, 6))]))
-    assert lending.gone(0) == []
-    assert lending.gone(1) == [("a", Reader(1, 1, 5))]
+    assert sorted(map(str, lending.gone(0, 1))) == sorted(map(str, [("a", Reader(0, 1, 5)), ("b", Reader(0, 1, 6))]))
+    assert lending.gone(0, 1) == []
+    assert lending.gone(1, 1) == [("a", Reader(1, 1, 5))]
 
 
 def test_a_worker_holds_no_more_than_a_request_can_list():

@@ -104,7 +104,7 @@ class Pair:
             assert (piece.generation, piece.steps) == (copy.generation, copy.steps)
             first, second = self.shells[0].stored[piece_id], self.shells[1].stored[piece_id]
             assert (first.value, first.generation, first.step) == (second.value, second.generation, second.step)
-        assert one.gone == other.gone
+        assert one.workers.described() == other.workers.described()
         assert {b.id: b.united for b in one.bundles.values()} == {b.id: b.united for b in other.bundles.values()}
 
 

@@ -80,8 +80,8 @@ def test_a_disagreement_shows_both_sides(early):
 
 def test_init_without_a_value_or_with_strange_members():
     talk = Conversation()
-    assert "expected its value" in talk.say(0, Init(1, "w", 0, spec()))[0]
-    assert "among workers 0..1, got [0, 2]" in talk.say(0, Init(2, "w", 0, spec(participants=(2, 0))), "w0")[0]
+    assert talk.say(0, Init(1, "w", 0, spec())) == ["0 < Missing(request_id=1)"]
+    assert "among workers [0, 1], got [0, 2]" in talk.say(0, Init(2, "w", 0, spec(participants=(2, 0))), "w0")[0]
     assert "OptionError" in talk.say(0, Init(3, "w", 0, spec("sometimes")), "w0")[0]
     assert talk.serving.pieces == {}
 
@@ -91,16 +91,27 @@ def test_init_fails_when_rank_0_is_gone():
     talk.say(1, Init(7, "w", 0, spec()))
     (line,) = talk.read(talk.serving.lost(0, "its connection ended"))
     assert "1 < Failed(request_id=7, error='WorkerLostError'" in line
-    assert "worker 0: its connection ended" in line
+    assert "workers 0 (never heard of, lost: its connection ended)" in line
     assert "WorkerLostError" in talk.say(1, Init(8, "w", 0, spec()))[0]
 
 
-def test_init_fails_when_rank_0_leaves():
-    talk = Conversation()
+def test_when_rank_0_leaves_the_next_one_is_the_first():
+    talk = Conversation(workers=3)
     talk.say(1, Init(7, "w", 0, spec()))
-    lines = talk.say(0, Leave(2, ""))
-    assert lines[0] == "0 < Done(request_id=2)"
-    assert "1 < Failed(request_id=7, error='WorkerLostError'" in lines[1]
+    talk.say(2, Init(8, "w", 0, spec()))
+    assert talk.say(0, Leave(2, "")) == ["0 < Done(request_id=2)", "1 < Missing(request_id=7)"]
+    assert talk.say(1, Init(7, "w", 0, spec()), "w1") == [
+        "create ('w', 0) = w1",
+        "1 < Initialized(request_id=7, round=0)",
+        "2 < Initialized(request_id=8, round=0)",
+    ]
+
+
+def test_init_fails_when_all_have_left():
+    talk = Conversation()
+    talk.say(1, Leave(7, ""))
+    talk.say(0, Leave(2, ""))
+    assert "all have left" in talk.say(1, Init(8, "w", 0, spec()), "w1")[0]
 
 
 # --- push and pull ----------------------------------------------------------------------------------
@@ -270,8 +281,8 @@ def test_who_waits_for_a_lost_worker_fails():
     talk.say(0, push(5, 1, pull=True, acknowledge=True), "a")
     lines = talk.read(talk.serving.lost(1, "its connection ended (pid 7 on host)"))
     assert lines == [
-        "0 < Failed(request_id=5, error='WorkerLostError', text=\"key 'w', round 1: waits for a worker that is gone "
-        '(worker 1: its connection ended (pid 7 on host))")'
+        "0 < Failed(request_id=5, error='WorkerLostError', text=\"key 'w', round 1: waits for workers 1 "
+        '(last heard 0.0 s ago, lost: its connection ended (pid 7 on host))")'
     ]
 
 
@@ -283,12 +294,11 @@ def test_and_so_does_who_would():
     assert "WorkerLostError" in lines[2]
 
 
-def test_leaving_with_a_reason_is_being_lost():
+def test_what_follows_when_a_worker_leaves_with_a_reason_the_scheduler_says():
     talk = begun()
     talk.say(0, push(5, 1), "a")
-    lines = talk.say(1, Leave(9, "ValueError: nan"))
-    assert lines[0] == "1 < Done(request_id=9)"
-    assert "ValueError: nan" in lines[1]
+    assert talk.say(1, Leave(9, "ValueError: nan")) == ["1 < Done(request_id=9)"]
+    assert "ValueError: nan" in talk.read(talk.serving.lost(1, "ValueError: nan"))[0]
 
 
 def test_rounds_that_the_lost_worker_is_in_already_are_kept():
@@ -334,7 +344,8 @@ def test_explain():
     assert talk.say(0, Explain(9, 5)) == [f'0 < Explanation(request_id=9, text="{why}")']
     assert talk.say(0, Explain(9, 6)) == [f'0 < Explanation(request_id=9, text="{why}")']
     assert why in talk.say(1, Explain(9, 3))[0]
-    assert "key 'v': its init waits for rank 0's; waits for workers 0 (last heard" in talk.say(1, Explain(9, 8))[0]
+    (line,) = talk.say(1, Explain(9, 8))
+    assert "key 'v': its init waits for that of worker 0; waits for workers 0 (last heard" in line
     assert "no such request waiting" in talk.say(0, Explain(9, 77))[0]
 
 

@@ -60,7 +60,7 @@ def test_a_crashed_worker_is_found_and_named() -> None:
             if kv.rank == 1:
                 cluster.at(cluster.now + 1, lambda: cluster.crash("worker", 1))
                 cluster.sleep(1000)
-            with pytest.raises(WorkerLostError, match="worker 1"):
+            with pytest.raises(WorkerLostError, match="workers 1"):
                 kv.pushpull("w", np.ones(2)).result()
             return "told"
 
