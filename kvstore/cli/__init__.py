@@ -155,7 +155,22 @@ def server(
     rank = around.rank if around.role == "server" else None
     one = Server(address, bind=bind, advertise=advertise, rank=rank, neighbourhood=neighbourhood, heartbeat=limit)
     click.echo(f"server at {one.address}")
-    sys.exit(serve(one, beside))
+    sys.exit(serve(one, beside, one.drain))
+
+
+@main.command()
+@click.option("--address", help="The scheduler's (or KVSTORE_ADDRESS).")
+@click.option("--timeout", type=float, default=60.0, show_default=True, help="Seconds to wait until it is done.")
+@click.argument("rank", type=int)
+def drain(address: str | None, timeout: float, rank: int) -> None:
+    """Hand over all that server RANK has to the other servers. It goes on running, and may be stopped then."""
+    from kvstore import environment
+    from kvstore.cluster.status import drain
+
+    address = address or environment.read().address
+    if address is None:
+        raise click.UsageError("expected --address or KVSTORE_ADDRESS, the scheduler's address")
+    drain(address, rank, timeout)
 
 
 @main.command()
@@ -179,14 +194,16 @@ def status(address: str | None, timeout: float, as_json: bool) -> None:
 
     came = ", ".join(f"{len(report[what])} of {report[f'num_{what}']} {what}" for what in ("workers", "servers"))
     table = Table(title=f"cluster {report['cluster']}, epoch {report['epoch']}: {came} have come")
-    for column in ("role", "rank", "state", "host", "pid", "last heard", "address", "keys", "bytes"):
+    columns = ("role", "rank", "state", "host", "pid", "last heard", "address", "primary of", "replica of")
+    for column in (*columns, "keys", "bytes"):
         table.add_column(column, no_wrap=True)
     for role in ("worker", "server"):
         for row in report[f"{role}s"]:
             heard = f"{row['heard_s']:.1f} s ago"
             cells = (role, row["rank"], row["state"], row["host"], row["pid"], heard, row["address"])
+            shards = (" ".join(map(str, row.get(what, ()))) for what in ("primary", "replica"))
             held = ("" if row.get(what) is None else f"{row[what]:,}" for what in ("keys", "bytes"))
-            table.add_row(*map(str, cells), *held)
+            table.add_row(*map(str, cells), *shards, *held)
     console = Console()
     console.print(table, width=None if console.is_terminal else max(console.width, console.measure(table).maximum))
 

@@ -24,7 +24,10 @@ def run_cluster(workers: int, servers: int, replication: int, command: list[str]
     try:
         return _run(supervisor, workers, servers, replication, command, grace_s)
     finally:
-        supervisor.stop(supervisor.children, grace_s)
+        daemons = [child for child in supervisor.children if child.name.startswith(("scheduler", "server"))]
+        workers_left = [child for child in supervisor.children if child not in daemons]
+        supervisor.stop(workers_left, grace_s)
+        supervisor.stop(daemons, grace_s, signal.SIGINT)  # nobody is left to hand anything over to
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -82,6 +85,9 @@ def _run(
         child, code = event.child, event.code
         if code == 0 and child in running:
             running.discard(child)
+            continue
+        if replication and child.name.startswith("server"):
+            click.echo(f"kvstore run: {child.name} is gone: another server goes on in its place", err=True)
             continue
         how = f"ended with code {code}" if code >= 0 else f"was ended by {_name(-code)}"
         click.echo(f"kvstore run: {child.name} {how}: stopping everything", err=True)

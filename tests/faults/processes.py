@@ -88,22 +88,32 @@ class Process:
 class Processes:
     """A cluster; everything is killed at the end."""
 
-    def __init__(self, workers: int, servers: int, folder: Path, **around: str) -> None:
+    def __init__(self, workers: int, servers: int, folder: Path, replication: int = 0, **around: str) -> None:
         self.around = {**os.environ, "PYTHONUNBUFFERED": "1", **around}
         self.children: list[Process] = []
+        self.servers: dict[int, Process] = {}
         self._sizes = ["-w", str(workers), "-s", str(servers)]
-        self._journal = str(folder / "journal")
+        self._journal = ["--journal", str(folder / "journal")]
+        if replication:
+            self._journal = ["--replication", str(replication)]
         self.address = "tcp://127.0.0.1:*"
         self.scheduler = self.start_scheduler()
         for number in range(servers):
-            self._start(f"server {number}", [*KVSTORE, "server", "--address", self.address])
+            self.server(number)
 
     def start_scheduler(self) -> Process:
         """The first one, or another in its place."""
-        command = [*KVSTORE, "scheduler", "--bind", self.address, *self._sizes, "--journal", self._journal]
+        command = [*KVSTORE, "scheduler", "--bind", self.address, *self._sizes, *self._journal]
         self.scheduler = self._start("scheduler", command)
         self.address = self.scheduler.line("scheduler at ").removeprefix("scheduler at ")
         return self.scheduler
+
+    def server(self, number: int) -> Process:
+        """A server of this number, perhaps in the place of one that is gone."""
+        says = {"KVSTORE_ROLE": "server", "KVSTORE_RANK": str(number)}
+        one = self._start(f"server {number}", [*KVSTORE, "server", "--address", self.address], says)
+        self.servers[number] = one
+        return one
 
     def worker(self, body: str, rank: int | None = None, **around: str) -> Process:
         """A process that runs ``body``, where ``kvstore.create("dist")`` finds the cluster."""
@@ -137,10 +147,10 @@ class Processes:
 
 
 @contextlib.contextmanager
-def processes(workers: int = 2, servers: int = 1, **around: str) -> Iterator[Processes]:
+def processes(workers: int = 2, servers: int = 1, replication: int = 0, **around: str) -> Iterator[Processes]:
     """A cluster of real processes, with its journal in a folder of its own."""
     with tempfile.TemporaryDirectory() as folder:
-        running = Processes(workers, servers, Path(folder), **around)
+        running = Processes(workers, servers, Path(folder), replication, **around)
         try:
             yield running
         finally:
