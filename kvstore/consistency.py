@@ -145,7 +145,7 @@ class Eventual(_AtOnce):
         return "eventual"
 
 
-FOR_GOOD = 1 << 63  # the last round of an absence that has no end yet
+FOR_GOOD = (1 << 63) - 1  # the last round of an absence that has no end yet
 
 Absence = tuple[int, int]  # the first and the last round
 

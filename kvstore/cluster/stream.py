@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from kvstore.errors import KVStoreError, from_wire
+from kvstore.errors import FencedError, KVStoreError, from_wire
 from kvstore.protocol.messages import Entry, Failed, Sender, Taken, decode, envelope
 from kvstore.protocol.replicating import Log
 from kvstore.transport.network import Frames, Loop, Network
@@ -129,8 +129,11 @@ class Stream:
                 if self.log.heard(message.request_id, self._loop.now()):
                     self._on_in_step()
             elif isinstance(message, Failed):
-                self._on_refused(from_wire(message.error, message.text))
-                return
+                error = from_wire(message.error, message.text)
+                if isinstance(error, FencedError):
+                    self._on_refused(error)
+                    return
+                log.error("%r: the replica does not take the log: %s", self, error)
         while self._held and self.log.may_tell(self._held[0][0]):
             heapq.heappop(self._held)[2]()
         self._on_news()
