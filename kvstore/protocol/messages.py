@@ -684,6 +684,7 @@ def _missed(value: Any) -> tuple[int, str]:
     return _natural(value[0]), _text(value[1])
 
 
+_shard_list = _many(_shard, 1 << 16)
 _pairs = _many(_pair, 1 << 20)
 _absences = _many(_absence, 1 << 20)
 _reasons = _many(_missed, 1 << 20)
@@ -728,7 +729,7 @@ FORMS: dict[int, tuple[type[Message], tuple[Check, ...]]] = {
     69: (Status, (_report,)),
     70: (Joined, (_natural, _natural)),
     71: (Enter, ()),
-    72: (Placement, (_natural, _many(_shard, 1 << 16))),
+    72: (Placement, (_natural, _shard_list)),
     73: (Standby, (_natural, _natural, _text)),
     74: (InStep, (_natural, _natural)),
     75: (HandedOver, (_natural, _natural)),
