@@ -157,7 +157,7 @@ class Home(Protocol):
 
     def dead_workers(self) -> list[int]: ...
 
-    def rounds(self, key: Key) -> int:
+    def rounds(self, key: Key, timeout_s: float) -> int:
         """The pushes of the key by this worker, those of its earlier lives included."""
 
     def leave(self, timeout_s: float) -> None:

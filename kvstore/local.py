@@ -190,7 +190,7 @@ class LocalHome(Home):
     def dead_workers(self) -> list[int]:
         return []
 
-    def rounds(self, key: Key) -> int:
+    def rounds(self, key: Key, timeout_s: float) -> int:
         return self._rounds[key]
 
     def leave(self, timeout_s: float) -> None:

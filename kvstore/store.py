@@ -879,7 +879,7 @@ class KVStore:
         Raises:
             UnknownKeyError, KeyKindError: as named.
         """
-        return self._home.rounds(self._one(key, "rounds").key)
+        return self._home.rounds(self._one(key, "rounds").key, self._limit(None))
 
     def leave(self, timeout: float | None = None) -> None:
         """Take part in no further round, because this worker has run out of batches for instance.

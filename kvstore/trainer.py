@@ -40,6 +40,10 @@ class Trainer:
             ``1 / (global batch)`` gives a mean. The caller's arrays are not changed; a gradient that was
             produced in ``store.staging(key)`` is scaled there, and nothing is copied.
 
+    ``steps`` is how many steps this worker has made, and so the number of the next one. A worker that comes back or
+    joins a running job begins where it, or the others, are; a step of which some keys have been pushed is completed
+    first: then :meth:`step` pushes the gradients of the other keys only.
+
     Raises:
         as :meth:`KVStore.init` and :meth:`KVStore.set_optimizer`.
     """
@@ -50,10 +54,15 @@ class Trainer:
         self.scale = scale
         self._priority = {key: len(self.params) - position for position, key in enumerate(self.params)}
         self._pulls: dict[Key, Handle] = {}
+        self.steps = 0
+        self._ahead: dict[Key, int] = {}  # keys that need no push in the next so many steps
         store.set_optimizer(optimizer)
         keys = list(self.params)
         store.init(keys, [v[0] if isinstance(v, list) else v for v in self.params.values()])
         store.pull(keys, list(self.params.values())).result()
+        rounds = {key: store.rounds(key) for key in keys}
+        self.steps = min(rounds.values(), default=0)
+        self._ahead = {key: round - self.steps for key, round in rounds.items() if round > self.steps}
 
     def __repr__(self) -> str:
         return f"<Trainer: {len(self.params)} parameters in {self.store!r}>"
@@ -62,6 +71,9 @@ class Trainer:
         """Push one gradient as soon as it is ready, and ask for the new weights; :meth:`step` waits for them."""
         if key not in self.params:
             raise UnknownKeyError(f"key {key!r}: expected one of the trainer's parameters")
+        if self._ahead.get(key) and key not in self._pulls:
+            handle = self._pulls[key] = self.store.pull(key, self.params[key], self._priority[key])
+            return handle
         handle = self.store.pushpull(key, self._scaled(key, gradient), self.params[key], self._priority[key])
         self._pulls[key] = handle
         return handle
@@ -87,6 +99,8 @@ class Trainer:
         pulls, self._pulls = self._pulls, {}
         for key in self.params:
             pulls[key].result()
+        self.steps += 1
+        self._ahead = {key: left - 1 for key, left in self._ahead.items() if left > 1}
         return [pulls[key] for key in self.params]
 
     def _scaled(self, key: Key, gradient: Any) -> Any:

@@ -374,9 +374,9 @@ class ClusterHome(Home):
     def dead_workers(self) -> list[int]:
         return sorted(self._session.lost_workers)
 
-    def rounds(self, key: Key) -> int:
+    def rounds(self, key: Key, timeout_s: float) -> int:
         remote = self._remotes[key]
-        self._engine.wait(remote.latest.order)
+        self._engine.wait(remote.latest.order, timeout=timeout_s)
         return remote.latest.round
 
     def leave(self, timeout_s: float) -> None:

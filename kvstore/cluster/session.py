@@ -327,14 +327,14 @@ class Session:
 
     def _connect_scheduler(self) -> Link:
         """A connection that is replaced when it ends, so that Register is the first thing that the next one brings."""
-        connection = self._network.connect(
+        line = self._network.connect(
             self._reactor,
             self.address,
             lambda frames: self._receive(SCHEDULER, frames),
-            lambda: self._reactor.post(lambda: self._reconnect(connection)),
-            self._heartbeat_s,
+            on_lost=lambda: self._reactor.post(lambda: self._reconnect(line)),
+            heartbeat_s=self._heartbeat_s,
         )
-        return connection
+        return line
 
     def _reconnect(self, ended: Link) -> None:
         if self._connections[SCHEDULER] is not ended or self._closed is not None:

@@ -80,6 +80,12 @@ class Process:
         self.popen.kill()
         self.popen.wait(LIMIT_S)
 
+    def ends_within(self, timeout_s: float) -> bool:
+        """Does it end in that time?"""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.popen.wait(timeout_s)
+        return self.popen.poll() is not None
+
     def ends(self, timeout_s: float = LIMIT_S) -> int:
         """Its exit code."""
         return self.popen.wait(timeout_s)
@@ -88,14 +94,14 @@ class Process:
 class Processes:
     """A cluster; everything is killed at the end."""
 
-    def __init__(self, workers: int, servers: int, folder: Path, replication: int = 0, **around: str) -> None:
+    def __init__(self, workers: int, servers: int, folder: Path, *options: str, **around: str) -> None:
+        """``options``: of the scheduler's command."""
         self.around = {**os.environ, "PYTHONUNBUFFERED": "1", **around}
         self.children: list[Process] = []
         self.servers: dict[int, Process] = {}
-        self._sizes = ["-w", str(workers), "-s", str(servers)]
-        self._journal = ["--journal", str(folder / "journal")]
-        if replication:
-            self._journal = ["--replication", str(replication)]
+        self._sizes = ["-w", str(workers), "-s", str(servers), *options]
+        if "--replication" not in options:
+            self._sizes += ["--journal", str(folder / "journal")]
         self.address = "tcp://127.0.0.1:*"
         self.scheduler = self.start_scheduler()
         for number in range(servers):
@@ -103,7 +109,7 @@ class Processes:
 
     def start_scheduler(self) -> Process:
         """The first one, or another in its place."""
-        command = [*KVSTORE, "scheduler", "--bind", self.address, *self._sizes, *self._journal]
+        command = [*KVSTORE, "scheduler", "--bind", self.address, *self._sizes]
         self.scheduler = self._start("scheduler", command)
         self.address = self.scheduler.line("scheduler at ").removeprefix("scheduler at ")
         return self.scheduler
@@ -150,7 +156,8 @@ class Processes:
 def processes(workers: int = 2, servers: int = 1, replication: int = 0, **around: str) -> Iterator[Processes]:
     """A cluster of real processes, with its journal in a folder of its own."""
     with tempfile.TemporaryDirectory() as folder:
-        running = Processes(workers, servers, Path(folder), replication, **around)
+        options = ["--replication", str(replication)] if replication else []
+        running = Processes(workers, servers, Path(folder), *options, **around)
         try:
             yield running
         finally:

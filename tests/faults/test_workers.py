@@ -18,12 +18,12 @@ STEADY = """
 with kvstore.create("dist", timeout=50) as kv:
     kv.init("w", np.zeros(4, np.float32))
     kv.init("v", np.zeros(3_000_000, np.float32))  # in several pieces
-    begun = kv.rounds("w")
+    begun = min(kv.rounds("w"), kv.rounds("v"))
     say("begun", kv.rank, begun)
     for step in range(begun, {steps}):
         value = np.full(4, 10.0 ** kv.rank * (step + 1), np.float32)
         try:
-            w = kv.pushpull("w", value).result()
+            w = kv.pushpull("w", value).result() if kv.rounds("w") == step else kv.pull("w").result()
             if kv.rounds("v") == step:
                 kv.pushpull("v", np.full(3_000_000, value[0], np.float32)).result()
         except kvstore.KVStoreError as error:
@@ -202,18 +202,15 @@ def batch(step, part, parts):  # the same batch of 64 whoever works on it
     return x[part::parts], x[part::parts] @ true
 
 with kvstore.create("dist", timeout=50) as kv:
-    weights = {"w": np.zeros(8, np.float32)}
+    weights = {"w": np.zeros(8, np.float32), "b": np.zeros(1, np.float32)}
     trainer = kvstore.Trainer(weights, kvstore.optim.SGD(lr=0.05), kv, scale=1 / 64)
-    begun = kv.rounds("w")
-    say("begun", kv.rank, begun)
-    for step in range(begun, 1000):
-        last = int(told())
-        if step >= last:
-            break
+    say("begun", kv.rank, trainer.steps)
+    while trainer.steps < int(told()):
+        step = trainer.steps
         parts = kv.num_workers
         x, y = batch(step, kv.rank % parts, parts)
-        error = x @ weights["w"] - y
-        trainer.step({"w": 2 * x.T @ error})
+        error = x @ weights["w"] + weights["b"] - y
+        trainer.step({"w": 2 * x.T @ error, "b": 2 * error.sum(keepdims=True)})
         say("step", step, kv.num_workers, float(np.square(weights["w"] - true).sum()))
     kv.leave()
     say("left", json.dumps(kv.pull("w").result().tolist()))

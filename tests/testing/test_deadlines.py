@@ -31,8 +31,8 @@ CALLS: dict[str, Callable[[KVStore, Path], Any]] = {
     "barrier": lambda kv, _: (kv.push("w", VALUE), kv.barrier()),
     "save_optimizer_states": lambda kv, path: kv.save_optimizer_states(path / "states"),
     "load_optimizer_states": lambda kv, path: kv.load_optimizer_states(path / "saved"),
-    "leave": lambda kv, _: kv.leave(),
     "wait_for_commits": lambda kv, _: (kv.push("w", VALUE), kv.wait_for_commits()),
+    "leave": lambda kv, _: (kv.push("w", VALUE), kv.leave()),
     "close": lambda kv, _: (kv.push("w", VALUE), kv.close()),
 }
 NO_WAIT = {"dead_workers", "rounds", "set_updater"}
