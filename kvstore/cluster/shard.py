@@ -46,7 +46,7 @@ from kvstore.protocol.messages import (
     Place,
     Push,
     ReadStatus,
-    Restore,
+    RestorePiece,
     Sender,
     Spec,
     State,
@@ -358,7 +358,7 @@ class Shard:
             if isinstance(message, Push) and message.place is not None:
                 return self._neighbourhood.array(rank, message.place, nbytes).view(kind)
             return self._one_frame(message, nbytes, kind, payload)
-        if isinstance(message, Restore):
+        if isinstance(message, RestorePiece):
             kind, _ = _form(message.spec, message.piece)
             states = zip(message.names, message.dtypes, payload[1:], strict=True)
             state = {name: np.frombuffer(frame, dtype_named(dtype)) for name, dtype, frame in states}

@@ -478,7 +478,7 @@ class SplitBundle(Message):
 
 
 @dataclass(frozen=True, slots=True)
-class Restore(Message):
+class RestorePiece(Message):
     """In an entry: a piece as it is. Its frames are the value, and one per name of the optimizer's state."""
 
     key: Key
@@ -741,7 +741,7 @@ FORMS: dict[int, tuple[type[Message], tuple[Check, ...]]] = {
     99: (UniteBundle, (_bundle,)),
     100: (SplitBundle, (_bundle,)),
     101: (
-        Restore,
+        RestorePiece,
         (
             key,
             _natural,
@@ -763,7 +763,7 @@ FORMS: dict[int, tuple[type[Message], tuple[Check, ...]]] = {
 }
 LOGGED = (
     Init, Bind, Drop, SetOptimizer, SetHyperparameters, WriteState, Leave, Admit, Departed,
-    Updated, UniteBundle, SplitBundle, Restore, RestoreSetting, RestoreWorkers, Arrived,
+    Updated, UniteBundle, SplitBundle, RestorePiece, RestoreSetting, RestoreWorkers, Arrived,
 )  # fmt: skip
 _KINDS = {form[0]: kind for kind, form in FORMS.items()}
 _FIELDS = {form[0]: tuple(form[0].__dataclass_fields__)[1:] for form in FORMS.values()}

@@ -38,7 +38,7 @@ from kvstore.protocol.messages import (
     Initialized,
     Leave,
     Message,
-    Restore,
+    RestorePiece,
     RestoreSetting,
     RestoreWorkers,
     SetHyperparameters,
@@ -232,12 +232,12 @@ def _failed(actions: list[Action], message: Message) -> bool:
     )
 
 
-def _restore(key: Any, number: int, piece: Piece) -> Restore:
+def _restore(key: Any, number: int, piece: Piece) -> RestorePiece:
     level = piece.level
     rounds = tuple((p, level.effective(p)) for p in level.rounds)
     away = tuple((p, *span) for p, spans in level.away.items() for span in spans)
     written = piece.written is not None
-    return Restore(
+    return RestorePiece(
         0, key, number, piece.spec, level.closed, level.version, rounds, away, piece.generation, piece.steps, written,
         (), (),
     )  # fmt: skip
@@ -289,7 +289,7 @@ def follow(serving: Serving, entry: Entry, payload: object, now: float) -> list[
         case SplitBundle(_, bundle):
             serving.split(serving.bundles[bundle])
             return [action for action in serving.moved() if isinstance(action, Split)]
-        case Restore():
+        case RestorePiece():
             return _create(serving, message, payload)
         case RestoreSetting(_, optimizer, since, generation, asked):
             rules = serving.parse_optimizer(optimizer), serving.parse_optimizer(asked)
@@ -331,7 +331,7 @@ def _update(serving: Serving, message: Updated, payload: object) -> Apply:
     return Apply(piece_id, message.round, (payload,), rule, generation, message.contributions)
 
 
-def _create(serving: Serving, message: Restore, payload: Any) -> list[Action]:
+def _create(serving: Serving, message: RestorePiece, payload: Any) -> list[Action]:
     piece_id = (message.key, message.piece)
     level = Level(consistency.parse(message.spec.cluster_model), tuple(p for p, _ in message.rounds))
     level.rounds = dict(message.rounds)
