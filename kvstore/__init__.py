@@ -11,7 +11,7 @@ One ``pushpull``, file by file:
 7. ``protocol/requesting.py``: which piece goes when: order, priority, credit (in ``cluster/session.py``).
 8. ``protocol/messages.py``: message to header and frames.
 9. ``transport/``: the frames travel.
-10. ``cluster/server.py``: frames to message, on the server that owns the piece.
+10. ``cluster/shard.py``: frames to message, on the server that owns the piece.
 11. ``protocol/serving.py``: new, a repeat, or refused?
 12. ``consistency.py``: the cluster level's rule: merge, apply, park, answer.
 13. ``stored.py``, ``optim/`` and ``kernels/``: the update, as an op of the server's engine.

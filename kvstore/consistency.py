@@ -154,7 +154,7 @@ class Eventual(_AtOnce):
         return "eventual"
 
 
-FOR_GOOD = 1 << 63  # the last round of an absence that has no end yet
+FOR_GOOD = (1 << 63) - 1  # the last round of an absence that has no end yet
 
 Absence = tuple[int, int]  # the first and the last round
 
@@ -288,6 +288,23 @@ class Level:
             and self.away == other.away
             and (self.closed, self.version) == (other.closed, other.version)
         )
+
+    def follow(self, update: Update) -> None:
+        """Count an update that took effect elsewhere: nothing is known here of pushes that have not."""
+        for participant, round in update.contributions:
+            self.rounds[participant] = round
+            spans = self.away.get(participant)
+            if spans and spans[-1][1] == FOR_GOOD:
+                spans[-1] = (max(spans[-1][0], round + 1), FOR_GOOD)
+        self.closed = max(self.closed, update.round)
+        self.version += 1
+
+    def effective(self, participant: int) -> int:
+        """The last of its rounds that has taken effect, or of which it is not a member."""
+        round = self.rounds[participant]
+        while not self.in_effect(participant, round) and participant in self.members_of(round):
+            round -= 1
+        return round
 
     def push_alone(self) -> None:
         """Count a push of the only participant: in every model it takes effect at once, and nobody waits."""

@@ -25,11 +25,21 @@ class Cluster:
     Args:
         restore: a checkpoint that the servers begin with.
         keys: the directory of the cluster's keys.
+        replication: how many replicas a shard has.
     """
 
-    def __init__(self, workers: int, servers: int, restore: Path | None = None, keys: Path | None = None) -> None:
+    def __init__(
+        self,
+        workers: int,
+        servers: int,
+        restore: Path | None = None,
+        keys: Path | None = None,
+        replication: int = 0,
+    ) -> None:
         self.workers = workers
-        self.scheduler = Scheduler("tcp://127.0.0.1:*", workers, servers, network=network(keys))
+        self.scheduler = Scheduler(
+            "tcp://127.0.0.1:*", workers, servers, replication=replication, network=network(keys)
+        )
         self.scheduler.start()
         self.servers = [
             Server(
@@ -78,9 +88,13 @@ class Cluster:
 
 @contextlib.contextmanager
 def cluster(
-    workers: int = 2, servers: int = 1, restore: Path | None = None, keys: Path | None = None
+    workers: int = 2,
+    servers: int = 1,
+    restore: Path | None = None,
+    keys: Path | None = None,
+    replication: int = 0,
 ) -> Iterator[Cluster]:
-    running = Cluster(workers, servers, restore, keys)
+    running = Cluster(workers, servers, restore, keys, replication)
     try:
         yield running
     finally:

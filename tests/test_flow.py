@@ -23,7 +23,7 @@ TOUR = [
     "kvstore/protocol/requesting.py",
     "kvstore/protocol/messages.py",
     "kvstore/transport/",
-    "kvstore/cluster/server.py",
+    "kvstore/cluster/shard.py",
     "kvstore/protocol/serving.py",
     "kvstore/consistency.py",
     "kvstore/stored.py",

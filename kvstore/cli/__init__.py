@@ -34,6 +34,14 @@ class _Commands(click.Group):
             ctx.exit(1)
 
 
+_REPLICATION: dict[str, Any] = {
+    "type": click.IntRange(0, 1),
+    "default": 0,
+    "show_default": True,
+    "help": "Servers beside its own that keep each value: with 1, a server may die.",
+}
+
+
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="kvstore")
 def main() -> None:
@@ -63,12 +71,19 @@ def _checkpoint_options(command: Any) -> Any:
 @main.command(context_settings={"ignore_unknown_options": True})
 @click.option("-w", "--workers", type=int, default=1, show_default=True, help="Worker processes.")
 @click.option("-s", "--servers", type=int, default=1, show_default=True, help="Server processes.")
+@click.option("--replication", **_REPLICATION)
 @click.option("--grace", type=float, default=5.0, show_default=True, help="Seconds to end in before the kill.")
 @_checkpoint_options
 @_KEYS
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
 def run(
-    workers: int, servers: int, grace: float, keys: str | None, command: tuple[str, ...], **checkpoints: Any
+    workers: int,
+    servers: int,
+    replication: int,
+    grace: float,
+    keys: str | None,
+    command: tuple[str, ...],
+    **checkpoints: Any,
 ) -> None:
     """Run a whole cluster on this machine: COMMAND once per worker, with a scheduler and servers.
 
@@ -85,7 +100,7 @@ def run(
     from kvstore.cli.launch import run_cluster
 
     _check_every(checkpoints["checkpoint_every"])
-    sys.exit(run_cluster(workers, servers, list(command), grace, checkpoints, keys))
+    sys.exit(run_cluster(workers, servers, replication, list(command), grace, checkpoints, keys))
 
 
 @main.command()
@@ -96,6 +111,7 @@ def run(
 @click.option("-w", "--workers", type=int, help="Workers of the cluster (or KVSTORE_NUM_WORKERS).")
 @click.option("-s", "--servers", type=int, help="Servers of the cluster (or KVSTORE_NUM_SERVERS, else 1).")
 @click.option("--journal", type=click.Path(dir_okay=False), help="A file from which a restarted one goes on.")
+@click.option("--replication", **_REPLICATION)
 @HEARTBEAT
 @_KEYS
 def scheduler(
@@ -104,6 +120,7 @@ def scheduler(
     workers: int | None,
     servers: int | None,
     journal: str | None,
+    replication: int,
     heartbeat: float | None,
     keys: str | None,
 ) -> None:
@@ -120,7 +137,14 @@ def scheduler(
         raise click.UsageError("expected --workers or KVSTORE_NUM_WORKERS")
     limit = heartbeat or around.heartbeat or HEARTBEAT_S
     one = Scheduler(
-        bind, workers, servers, advertise=advertise, journal=journal, heartbeat=limit, network=_network(keys)
+        bind,
+        workers,
+        servers,
+        advertise=advertise,
+        journal=journal,
+        heartbeat=limit,
+        replication=replication,
+        network=_network(keys),
     )
     click.echo(f"scheduler at {one.address}")
     sys.exit(serve(one))
@@ -196,11 +220,11 @@ def server(
     )
     click.echo(f"server at {one.address}")
     if checkpoint_dir is None:
-        sys.exit(serve(one, beside))
+        sys.exit(serve(one, beside, one.drain))
     periodic = Periodic(address, checkpoint_dir, checkpoint_every, checkpoint_keep)
     periodic.start()
     try:
-        sys.exit(serve(one, beside))
+        sys.exit(serve(one, beside, one.drain))
     finally:
         periodic.stop()
 
@@ -208,6 +232,22 @@ def server(
 def _check_every(seconds: float) -> None:
     if not seconds > 0:
         raise click.UsageError(f"--checkpoint-every {seconds:g}: expected seconds > 0")
+
+
+@main.command()
+@click.option("--address", help="The scheduler's (or KVSTORE_ADDRESS).")
+@click.option("--timeout", type=float, default=60.0, show_default=True, help="Seconds to wait until it is done.")
+@_KEYS
+@click.argument("rank", type=int)
+def drain(address: str | None, timeout: float, keys: str | None, rank: int) -> None:
+    """Hand over all that server RANK has to the other servers. It goes on running, and may be stopped then."""
+    from kvstore import environment
+    from kvstore.cluster.status import drain
+
+    address = address or environment.read().address
+    if address is None:
+        raise click.UsageError("expected --address or KVSTORE_ADDRESS, the scheduler's address")
+    drain(address, rank, timeout, _network(keys))
 
 
 @main.command()
@@ -232,14 +272,16 @@ def status(address: str | None, timeout: float, as_json: bool, keys: str | None)
 
     came = ", ".join(f"{len(report[what])} of {report[f'num_{what}']} {what}" for what in ("workers", "servers"))
     table = Table(title=f"cluster {report['cluster']}, epoch {report['epoch']}: {came} have come")
-    for column in ("role", "rank", "state", "host", "pid", "last heard", "address", "keys", "bytes"):
+    columns = ("role", "rank", "state", "host", "pid", "last heard", "address", "primary of", "replica of")
+    for column in (*columns, "keys", "bytes"):
         table.add_column(column, no_wrap=True)
     for role in ("worker", "server"):
         for row in report[f"{role}s"]:
             heard = f"{row['heard_s']:.1f} s ago"
             cells = (role, row["rank"], row["state"], row["host"], row["pid"], heard, row["address"])
+            shards = (" ".join(map(str, row.get(what, ()))) for what in ("primary", "replica"))
             held = ("" if row.get(what) is None else f"{row[what]:,}" for what in ("keys", "bytes"))
-            table.add_row(*map(str, cells), *held)
+            table.add_row(*map(str, cells), *shards, *held)
     console = Console()
     console.print(table, width=None if console.is_terminal else max(console.width, console.measure(table).maximum))
 

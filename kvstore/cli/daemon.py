@@ -6,6 +6,7 @@ import ctypes
 import gc
 import signal
 import threading
+from collections.abc import Callable
 from typing import Protocol
 
 import click
@@ -36,8 +37,12 @@ def keep_memory() -> None:
         mallopt(_ARENA_MAX, 1)
 
 
-def serve(daemon: Daemon, beside: Daemon | None = None) -> int:
-    """Start ``daemon``, wait for SIGINT or SIGTERM, stop it and ``beside``; the exit code."""
+def serve(daemon: Daemon, beside: Daemon | None = None, on_term: Callable[[], None] | None = None) -> int:
+    """Start ``daemon``, wait for SIGINT or SIGTERM, stop it and ``beside``; the exit code.
+
+    Args:
+        on_term: what to do on SIGTERM before it is stopped. A second signal ends the wait for it.
+    """
     told: list[int] = []
     failed: list[KVStoreError] = []
     wake = threading.Event()
@@ -63,6 +68,15 @@ def serve(daemon: Daemon, beside: Daemon | None = None) -> int:
     thread = threading.Thread(target=start, name="kvstore-daemon", daemon=True)
     thread.start()
     wake.wait()
+    if on_term is not None and told and told[0] == signal.SIGTERM:
+        wake.clear()
+
+        def leave() -> None:
+            on_term()
+            wake.set()
+
+        threading.Thread(target=leave, name="kvstore-leave", daemon=True).start()
+        wake.wait()
     daemon.stop()
     if beside is not None:
         beside.stop()

@@ -20,6 +20,7 @@ START_TIMEOUT_S = 60.0
 def run_cluster(
     workers: int,
     servers: int,
+    replication: int,
     command: list[str],
     grace_s: float,
     checkpoints: Mapping[str, Any] | None = None,
@@ -36,9 +37,12 @@ def run_cluster(
     for number in before:
         signal.signal(number, lambda n, _: supervisor.events.put(n))
     try:
-        return _run(supervisor, workers, servers, command, grace_s, checkpoints or {}, keys)
+        return _run(supervisor, workers, servers, replication, command, grace_s, checkpoints or {}, keys)
     finally:
-        supervisor.stop(supervisor.children, grace_s)
+        daemons = [child for child in supervisor.children if child.name.startswith(("scheduler", "server"))]
+        workers_left = [child for child in supervisor.children if child not in daemons]
+        supervisor.stop(workers_left, grace_s)
+        supervisor.stop(daemons, grace_s, signal.SIGINT)  # nobody is left to hand anything over to
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -47,6 +51,7 @@ def _run(
     supervisor: Supervisor,
     workers: int,
     servers: int,
+    replication: int,
     command: list[str],
     grace_s: float,
     checkpoints: Mapping[str, Any],
@@ -57,7 +62,18 @@ def _run(
     first_line: queue.Queue[str] = queue.Queue()
     supervisor.start(
         "scheduler",
-        [*own, "scheduler", "--bind", "tcp://127.0.0.1:*", "-w", str(workers), "-s", str(servers)],
+        [
+            *own,
+            "scheduler",
+            "--bind",
+            "tcp://127.0.0.1:*",
+            "-w",
+            str(workers),
+            "-s",
+            str(servers),
+            "--replication",
+            str(replication),
+        ],
         inherited,
         first_line,
     )
@@ -92,6 +108,9 @@ def _run(
         child, code = event.child, event.code
         if code == 0 and child in running:
             running.discard(child)
+            continue
+        if replication and child.name.startswith("server"):
+            click.echo(f"kvstore run: {child.name} is gone: another server goes on in its place", err=True)
             continue
         how = f"ended with code {code}" if code >= 0 else f"was ended by {_name(-code)}"
         click.echo(f"kvstore run: {child.name} {how}: stopping everything", err=True)

@@ -256,14 +256,12 @@ class ClusterHome(Home):
         remote = exchange.remote
         request_id = self._session.next_id()
         near, held = remote.hold(piece, request_id, pull=pull)
-        payload: Array | None = None
         place = None
         region = exchange.slot.region if exchange.slot is not None else None
         if remote.near[piece] and region is not None:
             place = region.place(remote.cut.span(piece)[0] * remote.dtype.itemsize)
-        else:
-            payload = _bytes(flat, remote.cut, piece)
-        nbytes = 0 if payload is None else payload.nbytes
+        payload = _bytes(flat, remote.cut, piece)
+        nbytes = payload.nbytes if place is None else 0
         message = Push(
             request_id, remote.key, piece, remote.round, pull, nbytes > CREDIT_FREE_BYTES,
             _clamped(priority), near, held, place,

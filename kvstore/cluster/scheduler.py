@@ -45,6 +45,7 @@ class Scheduler:
         journal: a file; a scheduler that is started again with it goes on where the former one ended.
         heartbeat: seconds after which a member that shows no life is lost.
         network: how it is reached.
+        replication: on how many servers beside its primary a shard is kept: 0 or 1.
 
     Raises:
         OptionError: an address that cannot be bound, a wrong number, or a file that is no journal of such a cluster.
@@ -58,6 +59,7 @@ class Scheduler:
         *,
         advertise: str | None = None,
         network: Network = NETWORK,
+        replication: int = 0,
         journal: str | Path | None = None,
         heartbeat: float = HEARTBEAT_S,
     ) -> None:
@@ -65,6 +67,9 @@ class Scheduler:
             raise OptionError(
                 f"a cluster: expected at least 1 worker and 1 server, got {num_workers} and {num_servers}"
             )
+        if journal is not None and replication:
+            raise OptionError("a scheduler: a journal does not keep yet which server has what under replication")
+        self._replication = replication
         self._grace_s = heartbeat * GRACE
         self._unreachable: dict[bytes, float] = {}  # peer -> since when
         self._stopped = threading.Event()
@@ -87,7 +92,7 @@ class Scheduler:
 
     def _begin(self, num_workers: int, num_servers: int) -> Membership:
         def new() -> Membership:
-            return Membership(secrets.randbits(62) | 1, num_workers, num_servers)
+            return Membership(secrets.randbits(62) | 1, num_workers, num_servers, replication=self._replication)
 
         if self._journal is None:
             return new()

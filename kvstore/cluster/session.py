@@ -14,6 +14,7 @@ import socket
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -37,6 +38,7 @@ from kvstore.protocol.messages import (
     Enter,
     Explain,
     Explanation,
+    Fetch,
     Freeze,
     Frozen,
     Halt,
@@ -45,6 +47,9 @@ from kvstore.protocol.messages import (
     Meet,
     Message,
     Met,
+    Placement,
+    Push,
+    ReadPlacement,
     Register,
     Roster,
     Sender,
@@ -52,7 +57,7 @@ from kvstore.protocol.messages import (
     envelope,
 )
 from kvstore.protocol.pieces import Key
-from kvstore.protocol.requesting import Answered, Divide, Outcome, Refused, Request, Requesting
+from kvstore.protocol.requesting import CREDIT_FREE_BYTES, Answered, Divide, Outcome, Refused, Request, Requesting
 from kvstore.transport.network import HEARTBEAT_S, Frames, Link, Network
 from kvstore.transport.zeromq import NETWORK
 
@@ -61,6 +66,7 @@ log = logging.getLogger(__name__)
 SCHEDULER = -1  # its number among the servers
 BATCH_BYTES = 256 << 10  # small messages to one server travel together up to this size
 MEET_S = 10.0  # how long a server may take to say whether it is on this host
+MEET_AGAIN_S = 1.0  # the same while a round waits
 EXPLAIN_S = 2.0  # how long a deadline's error may wait for the answer to "why"
 
 OnOutcome = Callable[[Outcome | Divide], None]
@@ -75,6 +81,7 @@ class Session:
         address: the scheduler's.
         role: ``worker`` or ``server``; ``observer`` registers nowhere.
         on_change: called on the session's thread for every member that is gone, and every worker that joined.
+        on_placement: called there whenever shards have changed their servers. A worker needs none: it follows them.
         neighbourhood: this process's memory that others on its host may read.
         network: how the others are reached.
         on_loss: a worker's policy for workers that are lost.
@@ -86,6 +93,7 @@ class Session:
         address: str,
         role: str,
         on_change: Callable[[Departed | Joined], None] | None = None,
+        on_placement: Callable[[Placement], None] | None = None,
         neighbourhood: Neighbourhood | None = None,
         *,
         network: Network = NETWORK,
@@ -105,6 +113,10 @@ class Session:
         self.neighbourhood = neighbourhood or Neighbourhood(0)
         self.near: set[int] = set()  # servers whose memory can be mapped here, and the other way round
         self._on_change = on_change
+        self._on_placement = on_placement
+        self._placed = 0  # the epoch of the placement
+        self._meeting: dict[int, int] = {}  # shards that have moved, while it is found out whether they are near
+        self._strange: set[int] = set()  # those that turned out to be far
         self._on_loss = on_loss
         self._heartbeat_s = heartbeat
         self._own_address = ""
@@ -154,7 +166,7 @@ class Session:
                 f"joining the cluster at {self.address}: not complete after {timeout:g} s; {why}"
             ) from error
         assert isinstance(roster, Roster)
-        self.num_workers, self.servers = roster.num_workers, roster.servers
+        self.num_workers, self.servers = roster.num_workers, self.servers or roster.servers
         self.joins = roster.joins
         self.sender = Sender(self.sender.cluster, self.sender.epoch, roster.rank, roster.incarnation)
 
@@ -206,15 +218,19 @@ class Session:
         """Connect to all servers of the roster."""
 
         def connect() -> None:
-            for number, address in enumerate(self.servers):
-                self._connections[number] = self._network.connect(
-                    self._reactor,
-                    address,
-                    lambda frames, number=number: self._receive(number, frames),  # type: ignore[misc]
-                )
+            for number in range(len(self.servers)):
+                self._connect(number)
 
         self._reactor.call(connect)
         self._meet_servers()
+
+    def _connect(self, number: int) -> None:
+        old = self._connections.get(number)
+        if old is not None:
+            old.close()
+        self._connections[number] = self._network.connect(
+            self._reactor, self.servers[number], lambda frames: self._receive(number, frames)
+        )
 
     def _meet_servers(self) -> None:
         """Find out which servers are on this host."""
@@ -358,6 +374,8 @@ class Session:
             inbox, self._inbox = self._inbox, []
         for request, pulls_first in inbox:
             gone = self._server_gone(request.server)
+            if request.server in self._strange:
+                self._send_frames(request)
             if gone is not None:
                 self._settle(Refused(request, gone))
             else:
@@ -370,6 +388,8 @@ class Session:
         now, stirred = self._reactor.now(), self._requests.stirred
         while stirred:
             server = stirred.pop()
+            if server in self._meeting:
+                continue
             connection = self._connections[server]
             batch: list[tuple[Message, Sequence[Any]]] = []
             size = 0
@@ -410,6 +430,14 @@ class Session:
                 if self._on_change is not None:
                     self._on_change(message)
                 continue
+            if isinstance(message, Placement):
+                self._take_placement(message)  # which may also be the answer to a question
+            if isinstance(message, Met) and self._meeting.get(server) == message.request_id:
+                near = self.neighbourhood.reaches(server, message.probe)
+                if near:
+                    self._connections[server].shorten(message.line)
+                self._moved(server, near)
+                continue
             if isinstance(message, Roster):
                 self.workers = set(message.workers)
             if isinstance(message, Halt):
@@ -429,13 +457,70 @@ class Session:
                 self.lost_workers.add(message.rank)
             if message.on_loss == "continue" or not message.reason:
                 self.workers.discard(message.rank)
-        else:
+        elif message not in self.departed:
             self.departed.append(message)
             error = ServerLostError(f"server {message.rank} is gone: {message.reason or 'it was stopped'}")
             for outcome in self._requests.abandon(message.rank, error):
                 self._settle(outcome)
         if self._on_change is not None:
             self._on_change(message)
+
+    # --- shards that move -------------------------------------------------------------------------
+
+    def _take_placement(self, message: Placement) -> None:
+        """Some shards have other servers now: go on with those."""
+        if message.epoch <= self._placed:
+            return
+        self._placed = message.epoch
+        before, self.servers = self.servers, tuple([shard.address for shard in message.shards])
+        if self._on_placement is not None:
+            self._on_placement(message)
+        for number, shard in enumerate(message.shards):
+            if number in self._connections and shard.address and shard.address != before[number]:
+                log.info("shard %d is now on server %d at %s", number, shard.primary, shard.address)
+                self._connect(number)
+                self._meet_again(number)
+        self._pump()
+
+    def _meet_again(self, number: int) -> None:
+        """Before anything else is sent: may memory be shared with the new server?"""
+        probe = self.neighbourhood.probe()
+        if probe is None:
+            self._moved(number, near=False)
+            return
+        meeting = self._meeting[number] = self.next_id()
+        self._connections[number].send(envelope(self.sender, [(Meet(meeting, probe), ())]))
+
+        def give_up() -> None:
+            if self._meeting.get(number) == meeting:
+                self._moved(number, near=False)
+
+        self._reactor.call_later(MEET_AGAIN_S, give_up)
+
+    def _moved(self, number: int, near: bool) -> None:
+        """Everything that is open is sent again, in a form that the new server can read."""
+        self._meeting.pop(number, None)
+        if near:
+            self.near.add(number)
+            self._strange.discard(number)
+        else:
+            self.near.discard(number)
+            self._strange.add(number)
+            self._requests.change(number, self._send_frames)
+        self._requests.restart(number)
+        self._requests.stirred.add(number)
+        self._pump()
+
+    @staticmethod
+    def _send_frames(request: Request) -> None:
+        """Its server does not see this process's memory."""
+        message = request.message
+        if isinstance(message, Fetch) and message.near:
+            request.message = replace(message, near=False)
+        elif isinstance(message, Push) and (message.near or message.place is not None):
+            request.nbytes = memoryview(request.payload).nbytes  # type: ignore[arg-type]
+            acknowledge = request.nbytes > CREDIT_FREE_BYTES
+            request.message = replace(message, near=False, place=None, acknowledge=acknowledge)
 
     def _server_gone(self, server: int) -> KVStoreError | None:
         """Why there is no sense in asking this server."""
@@ -470,7 +555,8 @@ class Session:
             if connection.refused and (error := self._server_gone(server)) is not None:
                 for outcome in self._requests.abandon(server, error):
                     self._settle(outcome)
-        self._requests.tick(now)
+        if self._requests.tick(now) and self._placed:  # perhaps its server is another, and we were not told
+            self._connections[SCHEDULER].send(envelope(self.sender, [(ReadPlacement(self.next_id()), ())]))
         self._pump()
 
     def _fail_all(self, error: KVStoreError) -> None:

@@ -41,7 +41,7 @@ class Division:
     def _part(self, key: Key, span: Span) -> Request:
         whole: Any = self.request
         payload = None if whole.payload is None else whole.payload[slice(*span)]
-        nbytes = 0 if payload is None else span[1] - span[0]
+        nbytes = 0 if whole.frames is None else span[1] - span[0]
         message = self._message(key, span, nbytes)
         part = Request(
             whole.server, message, payload, nbytes, whole.priority, (key, 0),

@@ -490,6 +490,153 @@ class Status(Message):
     report: dict[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Which servers have one shard. No ``primary`` (-1): it is lost; no ``replica`` (-1): its primary is alone."""
+
+    epoch: int  # in which the two were appointed
+    primary: int
+    address: str
+    replica: int
+    replica_address: str  # "" as long as it has not said where
+    in_step: bool  # the replica has all that is committed: it may take over
+    moving: bool  # the replica is to take over now: the primary hands over
+
+
+@dataclass(frozen=True, slots=True)
+class Placement(Message):
+    """From the scheduler to all, whenever it changes: who has which shard, by number."""
+
+    epoch: int
+    shards: tuple[Shard, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ReadPlacement(Message):
+    """Ask the scheduler for the placement, which may have been missed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Standby(Message):
+    """From a replica to the scheduler: the shard's log of this epoch may be sent to this address."""
+
+    shard: int
+    epoch: int
+    address: str
+
+
+@dataclass(frozen=True, slots=True)
+class InStep(Message):
+    """From a primary to the scheduler: nothing is committed any more that its replica has not."""
+
+    shard: int
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class HandedOver(Message):
+    """From a primary to the scheduler: its replica has everything, and it takes in nothing more."""
+
+    shard: int
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Drain(Message):
+    """To the scheduler, from anybody: this server's shards are to go to others. Answered when it has none."""
+
+    rank: int
+
+
+# --- from a primary to its replica ----------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Entry(Message):
+    """The log's entry of this number (its ``request_id``): what a worker, or nobody (-1), has brought about."""
+
+    epoch: int
+    rank: int
+    incarnation: int
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class Taken(Message):
+    """All entries up to this number (its ``request_id``) have been taken."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Updated(Message):
+    """In an entry: these pushes (rank, round) have taken effect as one update. Its frame is their sum."""
+
+    key: Key | BundleId
+    piece: int
+    round: int
+    contributions: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class UniteBundle(Message):
+    """In an entry: from here on the bundle is one piece."""
+
+    bundle: BundleId
+
+
+@dataclass(frozen=True, slots=True)
+class SplitBundle(Message):
+    """In an entry: from here on its members are counted one by one."""
+
+    bundle: BundleId
+
+
+@dataclass(frozen=True, slots=True)
+class RestorePiece(Message):
+    """In an entry: a piece as it is. Its frames are the value, and one per name of the optimizer's state."""
+
+    key: Key
+    piece: int
+    spec: Spec
+    closed: int
+    version: int
+    rounds: tuple[tuple[int, int], ...]  # (rank, round) in effect
+    away: tuple[tuple[int, int, int], ...]  # (rank, first, last) rounds of which it is not a member
+    generation: int
+    step: int
+    written: bool  # a worker wrote the state
+    names: tuple[str, ...]
+    dtypes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreSetting(Message):
+    """In an entry: one of the optimizers that were set, in their order."""
+
+    optimizer: dict[str, Any]
+    since: dict[Key, int]
+    generation: int
+    asked: dict[str, Any]  # the one that was set, before its numbers were changed
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreWorkers(Message):
+    """In an entry: what the primary knows of the workers, see :class:`kvstore.protocol.workers.Workers`."""
+
+    members: tuple[int, ...]
+    known: tuple[int, ...]
+    incarnations: tuple[tuple[int, int], ...]
+    admitted: tuple[tuple[int, int], ...]
+    missed: tuple[tuple[int, str], ...]
+    hopeless: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Arrived(Message):
+    """In an entry: the rank's messages are of this incarnation."""
+
+
 # --- form on the wire ---------------------------------------------------------------------------
 
 Check = Callable[[Any], Any]  # returns the value in its Python form or raises ValueError
@@ -644,6 +791,48 @@ def _piece_record(value: Any) -> PieceRecord:
     return PieceRecord(*[check(field) for check, field in zip(checks, value, strict=True)])
 
 
+def _pair(value: Any) -> tuple[int, int]:
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise ValueError("a pair of whole numbers")
+    return _natural(value[0]), _natural(value[1])
+
+
+def _shard(value: Any) -> Shard:
+    if not isinstance(value, list | tuple) or len(value) != 7:
+        raise ValueError("epoch, primary, address, replica, its address, and two booleans")
+    epoch, primary, address, replica, replica_address, in_step, moving = value
+    return Shard(
+        _natural(epoch), _rank(primary), _text(address), _rank(replica), _text(replica_address),
+        _flag(in_step), _flag(moving),
+    )  # fmt: skip
+
+
+def _logged(value: Any) -> Message:
+    """The message of an entry: written as any other, without the number of its frames."""
+    if not isinstance(value, list) or len(value) < 2:
+        raise ValueError("a message that may be in a log")
+    message, _ = _decode_one([*value, 0])
+    if not isinstance(message, LOGGED):
+        raise ValueError("a message that may be in a log")
+    return message
+
+
+def _absence(value: Any) -> tuple[int, int, int]:
+    if not isinstance(value, list | tuple) or len(value) != 3:
+        raise ValueError("a rank, and the first and last round of its absence")
+    return _natural(value[0]), _natural(value[1]), _natural(value[2])
+
+
+def _missed(value: Any) -> tuple[int, str]:
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise ValueError("a rank and a reason")
+    return _natural(value[0]), _text(value[1])
+
+
+_shard_list = _many(_shard, 1 << 16)
+_pairs = _many(_pair, 1 << 20)
+_absences = _many(_absence, 1 << 20)
+_reasons = _many(_missed, 1 << 20)
 _name_list = _many(_model, 64)
 _rank_list = _many(_natural, PARTICIPANTS_MAX)
 _pieces = _many(_piece_record, PIECES_MAX)
@@ -693,14 +882,50 @@ FORMS: dict[int, tuple[type[Message], tuple[Check, ...]]] = {
     69: (Status, (_report,)),
     70: (Joined, (_natural, _natural)),
     71: (Enter, ()),
+    72: (Placement, (_natural, _shard_list)),
+    73: (Standby, (_natural, _natural, _text)),
+    74: (InStep, (_natural, _natural)),
+    75: (HandedOver, (_natural, _natural)),
+    76: (Drain, (_natural,)),
+    77: (ReadPlacement, ()),
+    96: (Entry, (_natural, _rank, _rank, _logged)),
+    97: (Taken, (_natural,)),
+    98: (Updated, (_target, _natural, _natural, _pairs)),
+    99: (UniteBundle, (_bundle,)),
+    100: (SplitBundle, (_bundle,)),
+    101: (
+        RestorePiece,
+        (
+            key,
+            _natural,
+            _spec,
+            _natural,
+            _natural,
+            _pairs,
+            _absences,
+            _natural,
+            _natural,
+            _flag,
+            _name_list,
+            _name_list,
+        ),
+    ),
+    102: (RestoreSetting, (_described, _since, _natural, _described)),
+    103: (RestoreWorkers, (_rank_list, _rank_list, _pairs, _pairs, _reasons, _rank_list)),
+    104: (Arrived, ()),
     80: (AskCut, (_natural,)),
     81: (Halt, (_natural,)),
     82: (Passed, (_natural, _natural, _flag)),
     83: (Named, (_natural, _natural, _rank_list)),
 }
+LOGGED = (
+    Init, Bind, Drop, SetOptimizer, SetHyperparameters, WriteState, Restore, Leave, Admit,
+    Departed,
+    Updated, UniteBundle, SplitBundle, RestorePiece, RestoreSetting, RestoreWorkers, Arrived,
+)  # fmt: skip
 _KINDS = {form[0]: kind for kind, form in FORMS.items()}
 _FIELDS = {form[0]: tuple(form[0].__dataclass_fields__)[1:] for form in FORMS.values()}
-_PARTS = {kind: tuple(kind.__dataclass_fields__) for kind in (Spec, Place)}  # written as lists of their fields
+_PARTS = {kind: tuple(kind.__dataclass_fields__) for kind in (Spec, Place, Shard)}  # written as lists of their fields
 
 
 @dataclass(frozen=True, slots=True)
@@ -717,17 +942,26 @@ def encode(sender: Sender, messages: Iterable[tuple[Message, int]]) -> bytes:
     """The header frame for ``messages``, each with the number of its value frames."""
     rows = []
     for message, frames in messages:
-        kind = type(message)
-        row: list[Any] = [_KINDS[kind], message.request_id]
-        for name in _FIELDS[kind]:
-            field = getattr(message, name)
-            parts = _PARTS.get(type(field))
-            row.append(field if parts is None else [getattr(field, part) for part in parts])
+        row = _row(message)
         row.append(frames)
         rows.append(row)
     header = [PROTOCOL, sender.cluster, sender.epoch, sender.rank, sender.incarnation, rows]
     packed: bytes = msgpack.packb(header, default=_as_list)
     return packed
+
+
+def _row(message: Message) -> list[Any]:
+    kind = type(message)
+    row: list[Any] = [_KINDS[kind], message.request_id]
+    for name in _FIELDS[kind]:
+        field = getattr(message, name)
+        parts = _PARTS.get(type(field))
+        row.append(field if parts is None else [getattr(field, part) for part in parts])
+    if kind is Entry:
+        row[-1] = _row(row[-1])
+    elif kind is Placement:
+        row[-1] = [[getattr(shard, part) for part in _PARTS[Shard]] for shard in row[-1]]
+    return row
 
 
 def _as_list(part: Any) -> list[Any]:

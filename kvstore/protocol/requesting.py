@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 
 from kvstore.errors import KVStoreError, from_wire
@@ -37,8 +37,8 @@ class Request:
 
     server: int
     message: Message
-    payload: object = None
-    nbytes: int = 0
+    payload: object = None  # also of a push whose bytes lie at a place
+    nbytes: int = 0  # that travel; 0 if they lie at a place
     priority: int = 0
     channel: Hashable = None  # requests of one channel keep their order; None: no order
     is_push: bool = False
@@ -54,6 +54,11 @@ class Request:
     @property
     def request_id(self) -> int:
         return self.message.request_id
+
+    @property
+    def frames(self) -> object:
+        """What travels with the message."""
+        return None if isinstance(self.message, Push) and self.message.place is not None else self.payload
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +156,7 @@ class Requesting:
             patience = min(RESEND_S_MAX, self.resend_s * 2.0 ** min(request.sent_times, 16))
             request.sent_times += 1
             request.resend_at = now + patience + self.in_flight.get(server, 0) / SLOWEST_LINK
-            yield request.message, None if _is_bare(request) else request.payload
+            yield request.message, None if _is_bare(request) else request.frames
 
     def reply(self, message: Message, payload: object) -> Outcome | Divide | None:
         """Conclude from a server's reply; None while the request stays open (or was closed before)."""
@@ -179,17 +184,34 @@ class Requesting:
             return Refused(request, from_wire(message.error, message.text))
         return Answered(request, message, payload)
 
+    def restart(self, server: int) -> None:
+        """Another process answers for ``server``: it has what was committed, and nothing that was only accepted."""
+        for request in self.open.values():
+            if request.server != server:
+                continue
+            request.accepted = request.committed
+            self._return_credit(request)
+            if request.sent_times and not request.queued:
+                self._enqueue(request)
+
     def resend(self, server: int) -> None:
         """The connection to ``server`` was renewed: send again what it has not answered."""
         for request in self.open.values():
             if request.server == server and request.sent_times:
                 self._enqueue(request)
 
-    def tick(self, now: float) -> None:
-        """Queue again what has waited too long for a reply."""
+    def change(self, server: int, revise: Callable[[Request], None]) -> None:
+        """Revise the open requests to ``server``."""
         for request in self.open.values():
-            if request.sent_times and not request.queued and now >= request.resend_at:
-                self._enqueue(request)
+            if request.server == server:
+                revise(request)
+
+    def tick(self, now: float) -> bool:
+        """Queue again what has waited too long for a reply; is there any?"""
+        late = [r for r in self.open.values() if r.sent_times and not r.queued and now >= r.resend_at]
+        for request in late:
+            self._enqueue(request)
+        return bool(late)
 
     def abandon(self, server: int, error: KVStoreError) -> list[Outcome]:
         """``server`` is gone: everything that waits for it, and would, fails."""

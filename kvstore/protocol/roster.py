@@ -2,7 +2,7 @@
 
 What this file decides: which rank and which life a process gets, whether a worker that comes to a running job returns
 under a lost rank or joins anew, who is told of it, and when a barrier opens. What a change means for the rounds
-of a key is decided by the servers.
+of a key is decided by the servers, which server has what in :mod:`kvstore.protocol.placement`.
 
 Everything that must outlive the scheduler is in :class:`Member`, but for ``peer``, ``request_id``, ``heard`` and
 ``waiting``: :meth:`Membership.records` says what has changed and has to be kept before the actions are performed.
@@ -11,7 +11,7 @@ Everything that must outlive the scheduler is in :class:`Member`, but for ``peer
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any
 
@@ -22,20 +22,27 @@ from kvstore.protocol.messages import (
     Barrier,
     Departed,
     Done,
+    Drain,
     Enter,
     Explain,
     Explanation,
     Failed,
+    HandedOver,
+    InStep,
     Joined,
     Leave,
     Message,
     Passed,
+    Placement,
+    ReadPlacement,
     ReadStatus,
     Register,
     Roster,
+    Standby,
     Status,
 )
 from kvstore.protocol.naming import Naming
+from kvstore.protocol.placement import Placing
 
 Peer = Any  # how the shell addresses a connection; opaque here
 Actions = list[tuple[Peer, Message]]
@@ -88,8 +95,14 @@ class Membership:
     members: dict[tuple[str, int], Member] = field(default_factory=dict)
     on_loss: str = ""  # the workers' policy; the first of them says it
     started: bool = False  # all that it was started with have come
+    replication: int = 0
+    placing: Placing = field(init=False)
+    drains: list[tuple[Peer, Drain]] = field(default_factory=list)  # not answered yet
     _changed: dict[tuple[str, int], None] = field(default_factory=dict)
     naming: Naming = field(default_factory=Naming)  # of cut points
+
+    def __post_init__(self) -> None:
+        self.placing = Placing(self.num_servers, self.replication)
 
     def handle(self, peer: Peer, message: Message, now: float) -> Actions:
         """One message of a connection."""
@@ -111,6 +124,12 @@ class Membership:
                 return self.naming.ask(peer, message, self._workers_here(), now)
             if member is not None and isinstance(message, Passed):
                 return self.naming.passed(peer, member.rank, message)
+            if isinstance(message, Drain):
+                return self._drain(peer, message)
+            if member is not None and member.role == "server" and isinstance(message, Standby | InStep | HandedOver):
+                return [(peer, Done(message.request_id)), *self._told(member.rank, message)]
+            if member is not None and isinstance(message, ReadPlacement):
+                return [(peer, self._placement(message.request_id))]
             if isinstance(message, Explain):
                 return [(peer, Explanation(message.request_id, self._explain(now)))]
             if member is None and isinstance(message, Barrier | Enter | Leave):
@@ -136,6 +155,13 @@ class Membership:
     def recover(self, members: Iterable[Member]) -> None:
         """Take over what :meth:`records` told an earlier scheduler's journal."""
         self.members = {(member.role, member.rank): member for member in members}
+        if self.started:
+            servers = sorted((m for m in self.members.values() if m.role == "server"), key=lambda m: m.rank)
+            for member in servers:
+                self.placing.arrived(member.rank, member.address)
+            for member in servers:
+                if member.gone:
+                    self.placing.gone(member.rank)
 
     def absent(self) -> Actions:
         """Whoever has not come back to a scheduler that recovered is lost."""
@@ -153,8 +179,12 @@ class Membership:
 
     def reminders(self) -> Actions:
         """Who is lost, once more: that message may have been lost, too, with a connection."""
-        lost = [self._notice(m) for m in self.members.values() if m.reason]
-        return [action for notice in lost for action in self._tell(notice)]
+        workers = [self._notice(m) for m in self.members.values() if m.reason and m.role == "worker"]
+        return [action for notice in [*workers, *self._lost_shards()] for action in self._tell(notice)]
+
+    def _lost_shards(self) -> list[Departed]:
+        """What is said of shards that nobody has any more: as if the server of that number were lost."""
+        return [replace(self._notice(self.members["server", n]), rank=n) for n in self.placing.lost()]
 
     def records(self) -> list[Member]:
         """The members that have changed since the last call."""
@@ -185,6 +215,10 @@ class Membership:
                 "heard_s": round(now - member.heard, 3),
             }
 
+        def held(member: Member) -> dict[str, Any]:
+            primary, replica = self.placing.of(member.rank)
+            return {**row(member), "primary": primary, "replica": replica}
+
         return {
             "cluster": f"{self.cluster:016x}",
             "epoch": self.epoch,
@@ -192,7 +226,11 @@ class Membership:
             "num_servers": self.num_servers,
             "on_worker_loss": self.on_loss,
             "workers": [row(m) for m in everybody if m.role == "worker"],
-            "servers": [row(m) for m in everybody if m.role == "server"],
+            "servers": [held(m) for m in everybody if m.role == "server"],
+            "shards": [
+                {"primary": shard.primary, "address": shard.address, "replica": shard.replica, "in_step": shard.in_step}
+                for shard in self.placing.shards
+            ],
         }
 
     def _member_of(self, peer: Peer) -> Member | None:
@@ -226,9 +264,7 @@ class Membership:
         if not self.started:
             return self._found(peer, message, size, now)
         if message.role != "worker":
-            raise DisagreementError(
-                f"the cluster is complete: it was started for {size} {message.role}s and has had them all"
-            )
+            return self._replace(peer, message, now)
         return self._come(peer, message, now)
 
     def _agree(self, message: Register) -> None:
@@ -254,10 +290,14 @@ class Membership:
                 f"complete; taken: {sorted(taken)}"
             )
         self._add(peer, message, rank, now)
+        if message.role == "server":
+            self.placing.arrived(rank, message.address)
         self.started = all(
             len(self.here(r)) >= n for r, n in (("worker", self.num_workers), ("server", self.num_servers))
         )
-        return [self._welcome(m) for m in self.members.values() if m.connected] if self.started else []
+        if not self.started:
+            return []
+        return [*(self._welcome(m) for m in self.connected), *self._tell(self._placement(0))]
 
     def _come(self, peer: Peer, message: Register, now: float) -> Actions:
         """A worker comes to a running job: under the rank of one who is awaited, or as one who joins."""
@@ -305,10 +345,13 @@ class Membership:
         member.peer, member.request_id, member.heard = peer, message.request_id, now
         if not self.started:
             return []
-        actions: Actions = [self._welcome(member)]
+        actions: Actions = [self._welcome(member), (peer, self._placement(0))]
         actions += [
-            (peer, self._notice(m)) for m in self.members.values() if m is not member and (m.gone or m.state == "apart")
+            (peer, self._notice(m))
+            for m in self.members.values()
+            if m is not member and m.role == "worker" and (m.gone or m.state == "apart")
         ]
+        actions += [(peer, notice) for notice in self._lost_shards()]
         if member.state == "lost":  # nobody has taken over meanwhile
             member.state, member.reason = "here", ""
             self._keep(member)
@@ -316,7 +359,7 @@ class Membership:
         return actions
 
     def _welcome(self, member: Member) -> tuple[Peer, Message]:
-        servers = tuple(self.members["server", rank].address for rank in range(self.num_servers))
+        servers = tuple(shard.address for shard in self.placing.shards)
         workers = tuple(m.rank for m in self.members.values() if m.role == "worker" and self._counts(m))
         roster = Roster(
             member.request_id,
@@ -339,6 +382,65 @@ class Membership:
         member.state = "here"
         self._keep(member)
         return self._tell(Joined(0, member.rank, member.incarnation), member)
+
+    # --- shards -------------------------------------------------------------------------------
+
+    def _replace(self, peer: Peer, message: Register, now: float) -> Actions:
+        """A server comes in the place of one that is gone, if others have its shard."""
+        awaited = [rank for rank in range(self.num_servers) if self.placing.awaits(rank)]
+        if not awaited or message.rank not in (-1, *awaited):
+            raise DisagreementError(
+                f"register as server {message.rank}: the cluster is complete; expected one of {awaited}, whose servers "
+                "are gone and whose values others have"
+            )
+        rank = awaited[0] if message.rank < 0 else message.rank
+        former = self.members["server", rank]
+        member = self._add(peer, message, rank, now)
+        member.incarnation = former.incarnation + 1
+        self.placing.arrived(rank, message.address)
+        return [self._welcome(member), *self._placed()]
+
+    def _placement(self, request_id: int) -> Placement:
+        return Placement(request_id, self.epoch, tuple(self.placing.shards))
+
+    def _placed(self) -> Actions:
+        """The placement has changed: tell everybody; and those who asked for a drain that has ended."""
+        self.epoch += 1
+        return (self._tell(self._placement(0)) if self.started else []) + self._drained()
+
+    def _told(self, rank: int, message: Standby | InStep | HandedOver) -> Actions:
+        placing = self.placing
+        match message:
+            case Standby(_, number, epoch, address):
+                changed = placing.standby(rank, number, epoch, address)
+            case InStep(_, number, epoch):
+                changed = placing.in_step(rank, number, epoch)
+            case HandedOver(_, number, epoch):
+                changed = placing.handed_over(rank, number, epoch)
+        return self._placed() if changed else []
+
+    def _drain(self, peer: Peer, message: Drain) -> Actions:
+        if message.rank not in self.placing.servers:
+            raise DisagreementError(
+                f"drain: expected a server that is here, among {sorted(self.placing.servers)}, got {message.rank}"
+            )
+        self.drains.append((peer, message))
+        return self._placed() if self.placing.drain(message.rank) else self._drained()
+
+    def _drained(self) -> Actions:
+        """Answer those whose drain has ended."""
+        over = [asked for asked in self.drains if self.placing.drained(asked[1].rank)]
+        self.drains = [asked for asked in self.drains if asked not in over]
+        return [(peer, Done(message.request_id)) for peer, message in over]
+
+    def _server_gone(self, member: Member) -> Actions:
+        """What matters to the others are its shards: which have moved, and which are lost."""
+        known = self.placing.lost()
+        if not self.placing.gone(member.rank):
+            return []
+        lost = [number for number in self.placing.lost() if number not in known]
+        notices = [action for n in lost for action in self._tell(replace(self._notice(member), rank=n), member)]
+        return notices + self._placed()
 
     # --- barriers -----------------------------------------------------------------------------
 
@@ -379,6 +481,10 @@ class Membership:
         self._keep(member)
         if not member.connected:
             member.waiting = None
+        if member.role == "server" and self.placing.begun:
+            return self._server_gone(member)
+        if member.role == "server":
+            self.placing.gone(member.rank)
         actions = self._tell(self._notice(member), member)
         if member.role == "worker":
             actions += self.naming.gone(member.rank)

@@ -108,6 +108,7 @@ class Apply:
     payloads: tuple[object, ...]
     rule: Rule | None  # None: assign
     generation: int  # another generation than before: the optimizer's state begins anew
+    contributions: tuple[tuple[int, int], ...] = ()  # the pushes (rank, round) that the payloads are of
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,7 +286,7 @@ class Serving:
         self._united: dict[PieceId, tuple[Bundle, Span]] = {}  # members of united bundles
         self._moved: list[Action] = []  # Unite and Split: they come before what else is concluded from a message
         self.cutting = Cutting()
-        self._parse_optimizer = parse_optimizer
+        self.parse_optimizer = parse_optimizer
         self._parked: dict[int, int] = {}  # pulls of a worker that had to wait, since they were last counted
         self._early: dict[PieceId, dict[int, Init]] = {}  # init of others before the first worker's
         self._now = 0.0
@@ -341,8 +342,7 @@ class Serving:
             actions = handler(rank, message, payload)
         except KVStoreError as error:
             actions = [_failed(rank, message, error)]
-        moved, self._moved = self._moved, []
-        return [*moved, *actions] if moved else actions
+        return [*self.moved(), *actions] if self._moved else actions
 
     def refuses(self, rank: int, incarnation: int) -> KVStoreError | None:
         """Why nothing is taken from this sender; None: it may be a worker, in its latest life."""
@@ -500,12 +500,16 @@ class Serving:
     # --- bundles ------------------------------------------------------------------------------
 
     def _bind(self, rank: int, message: Bind, payload: object) -> list[Action]:
-        done: Action = Reply(rank, Done(message.request_id))
+        self.bind(message)
+        return [Reply(rank, Done(message.request_id))]
+
+    def bind(self, message: Bind) -> None:
+        """These keys may from here on be moved together. Raises ProtocolError or UnknownKeyError."""
         members = tuple((key, 0) for key in message.keys)
         if message.bundle != bundle_id(message.keys):
             raise ProtocolError("bind: expected the id that follows from the keys, got another")
         if message.bundle in self.bundles:
-            return [done]
+            return
         bound = sum(len(bundle.members) for bundle in self.bundles.values())
         self._within("keys in bundles", bound + len(members), BUNDLED_MAX + 1)
         if len(self.bundles) >= BUNDLES_MAX or len(set(members)) < max(1, len(members)):
@@ -520,7 +524,6 @@ class Serving:
             end += spec.cut.items
         whole = replace(specs[0], shape=(end,), piece_items=max(1, end))
         self.bundles[message.bundle] = Bundle(message.bundle, members, tuple(spans), whole)
-        return [done]
 
     def _unite(self, bundle: Bundle, pushed: tuple[int, int]) -> bool:
         """Count the bundle as one piece from this push on (rank, round), if its members' histories allow it."""
@@ -534,6 +537,13 @@ class Serving:
             return False
         if not self.settings.treat_alike(bundle.keys, first.level.slowest()):
             return False
+        self.unite(bundle)
+        return True
+
+    def unite(self, bundle: Bundle) -> None:
+        """Count the bundle as one piece from here on; its members' histories are the same."""
+        pieces = [self.pieces[piece_id] for piece_id in bundle.members]
+        first = pieces[0]
         whole = Piece(bundle.spec, first.level, first.accepted)
         whole.generation, whole.steps, whole.written = first.generation, first.steps, first.written
         for piece in pieces:
@@ -543,14 +553,18 @@ class Serving:
         self.pieces[bundle.piece] = whole
         bundle.united = True
         self._moved.append(Unite(bundle))
-        return True
 
     def _part(self, piece_id: PieceId) -> None:
         """From here on the piece is counted by itself."""
         if piece_id in self._united:
-            self._split(self._united[piece_id][0])
+            self.split(self._united[piece_id][0])
 
-    def _split(self, bundle: Bundle) -> None:
+    def moved(self) -> list[Action]:
+        """What came of :meth:`unite` and :meth:`split` since the last message."""
+        moved, self._moved = self._moved, []
+        return moved
+
+    def split(self, bundle: Bundle) -> None:
         """Count the bundle's members one by one, from where they are. Who waits for it has to ask one by one, too."""
         whole = self.pieces.pop(bundle.piece)
         bundle.united = False
@@ -675,11 +689,11 @@ class Serving:
     def _perform(self, piece_id: PieceId, piece: Piece, updates: list[Update], answers: list[Answer]) -> list[Action]:
         actions: list[Action] = []
         for update in updates:
-            rule, generation = self.settings.at(self._key_of(piece_id), update.round)
+            rule, generation = self.settings.at(self.key_of(piece_id), update.round)
             if rule is not None:
                 piece.count_update(generation)
             payloads = tuple([piece.held.pop(contribution) for contribution in update.contributions])
-            actions.append(Apply(piece_id, update.round, payloads, rule, generation))
+            actions.append(Apply(piece_id, update.round, payloads, rule, generation, update.contributions))
             if piece.commits:
                 actions += self._commits_due(piece_id, piece, update.contributions)
         actions += [self._value(answer) for answer in answers]
@@ -696,13 +710,13 @@ class Serving:
 
     # --- optimizer ----------------------------------------------------------------------------
 
-    def _key_of(self, piece_id: PieceId) -> Key:
+    def key_of(self, piece_id: PieceId) -> Key:
         """The piece's key, or the first of a bundle, which stands for them all."""
         key = piece_id[0]
-        return self._key_of(self.bundles[key].members[0]) if isinstance(key, bytes) else key
+        return self.key_of(self.bundles[key].members[0]) if isinstance(key, bytes) else key
 
     def _set_optimizer(self, rank: int, message: SetOptimizer, payload: object) -> list[Action]:
-        rule = self._parse_optimizer(message.optimizer)
+        rule = self.parse_optimizer(message.optimizer)
         self.settings.set(rule, message.since, replace=message.replace, by=rank)
         return self._settings_changed(rank, message)
 
@@ -715,7 +729,7 @@ class Serving:
             if bundle.united:
                 done = self.pieces[bundle.piece].level.slowest()
                 if not self.settings.treat_alike(bundle.keys, done):
-                    self._split(bundle)
+                    self.split(bundle)
         self.settings.forget(
             (key, piece.level.slowest()) for (key, _), piece in self.pieces.items() if not isinstance(key, bytes)
         )
@@ -857,7 +871,7 @@ class Serving:
             return [done]
         joins: list[tuple[Piece, int]] = []
         for (key, number), piece in self.counted():
-            name = self._key_of((key, number))
+            name = self.key_of((key, number))
             chosen = piece.spec.participants
             if chosen is None or rank in chosen:
                 round = message.rounds.get(name, -1)

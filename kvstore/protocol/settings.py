@@ -6,7 +6,7 @@ round. So earlier settings are kept as long as a round that is under them may st
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -48,6 +48,13 @@ class Settings:
 
     def __len__(self) -> int:
         return len(self._settings)
+
+    def __iter__(self) -> Iterator[Setting]:
+        return iter(self._settings)
+
+    def restore(self, setting: Setting) -> None:
+        """As another server had it, after those restored before."""
+        self._settings.append(setting)
 
     @property
     def generation(self) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from kvstore.errors import FencedError
-from kvstore.protocol.messages import Message
+from kvstore.protocol.messages import Message, RestoreWorkers
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +87,26 @@ class Workers:
     def leaves(self, rank: int) -> None:
         """It takes part in no key that is created from now on."""
         self.members.discard(rank)
+
+    # --- on another server --------------------------------------------------------------------
+
+    def described(self) -> RestoreWorkers:
+        """All that another server has to know."""
+        return RestoreWorkers(
+            0,
+            tuple(sorted(self.members)),
+            tuple(sorted(self.known)),
+            tuple(self.incarnations.items()),
+            tuple(self._admitted.items()),
+            tuple(self.missed.items()),
+            tuple(sorted(self.hopeless)),
+        )
+
+    def restore(self, other: RestoreWorkers) -> None:
+        """As another server has :meth:`described`."""
+        self.members, self.known, self.hopeless = set(other.members), set(other.known), set(other.hopeless)
+        self.incarnations, self._admitted = dict(other.incarnations), dict(other.admitted)
+        self.missed = dict(other.missed)
 
     # --- joining ------------------------------------------------------------------------------
 

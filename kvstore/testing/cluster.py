@@ -58,6 +58,7 @@ class Cluster:
     Args:
         workers, servers: how many.
         seed: of all chance.
+        replication: on how many servers beside its primary a shard is kept.
         delay_s, loss, repetition: of the network; see :class:`kvstore.testing.Weather`.
         heartbeat_s: after so long without a sign of life a member is lost.
         options: of :func:`kvstore.create`, for every worker.
@@ -73,17 +74,20 @@ class Cluster:
         loss: float = 0.0,
         repetition: float = 0.0,
         heartbeat_s: float = HEARTBEAT_S,
+        replication: int = 0,
         **options: Any,
     ) -> None:
         self.world = World(seed)
         self.web = Web(self.world, Weather(delay_s, loss, repetition))
         self.workers = workers
         self.servers = servers
+        self._replication = replication
         self._options = {"heartbeat": heartbeat_s, **options}
         self._heartbeat_s = heartbeat_s
         self._processes: dict[Member, Process] = {}
         self._outcomes: dict[Member, Future[Any]] = {}
-        self._over: list[Future[Any]] = []  # outcomes, the earliest first: a later error may follow from it
+        self._errors: list[Exception] = []  # of programs, the earliest first: a later one may follow from it
+        self._over: list[Future[Any]] = []  # outcomes, the earliest first
         self._daemons: dict[Member, Scheduler | Server] = {}
         self.address = f"{HOST}:{self.web.free_port()}"
         self._start_scheduler()
@@ -134,7 +138,11 @@ class Cluster:
 
         def work() -> Any:
             with self._store(process, rank, options) as kv:
-                return program(kv)
+                try:
+                    return program(kv)
+                except Exception as error:
+                    self._errors.append(error)
+                    raise
 
         self._outcomes["worker", rank] = self._begin(process, work)
 
@@ -142,8 +150,8 @@ class Cluster:
         """Wait until all programs are over; see :meth:`run`."""
         outcomes = [self._outcomes[member] for member in sorted(self._outcomes)]
         over = self.world.run(lambda: all(outcome.done() for outcome in outcomes), limit_s)
-        for outcome in self._over:
-            error = outcome.exception()
+        errors = [*self._errors, *(outcome.exception() for outcome in self._over)]
+        for error in errors:
             if error is not None and not isinstance(error, Crashed):
                 error.add_note(f"in a simulated cluster of seed {self.world.seed}, at {self.now:.3f} s")
                 raise error
@@ -244,7 +252,10 @@ class Cluster:
     def _start_scheduler(self) -> None:
         process = self._process("scheduler", 0)
         network = SimulatedNetwork(self.web, process)
-        scheduler = Scheduler(self.address, self.workers, self.servers, network=network, heartbeat=self._heartbeat_s)
+        scheduler = Scheduler(
+            self.address, self.workers, self.servers, network=network, heartbeat=self._heartbeat_s,
+            replication=self._replication,
+        )  # fmt: skip
         self._daemons["scheduler", 0] = scheduler
         scheduler.start()
 

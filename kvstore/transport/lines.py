@@ -155,6 +155,16 @@ class Lines:
         if line is not None:
             self._reactor.forget(line)
 
+    def close(self) -> None:
+        """End all lines, and take no more. From within the loop."""
+        for peer in list(self._lines):
+            self.end(peer)
+        while self._waiting:
+            self._reactor.forget(self._waiting.pop())
+        if self._listening is not None:
+            self._reactor.forget(self._listening)
+            self._listening = None
+
     def _listen(self) -> None:
         if self._listening is None:
             listening = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)

@@ -332,6 +332,13 @@ class Endpoint:
                 if len(self._sending) == 1:
                     self._reactor.call_later(LOOK_S, lambda: self._look_again(LOOK_S))
 
+    def close(self) -> None:
+        """For good; nobody is told any more about what was sent. From within the loop."""
+        self._sending.clear()
+        self._lines.close()
+        self._reactor.remove(self._socket)
+        self._socket.close(linger=0)
+
     def _look_for_sent(self) -> bool:
         """Tell about what the socket has sent; was there any?"""
         over = [sent for sent in self._sending if all(tracker.done for tracker in sent[0])]

@@ -98,7 +98,7 @@ def test_garbage_costs_a_server_nothing():
 
 def test_an_oversized_frame_costs_its_sender_the_connection(monkeypatch):
     """Before it is read; and the server nothing."""
-    monkeypatch.setattr("kvstore.cluster.server.FRAME_BYTES_MAX", 1 << 20)
+    monkeypatch.setattr("kvstore.cluster.shard.FRAME_BYTES_MAX", 1 << 20)
     context = zmq.Context()
 
     def work(kv: kvstore.KVStore) -> float:

@@ -414,7 +414,7 @@ def test_a_bundle_that_ends_now_and_then_is_made_again(tmp_path):
 
     with cluster(workers=1) as c:
         assert c.run(work) == [[6] * 60]
-        assert all(bundle.united for bundle in c.servers[0]._serving.bundles.values())
+        assert all(bundle.united for bundle in c.servers[0].shards[0].serving.bundles.values())
 
 
 def test_lists_of_strange_keys():
@@ -754,8 +754,8 @@ def test_the_state_of_one_key_is_replaced(tmp_path):
 
     with cluster(workers=1) as c:
         ((before, after, values),) = c.run(work)
-        assert c.servers[0]._serving.bundles
-        assert all(bundle.united for bundle in c.servers[0]._serving.bundles.values())
+        assert c.servers[0].shards[0].serving.bundles
+        assert all(bundle.united for bundle in c.servers[0].shards[0].serving.bundles.values())
     assert before == [5, 2, 5]
     assert after == [3, 3, 3]
     momenta = [1.0, 1.5, 1.75, 1.875, 1.9375]
@@ -777,10 +777,10 @@ def test_the_server_counts_a_bundle_as_one_piece():
 
     with cluster(workers=2) as c:
         c.run(work)
-        (server,) = c.servers
-        assert len(server._stored) == 1
-        assert [len(bundle.members) for bundle in server._serving.bundles.values()] == [50]
-        assert server._report() == {"keys": 50, "bytes": 600}
+        shard = c.servers[0].shards[0]
+        assert len(shard._stored) == 1
+        assert [len(bundle.members) for bundle in shard.serving.bundles.values()] == [50]
+        assert shard.report() == {"keys": 50, "bytes": 600}
 
 
 def test_groups_of_keys_fit_into_a_piece(monkeypatch, binds):

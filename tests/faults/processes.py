@@ -98,19 +98,28 @@ class Processes:
         """``options``: of the scheduler's command."""
         self.around = {**os.environ, "PYTHONUNBUFFERED": "1", **around}
         self.children: list[Process] = []
+        self.servers: dict[int, Process] = {}
         self._sizes = ["-w", str(workers), "-s", str(servers), *options]
-        self._journal = str(folder / "journal")
+        if "--replication" not in options:
+            self._sizes += ["--journal", str(folder / "journal")]
         self.address = "tcp://127.0.0.1:*"
         self.scheduler = self.start_scheduler()
         for number in range(servers):
-            self._start(f"server {number}", [*KVSTORE, "server", "--address", self.address])
+            self.server(number)
 
     def start_scheduler(self) -> Process:
         """The first one, or another in its place."""
-        command = [*KVSTORE, "scheduler", "--bind", self.address, *self._sizes, "--journal", self._journal]
+        command = [*KVSTORE, "scheduler", "--bind", self.address, *self._sizes]
         self.scheduler = self._start("scheduler", command)
         self.address = self.scheduler.line("scheduler at ").removeprefix("scheduler at ")
         return self.scheduler
+
+    def server(self, number: int) -> Process:
+        """A server of this number, perhaps in the place of one that is gone."""
+        says = {"KVSTORE_ROLE": "server", "KVSTORE_RANK": str(number)}
+        one = self._start(f"server {number}", [*KVSTORE, "server", "--address", self.address], says)
+        self.servers[number] = one
+        return one
 
     def worker(self, body: str, rank: int | None = None, **around: str) -> Process:
         """A process that runs ``body``, where ``kvstore.create("dist")`` finds the cluster."""
@@ -144,10 +153,11 @@ class Processes:
 
 
 @contextlib.contextmanager
-def processes(workers: int = 2, servers: int = 1, **around: str) -> Iterator[Processes]:
+def processes(workers: int = 2, servers: int = 1, replication: int = 0, **around: str) -> Iterator[Processes]:
     """A cluster of real processes, with its journal in a folder of its own."""
     with tempfile.TemporaryDirectory() as folder:
-        running = Processes(workers, servers, Path(folder), **around)
+        options = ["--replication", str(replication)] if replication else []
+        running = Processes(workers, servers, Path(folder), *options, **around)
         try:
             yield running
         finally:

@@ -39,6 +39,9 @@ class Rule:
     def with_hyperparameters(self, **changes: Any) -> Rule:
         return Rule(self.name, **{"lr": self.lr, **changes})
 
+    def to_wire(self) -> dict[str, Any]:
+        return {"name": self.name, "lr": self.lr}
+
     @classmethod
     def parse(cls, described: dict[str, Any]) -> Rule:
         if "name" not in described:

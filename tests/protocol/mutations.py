@@ -13,7 +13,7 @@ from typing import Any
 import msgpack
 
 from kvstore.protocol import messages
-from kvstore.protocol.messages import FORMS, Message, PieceRecord, Place, Sender, Spec
+from kvstore.protocol.messages import FORMS, Bind, Drop, Message, PieceRecord, Place, Sender, Shard, Spec
 from kvstore.protocol.pieces import bundle_id
 
 KEYS = ("w", "v", "a name", "ä" * 10, 7)
@@ -43,6 +43,10 @@ def _piece(rng: random.Random) -> PieceRecord:
     return PieceRecord(rng.choice(KEYS), rng.randrange(3), _spec(rng), 3, 2, rounds, ("momentum",), ("float32",))
 
 
+def _shard(rng: random.Random) -> Shard:
+    return Shard(rng.randrange(9), rng.randrange(3), "tcp://127.0.0.1:9", rng.randrange(-1, 3), "", True, False)
+
+
 _VALUES: dict[Any, Any] = {
     messages._natural: lambda rng: rng.choice([0, 1, 2, 3, rng.randrange(1 << 20)]),
     messages._rank: lambda rng: rng.randrange(-1, 4),
@@ -63,6 +67,11 @@ _VALUES: dict[Any, Any] = {
     messages._address_list: lambda rng: ("tcp://127.0.0.1:9", "tcp://[::1]:9"),
     messages._rank_list: lambda rng: tuple(range(rng.randrange(4))),
     messages._pieces: lambda rng: tuple(_piece(rng) for _ in range(rng.randrange(3))),
+    messages._pairs: lambda rng: tuple((rank, rng.randrange(9)) for rank in range(rng.randrange(3))),
+    messages._absences: lambda rng: tuple((rank, 2, rng.randrange(2, 9)) for rank in range(rng.randrange(3))),
+    messages._reasons: lambda rng: tuple((rank, "it is gone") for rank in range(rng.randrange(3))),
+    messages._shard_list: lambda rng: tuple(_shard(rng) for _ in range(rng.randrange(3))),
+    messages._logged: lambda rng: rng.choice([Bind(0, bundle_id(KEYS[:2]), KEYS[:2]), Drop(0, rng.choice(KEYS))]),
     messages._held: lambda rng: tuple(range(rng.randrange(4))),
     messages._place: lambda rng: Place(f"{rng.randrange(1, 1 << 20)}.9.{'0' * 16}", rng.randrange(99)),
     messages._maybe_place: lambda rng: None if rng.random() < 0.7 else _VALUES[messages._place](rng),

@@ -2,7 +2,7 @@
 
 A payload is a tuple with one symbol per element; an element's value is the tuple of its updates, each the tuple of
 what was merged into it, in order. So whatever is lost, done twice, out of turn or by the wrong rule stays visible for
-ever. A first value is given as such a value. Its actions follow :mod:`kvstore.cluster.server`.
+ever. A first value is given as such a value. Its actions follow :mod:`kvstore.cluster.shard`.
 """
 
 from __future__ import annotations

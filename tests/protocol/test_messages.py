@@ -83,7 +83,15 @@ FIELDS = {
     messages._pieces: st.lists(piece_record, max_size=3).map(tuple),
     messages._place: place,
     messages._maybe_place: st.one_of(st.none(), place),
+    messages._shard_list: st.lists(
+        st.builds(messages.Shard, natural, rank, text, rank, text, st.booleans(), st.booleans()), max_size=3
+    ).map(tuple),
+    messages._pairs: st.lists(st.tuples(natural, natural), max_size=3).map(tuple),
+    messages._absences: st.lists(st.tuples(natural, natural, natural), max_size=3).map(tuple),
+    messages._reasons: st.lists(st.tuples(natural, text), max_size=3).map(tuple),
+    messages._logged: st.deferred(lambda: st.sampled_from(LOGGED_KINDS).flatmap(of_kind)),
 }
+LOGGED_KINDS = [number for number, form in FORMS.items() if issubclass(form[0], messages.LOGGED)]
 
 
 def _depth(value) -> int:
@@ -199,7 +207,7 @@ def test_another_version_may_look_otherwise():
         (msgpack.packb([1, 7, 1, 0, 1]), 0, "expected .protocol, cluster"),
         (packed(rank=-2), 0, "a rank"),
         (packed(cluster=-1), 0, "a whole number"),
-        (packed([77, 1, 0]), 0, "a known kind"),
+        (packed([127, 1, 0]), 0, "a known kind"),
         (packed([38, 1]), 0, "a known kind"),
         (packed([38, 1, 0, 0]), 0, "0 fields in a Done"),
         (packed([38, -1, 0]), 0, "a whole number"),

@@ -200,8 +200,8 @@ def test_bundles_are_united_and_split():
 @pytest.mark.parametrize("what", ["held", "accepted"])  # parked commits and pulls come back with a resend
 def test_finds_what_a_split_forgets(what):
     class Forgets(Serving):
-        def _split(self, bundle):
-            super()._split(bundle)
+        def split(self, bundle):
+            super().split(bundle)
             for piece_id in bundle.members[1:]:
                 setattr(self.pieces[piece_id], what, {})
 

@@ -1,0 +1,266 @@
+"""Clusters with replication whose servers crash, stop and are cut off: is every push in the values, once?
+
+The servers, stores and the scheduler are the real ones, in the failure laboratory (:mod:`kvstore.testing`). A value
+has one element per push of the whole run, (rank, round); a push adds 1 to its own element. So a push that is lost or
+applied twice stays visible for ever, and a pull shows what its model promises.
+
+A server fails only when every shard is in step on two servers. ``python -m tests.testing.replicated --seed 17``
+replays one run, ``--seeds 1000`` runs many.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import random
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+import kvstore
+from kvstore import KVStore
+from kvstore.protocol.messages import NOBODY, Shard
+from kvstore.testing import Cluster
+
+MODELS = ("sequential", "bounded(0)", "bounded(2)", "eventual")
+ROUNDS = 12
+END_S = 900.0
+NOTICED_S = 5.0  # until the scheduler knows of a fault, or of none
+LOOK_S = 0.05  # how often it is looked whether the next fault may come
+
+
+class Violation(AssertionError):
+    """A checker's finding; its text says how to replay it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a seed decides before the clock starts."""
+
+    model: str
+    workers: int
+    servers: int
+    keys: tuple[str, ...]
+    together: bool  # all keys in one call, so that they travel as bundles
+    faults: tuple[str, ...]
+    loss: float
+    repetition: float
+    delay_s: float
+    pause_s: float  # of a worker between its rounds
+
+    @classmethod
+    def of(cls, chance: random.Random) -> Plan:
+        bad = chance.random() < 0.7
+        return cls(
+            model=chance.choice(MODELS),
+            workers=chance.randint(1, 3),
+            servers=chance.choice((2, 2, 3)),
+            keys=tuple(f"key{i}" for i in range(chance.choice((1, 2, 4)))),
+            together=chance.random() < 0.5,
+            faults=tuple(chance.choice(("crash", "crash", "pause", "cut")) for _ in range(chance.randint(1, 3))),
+            loss=chance.choice((0.0, 0.02, 0.05)) if bad else 0.0,
+            repetition=chance.choice((0.0, 0.1)) if bad else 0.0,
+            delay_s=chance.choice((0.001, 0.05, 0.3)),
+            pause_s=chance.choice((0.0, 0.3, 1.0)),
+        )
+
+
+class Run:
+    """One seed."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.chance = random.Random(seed)
+        self.plan = plan = Plan.of(self.chance)
+        self.done: Counter[str] = Counter()  # faults
+        self.took_over = 0
+        self.pulls = 0
+        self._faults = list(plan.faults)
+        self._calm_at = 0.0  # nothing is down from here on
+        self.cluster = Cluster(
+            plan.workers, plan.servers, seed=seed, replication=1, loss=plan.loss, repetition=plan.repetition,
+            delay_s=(0.0005, plan.delay_s), cluster_consistency=plan.model,
+            timeout=END_S,
+        )  # fmt: skip
+
+    def __repr__(self) -> str:
+        return f"<Run of seed {self.seed}: {self.plan}>"
+
+    @property
+    def items(self) -> int:
+        return self.plan.workers * ROUNDS
+
+    def fail(self, what: str) -> None:
+        raise Violation(
+            f"seed {self.seed}: {what}\n{self.plan}\nfaults: {self.cluster.trace}\n"
+            f"replay: python -m tests.testing.replicated --seed {self.seed}"
+        )
+
+    @property
+    def shards(self) -> list[Shard]:
+        scheduler: Any = self.cluster._daemons["scheduler", 0]
+        shards: list[Shard] = scheduler.membership.placing.shards
+        return shards
+
+    # --- the run ------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Run to the end and check everything; raises :class:`Violation`."""
+        with self.cluster as cluster:
+            cluster.at(0.5 + self.chance.random(), self._next_fault)
+            finals = cluster.run(self._train, limit_s=END_S)
+            for values in finals:
+                for key, value in zip(self.plan.keys, values, strict=True):
+                    if not (value == 1).all():
+                        self.fail(f"{key}: at the end {value}")
+            self._check_replicas()
+
+    def _train(self, kv: KVStore) -> list[Any]:
+        plan = self.plan
+        keys = list(plan.keys)
+        kv.init(keys, [np.zeros(self.items, np.int64) for _ in keys])
+        kv.set_optimizer(kvstore.optim.Accumulate())
+        for round in range(1, ROUNDS + 1):
+            push = np.zeros(self.items, np.int64)
+            push[kv.rank * ROUNDS + round - 1] = 1
+            if plan.together:
+                got = kv.pushpull(keys, [push.copy() for _ in keys]).result()
+            else:
+                got = [handle.result() for handle in [kv.pushpull(key, push.copy()) for key in keys]]
+            for key, value in zip(keys, got, strict=True):
+                self._check(key, kv.rank, round, value)
+            if plan.pause_s:
+                self.cluster.sleep(plan.pause_s)
+        kv.barrier()
+        return [kv.pull(key).result() for key in keys]
+
+    # --- faults -------------------------------------------------------------------------------
+
+    def _next_fault(self) -> None:
+        cluster, chance = self.cluster, self.chance
+        if not self._faults:
+            return
+        calm = self.shards and all(s.primary != NOBODY and s.in_step and not s.moving for s in self.shards)
+        if not calm:
+            cluster.at(cluster.now + LOOK_S, self._next_fault)
+            return
+        fault = self._faults.pop()
+        self.done[fault] += 1
+        server = chance.randrange(self.plan.servers)
+        length = chance.choice((2.0, 4.0, 8.0))
+        self._calm_at = cluster.now + max(NOTICED_S, length)
+        if fault == "crash":
+            cluster.crash("server", server)
+            cluster.at(cluster.now + length, lambda: self._restart(server))
+        elif fault == "pause":
+            cluster.pause("server", server)
+            cluster.at(cluster.now + length, lambda: self._resume(server))
+        else:
+            members = [*(("server", n) for n in range(self.plan.servers)), ("scheduler", 0)]
+            others = [member for member in members if member != ("server", server)]
+            cluster.partition([("server", server)], chance.sample(others, chance.randint(1, len(others))))
+            cluster.at(cluster.now + length, lambda: self._heal(server))
+        cluster.at(self._calm_at + chance.choice((0.2, 3.0, 10.0)), self._next_fault)
+
+    def _resume(self, server: int) -> None:
+        self.cluster.resume("server", server)
+        self.cluster.at(self.cluster.now + 15.0, lambda: self._begin_again(server))
+
+    def _heal(self, server: int) -> None:
+        self.cluster.heal()
+        self.cluster.at(self.cluster.now + 15.0, lambda: self._begin_again(server))
+
+    def _begin_again(self, server: int) -> None:
+        """A server that lost its place has stepped back by now; its supervisor starts it again.
+
+        Not while another is down: to take its shards back it becomes their replica, in the place of another.
+        """
+        if self.cluster.now < self._calm_at:
+            self.cluster.at(self._calm_at, lambda: self._begin_again(server))
+            return
+        daemon: Any = self.cluster._daemons["server", server]
+        placed = self.cluster._daemons["scheduler", 0].membership.placing  # type: ignore[union-attr]
+        if server not in placed.servers:
+            if any(not shard._closed for shard in daemon.shards.values()) and placed.awaits(server):
+                self.done["did not step back"] += 1
+            self._restart(server)
+
+    def _restart(self, server: int) -> None:
+        if self.cluster._processes["server", server].alive:
+            self.cluster.crash("server", server)
+        self.cluster.restart("server", server)
+
+    # --- the checkers -------------------------------------------------------------------------
+
+    def _check(self, key: str, rank: int, round: int, value: Any) -> None:
+        self.pulls += 1
+        counts = value.reshape(self.plan.workers, ROUNDS)
+        who = f"worker {rank} after its round {round} of {key}"
+        if counts.max() > 1:
+            self.fail(f"{who}: a push is in it twice: {counts.tolist()}")
+        if (np.diff(counts, axis=1) > 0).any():
+            self.fail(f"{who}: a push without the one before: {counts.tolist()}")
+        seen = counts.sum(axis=1)
+        if seen[rank] < round:
+            self.fail(f"{who}: its own pushes are missing: {seen}")
+        if self.plan.model == "sequential" and (seen != round).any():
+            self.fail(f"{who}: not the value of this round: {seen}")
+        if self.plan.model.startswith("bounded"):
+            slack = int(self.plan.model[len("bounded(") : -1])
+            if (seen < round - slack).any():
+                self.fail(f"{who}: too old: {seen}")
+
+    def _check_replicas(self) -> None:
+        """Where a replica is in step it holds what its primary holds, once all entries have come."""
+        daemons: Any = self.cluster._daemons
+        for number, placed in enumerate(self.shards):
+            if not placed.in_step:
+                continue
+            one = daemons["server", placed.primary].shards.get(number)
+            other = daemons["server", placed.replica].shards.get(number)
+            if one is None or other is None or not other.is_replica or one._stream is None or not one._stream.log.over:
+                continue
+            pieces = [sorted(str(piece) for piece, _ in shard.serving.counted()) for shard in (one, other)]
+            if pieces[0] != pieces[1]:
+                self.fail(f"shard {number}: the primary has {pieces[0]}, its replica {pieces[1]}")
+            for piece, counted in one.serving.counted():
+                value, copy = one._stored[piece].value, other._stored[piece].value
+                if not (value == copy).all():
+                    self.fail(f"shard {number}, {piece}: {value} and {copy}")
+                if not counted.same_history(other.serving.pieces[piece]):
+                    self.fail(f"shard {number}, {piece}: {counted} and {other.serving.pieces[piece]}")
+            self.done["replicas compared"] += 1
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run seeds and print what was found."""
+    parser = argparse.ArgumentParser(description="simulate clusters whose servers fail")
+    parser.add_argument("--seeds", type=int, default=20, help="how many seeds")
+    parser.add_argument("--first", type=int, default=0, help="the first seed")
+    parser.add_argument("--seed", type=int, help="replay this seed, with the log")
+    chosen = parser.parse_args(arguments)
+    if chosen.seed is not None:
+        logging.basicConfig(level=logging.INFO)
+    seeds = range(chosen.first, chosen.first + chosen.seeds) if chosen.seed is None else [chosen.seed]
+    started, failed, pulls = time.perf_counter(), 0, 0
+    done: Counter[str] = Counter()
+    for seed in seeds:
+        run = Run(seed)
+        try:
+            run.run()
+        except Exception as error:
+            failed += 1
+            print(f"seed {seed}: {type(error).__name__}: {error}\n{run.plan}\n{run.cluster.trace}")
+        done += run.done
+        pulls += run.pulls
+    seconds = time.perf_counter() - started
+    print(f"{len(seeds)} seeds, {failed} failed, {pulls} pulls checked, {seconds:.1f} s; {dict(sorted(done.items()))}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
