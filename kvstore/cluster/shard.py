@@ -422,10 +422,10 @@ class Shard:
                 return self._neighbourhood.array(rank, message.place, nbytes).view(kind)
             return self._one_frame(message, nbytes, kind, payload)
         if isinstance(message, RestorePiece):
-            kind, _ = _form(message.spec, message.piece)
-            states = zip(message.names, message.dtypes, payload[1:], strict=True)
-            state = {name: np.frombuffer(frame, dtype_named(dtype)) for name, dtype, frame in states}
-            return np.frombuffer(payload[0], kind), state
+            kind, nbytes = _form(message.spec, message.piece)
+            if rank != NOBODY or not payload or len(payload[0]) != nbytes:
+                raise ProtocolError(f"a log's piece of key {message.key!r}: expected a first frame of {nbytes} bytes")
+            return np.frombuffer(payload[0], kind), _state(message.spec, message, payload[1:])
         if isinstance(message, WriteState):
             return _state(self.serving.spec_of(message.key, message.piece), message, payload)
         if isinstance(message, Restore):
@@ -818,7 +818,7 @@ def _raise(error: Exception) -> None:
     raise error
 
 
-def _state(spec: Spec | None, message: WriteState | Restore, frames: Frames) -> dict[str, Array]:
+def _state(spec: Spec | None, message: WriteState | Restore | RestorePiece, frames: Frames) -> dict[str, Array]:
     """The arrays of an optimizer's state, by name."""
     if not len(frames) == len(message.names) == len(message.dtypes):
         raise ProtocolError(f"optimizer state of key {message.key!r}: expected one frame and dtype per name")
