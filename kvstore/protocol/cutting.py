@@ -28,6 +28,7 @@ from kvstore.protocol.messages import Push
 from kvstore.protocol.pieces import BundleId, Key, PieceId
 
 HOLD_S = 60.0  # between the first marker of a cut and the last
+OPEN_S = 1800.0  # from when a cut is asked for to its last marker: who asked for it may be gone
 OVER_MAX = 256  # cuts that are remembered to be over
 
 
@@ -97,13 +98,13 @@ class Cutting:
         waits = {cut.number: cut.missing for cut in self.open.values()}
         return f"<Cutting: waits for markers {waits}, holds {len(self._held)} pushes>"
 
-    def begin(self, number: int, awaited: tuple[int, ...], here: Collection[int]) -> Cut | None:
+    def begin(self, number: int, awaited: tuple[int, ...], here: Collection[int], now: float = 0.0) -> Cut | None:
         """The cut with this number, which may have begun; None if it is over. ``here``: workers that are not gone."""
         if number in self._over:
             return None
         cut = self.open.get(number)
         if cut is None:
-            cut = self.open[number] = Cut(number, frozenset(awaited))
+            cut = self.open[number] = Cut(number, frozenset(awaited), until=now + OPEN_S)
             cut.excused.update(cut.awaited.difference(here))
         return cut
 

@@ -763,7 +763,7 @@ class Serving:
 
     def open_cut(self, cut: int, awaited: tuple[int, ...], now: float) -> list[Action]:
         """Somebody asks for the cut with this number, of these workers."""
-        self.cutting.begin(cut, awaited, self.workers.members - set(self.workers.missed))
+        self.cutting.begin(cut, awaited, self.workers.members - set(self.workers.missed), now)
         return self._take_cuts(now)
 
     def end_cut(self, cut: int, now: float) -> list[Action]:
@@ -788,7 +788,7 @@ class Serving:
 
     def _mark(self, rank: int, message: Mark, payload: object) -> list[Action]:
         here = self.workers.members - set(self.workers.missed)
-        cut = self.cutting.begin(message.cut, message.awaited, here)
+        cut = self.cutting.begin(message.cut, message.awaited, here, self._now)
         if cut is not None:
             self.cutting.mark(cut, rank, message.rounds, self.pieces, self._now)
         return [Reply(rank, Done(message.request_id))]

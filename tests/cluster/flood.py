@@ -24,7 +24,7 @@ import zmq
 import kvstore
 from kvstore.cluster.status import read_status
 from kvstore.errors import ProtocolError
-from kvstore.protocol.messages import Admit, Freeze, Sender, decode
+from kvstore.protocol.messages import Admit, Freeze, ReadCut, Sender, decode
 from tests.protocol import mutations
 
 WORKERS = 2
@@ -93,6 +93,8 @@ def harmless(frames: list[bytes], cluster: int) -> bool:
         sender, rows = decode(frames[0], len(frames) - 1)
     except ProtocolError:
         return True
+    if any(isinstance(row, ReadCut) for row, _ in rows):
+        return False
     joins = any(isinstance(row, Freeze | Admit) for row, _ in rows)
     return sender.cluster != cluster or sender.rank < 0 or (sender.rank >= WORKERS and not joins)
 

@@ -79,9 +79,10 @@ class Soak:
         kinds: list[tuple[str, Callable[[], None]]] = [
             ("worker killed", self._kill_worker),
             ("worker stopped for a moment", self._stop_worker),
-            ("scheduler killed", self._kill_scheduler),
         ]
-        if self.replication:
+        if not self.replication:  # a journal does not keep which server has which shard
+            kinds += [("scheduler killed", self._kill_scheduler)]
+        else:
             kinds += [("server killed", self._kill_server), ("server stopped", self._stop_server)]
         name, do = self.rng.choice(kinds)
         self.faults[name] = self.faults.get(name, 0) + 1
