@@ -9,7 +9,7 @@ One ``pushpull``, file by file:
 5. ``cluster/client.py``: counts this worker's round and cuts it into pieces.
 6. ``comm/``: the devices' arrays become one, in memory that a server on this host reads (``cluster/staging.py``).
 7. ``protocol/requesting.py``: which piece goes when: order, priority, credit (in ``cluster/session.py``).
-8. ``protocol/messages.py``: message to header and frames.
+8. ``protocol/wire.py``: message to header and frames.
 9. ``transport/``: the frames travel.
 10. ``cluster/shard.py``: frames to message, on the server that owns the piece.
 11. ``protocol/serving.py``: new, a repeat, or refused?

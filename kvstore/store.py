@@ -47,7 +47,7 @@ from kvstore.home import Home, Reading, Updater
 from kvstore.lists import Arrays, Bundle, Lists, Plan
 from kvstore.local import LocalHome
 from kvstore.optim import Optimizer
-from kvstore.protocol import messages
+from kvstore.protocol import wire
 from kvstore.protocol.messages import Spec
 from kvstore.protocol.pieces import PIECE_BYTES, Cut, Key
 
@@ -558,7 +558,7 @@ class KVStore:
             if isinstance(one, np.integer | np.str_):
                 one = one.item()
             try:
-                checked.append(messages.key(one))
+                checked.append(wire.key(one))
             except ValueError as error:
                 raise KeyKindError(f"key {one!r}: expected {error}, got {type(one).__name__}") from None
         kind = self._kind or (type_of(checked[0]) if checked else "")

@@ -21,7 +21,7 @@ TOUR = [
     "kvstore/comm/",
     "kvstore/cluster/client.py",
     "kvstore/protocol/requesting.py",
-    "kvstore/protocol/messages.py",
+    "kvstore/protocol/wire.py",
     "kvstore/transport/",
     "kvstore/cluster/shard.py",
     "kvstore/protocol/serving.py",

@@ -18,7 +18,7 @@ from kvstore.checkpoint.manifest import tensor_name
 from kvstore.checkpoint.reading import Checkpoint
 from kvstore.checkpoint.tensors import NAMES, Tensor, TensorFile
 from kvstore.errors import CheckpointError, KVStoreError, OptionError
-from kvstore.protocol import messages
+from kvstore.protocol import wire
 from kvstore.protocol.messages import Spec
 from kvstore.protocol.pieces import PIECE_BYTES, Cut, Key
 
@@ -83,7 +83,7 @@ def from_file(source: str | os.PathLike[str], target: str | os.PathLike[str], *,
     values: dict[Key, Array] = {}
     for name, array in arrays.items():
         try:
-            key = messages.key(int(name) if int_keys else name)
+            key = wire.key(int(name) if int_keys else name)
         except ValueError:
             kind = "a whole number" if int_keys else "a key"
             raise OptionError(f"{source}: expected every name to be {kind}, got {name!r}") from None

@@ -17,7 +17,7 @@ from kvstore.arrays import dtype_named
 from kvstore.checkpoint.cut import VALUE, KeyRecord
 from kvstore.checkpoint.tensors import Tensor
 from kvstore.errors import CheckpointError, KVStoreError
-from kvstore.protocol import messages
+from kvstore.protocol import wire
 from kvstore.protocol.messages import Spec
 from kvstore.protocol.pieces import Key
 
@@ -167,7 +167,7 @@ def _stored(row: Mapping[str, Any]) -> Stored:
     )
     states = {str(name): str(state["dtype"]) for name, state in row["state"].items()}
     record = KeyRecord(
-        messages.key(row["key"]),
+        wire.key(row["key"]),
         spec,
         _whole(row["version"]),
         _whole(row["step"]),

@@ -10,18 +10,9 @@ from pathlib import Path
 from kvstore.cluster.address import advertised, split
 from kvstore.cluster.journal import Journal
 from kvstore.errors import OptionError, ProtocolError, to_wire
-from kvstore.protocol.messages import (
-    HEADER_BYTES_MAX,
-    NOBODY,
-    Done,
-    Failed,
-    Message,
-    Register,
-    Sender,
-    decode,
-    envelope,
-)
+from kvstore.protocol.messages import HEADER_BYTES_MAX, NOBODY, Done, Failed, Message, Register
 from kvstore.protocol.roster import Actions, Membership
+from kvstore.protocol.wire import Sender, decode, envelope
 from kvstore.transport.network import HEARTBEAT_S, Frames, Network
 from kvstore.transport.zeromq import NETWORK
 

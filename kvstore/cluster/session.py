@@ -52,12 +52,10 @@ from kvstore.protocol.messages import (
     ReadPlacement,
     Register,
     Roster,
-    Sender,
-    decode,
-    envelope,
 )
 from kvstore.protocol.pieces import Key
 from kvstore.protocol.requesting import CREDIT_FREE_BYTES, Answered, Divide, Outcome, Refused, Request, Requesting
+from kvstore.protocol.wire import Sender, decode, envelope
 from kvstore.transport.network import HEARTBEAT_S, Frames, Link, Network
 from kvstore.transport.zeromq import NETWORK
 

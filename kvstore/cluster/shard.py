@@ -56,7 +56,6 @@ from kvstore.protocol.messages import (
     ReadStatus,
     Restore,
     RestorePiece,
-    Sender,
     Spec,
     State,
     Status,
@@ -64,8 +63,6 @@ from kvstore.protocol.messages import (
     Updated,
     Value,
     WriteState,
-    decode,
-    envelope,
 )
 from kvstore.protocol.pieces import PieceId, Span
 from kvstore.protocol.replicating import Copy, Log, Replica, Steps, follow, refuse
@@ -85,6 +82,7 @@ from kvstore.protocol.serving import (
     TakeCut,
     Unite,
 )
+from kvstore.protocol.wire import Sender, decode, envelope
 from kvstore.stored import Stored
 from kvstore.transport.network import Frames, Loop, Network
 

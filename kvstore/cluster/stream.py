@@ -13,8 +13,9 @@ from collections.abc import Callable
 from typing import Any
 
 from kvstore.errors import FencedError, KVStoreError, from_wire
-from kvstore.protocol.messages import Entry, Failed, Sender, Taken, decode, envelope
+from kvstore.protocol.messages import Entry, Failed, Taken
 from kvstore.protocol.replicating import Log
+from kvstore.protocol.wire import Sender, decode, envelope
 from kvstore.transport.network import Frames, Loop, Network
 
 log = logging.getLogger(__name__)

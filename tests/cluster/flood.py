@@ -24,7 +24,8 @@ import zmq
 import kvstore
 from kvstore.cluster.status import read_status
 from kvstore.errors import ProtocolError
-from kvstore.protocol.messages import Admit, Freeze, ReadCut, Sender, decode
+from kvstore.protocol.messages import Admit, Freeze, ReadCut
+from kvstore.protocol.wire import Sender, decode
 from tests.protocol import mutations
 
 WORKERS = 2

@@ -12,7 +12,7 @@ import zmq
 
 import kvstore
 from kvstore import errors
-from kvstore.protocol import messages
+from kvstore.protocol import messages, wire
 from tests.clusters import cluster
 
 
@@ -87,8 +87,8 @@ def test_garbage_costs_a_server_nothing():
             dealer.connect(address)
             for _ in range(5):
                 dealer.send_multipart([rng.randbytes(rng.randrange(100)) for _ in range(rng.randrange(1, 4))])
-            stranger = messages.Sender(1, 0, 0, 1)
-            dealer.send_multipart(messages.envelope(stranger, [(messages.Push(1, "w", 0, 1, False, False), [b"123"])]))
+            stranger = wire.Sender(1, 0, 0, 1)
+            dealer.send_multipart(wire.envelope(stranger, [(messages.Push(1, "w", 0, 1, False, False), [b"123"])]))
 
     context = zmq.Context()
     with cluster(workers=2, servers=2) as c:

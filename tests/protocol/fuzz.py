@@ -15,9 +15,10 @@ import time
 
 from kvstore import optim
 from kvstore.errors import KVStoreError, ProtocolError
-from kvstore.protocol.messages import Init, Message, Push, Sender, decode, encode
+from kvstore.protocol.messages import Init, Message, Push
 from kvstore.protocol.roster import Membership
 from kvstore.protocol.serving import Serving
+from kvstore.protocol.wire import Sender, decode, encode
 from tests.protocol import mutations
 
 WORKERS = 3

@@ -12,9 +12,10 @@ from typing import Any
 
 import msgpack
 
-from kvstore.protocol import messages
-from kvstore.protocol.messages import FORMS, Bind, Drop, Message, PieceRecord, Place, Sender, Shard, Spec
+from kvstore.protocol import wire
+from kvstore.protocol.messages import Bind, Drop, Message, PieceRecord, Place, Shard, Spec
 from kvstore.protocol.pieces import bundle_id
+from kvstore.protocol.wire import FORMS, Sender
 
 KEYS = ("w", "v", "a name", "ä" * 10, 7)
 DTYPES = ("float32", "bfloat16", "int8")
@@ -48,33 +49,33 @@ def _shard(rng: random.Random) -> Shard:
 
 
 _VALUES: dict[Any, Any] = {
-    messages._natural: lambda rng: rng.choice([0, 1, 2, 3, rng.randrange(1 << 20)]),
-    messages._rank: lambda rng: rng.randrange(-1, 4),
-    messages._priority: lambda rng: rng.randrange(-9, 9),
-    messages._flag: lambda rng: rng.random() < 0.5,
-    messages._text: lambda rng: rng.choice(["", "worker", "server", "tcp://127.0.0.1:9", "float32", "why not"]),
-    messages._name: lambda rng: rng.choice(["", "worker", "server", "tcp://127.0.0.1:9", "node"]),
-    messages._model: lambda rng: rng.choice([*DTYPES, "sequential"]),
-    messages.key: lambda rng: rng.choice(KEYS),
-    messages._bundle: lambda rng: bundle_id(KEYS[:2]),
-    messages._target: lambda rng: rng.choice([*KEYS, bundle_id(KEYS[:2])]),
-    messages._key_list: lambda rng: KEYS[: rng.randrange(1, 5)],
-    messages._described: lambda rng: dict(rng.choice(OPTIMIZERS)),
-    messages._report: lambda rng: {"keys": 3, "workers": [{"rank": 0, "host": "a"}]},
-    messages._since: lambda rng: {key: rng.randrange(5) for key in KEYS[: rng.randrange(4)]},
-    messages._spec: _spec,
-    messages._name_list: lambda rng: tuple(rng.sample(["momentum", "mean", "float32"], rng.randrange(3))),
-    messages._address_list: lambda rng: ("tcp://127.0.0.1:9", "tcp://[::1]:9"),
-    messages._rank_list: lambda rng: tuple(range(rng.randrange(4))),
-    messages._pieces: lambda rng: tuple(_piece(rng) for _ in range(rng.randrange(3))),
-    messages._pairs: lambda rng: tuple((rank, rng.randrange(9)) for rank in range(rng.randrange(3))),
-    messages._absences: lambda rng: tuple((rank, 2, rng.randrange(2, 9)) for rank in range(rng.randrange(3))),
-    messages._reasons: lambda rng: tuple((rank, "it is gone") for rank in range(rng.randrange(3))),
-    messages._shard_list: lambda rng: tuple(_shard(rng) for _ in range(rng.randrange(3))),
-    messages._logged: lambda rng: rng.choice([Bind(0, bundle_id(KEYS[:2]), KEYS[:2]), Drop(0, rng.choice(KEYS))]),
-    messages._held: lambda rng: tuple(range(rng.randrange(4))),
-    messages._place: lambda rng: Place(f"{rng.randrange(1, 1 << 20)}.9.{'0' * 16}", rng.randrange(99)),
-    messages._maybe_place: lambda rng: None if rng.random() < 0.7 else _VALUES[messages._place](rng),
+    wire._natural: lambda rng: rng.choice([0, 1, 2, 3, rng.randrange(1 << 20)]),
+    wire._rank: lambda rng: rng.randrange(-1, 4),
+    wire._priority: lambda rng: rng.randrange(-9, 9),
+    wire._flag: lambda rng: rng.random() < 0.5,
+    wire._text: lambda rng: rng.choice(["", "worker", "server", "tcp://127.0.0.1:9", "float32", "why not"]),
+    wire._name: lambda rng: rng.choice(["", "worker", "server", "tcp://127.0.0.1:9", "node"]),
+    wire._model: lambda rng: rng.choice([*DTYPES, "sequential"]),
+    wire.key: lambda rng: rng.choice(KEYS),
+    wire._bundle: lambda rng: bundle_id(KEYS[:2]),
+    wire._target: lambda rng: rng.choice([*KEYS, bundle_id(KEYS[:2])]),
+    wire._key_list: lambda rng: KEYS[: rng.randrange(1, 5)],
+    wire._described: lambda rng: dict(rng.choice(OPTIMIZERS)),
+    wire._report: lambda rng: {"keys": 3, "workers": [{"rank": 0, "host": "a"}]},
+    wire._since: lambda rng: {key: rng.randrange(5) for key in KEYS[: rng.randrange(4)]},
+    wire._spec: _spec,
+    wire._name_list: lambda rng: tuple(rng.sample(["momentum", "mean", "float32"], rng.randrange(3))),
+    wire._address_list: lambda rng: ("tcp://127.0.0.1:9", "tcp://[::1]:9"),
+    wire._rank_list: lambda rng: tuple(range(rng.randrange(4))),
+    wire._pieces: lambda rng: tuple(_piece(rng) for _ in range(rng.randrange(3))),
+    wire._pairs: lambda rng: tuple((rank, rng.randrange(9)) for rank in range(rng.randrange(3))),
+    wire._absences: lambda rng: tuple((rank, 2, rng.randrange(2, 9)) for rank in range(rng.randrange(3))),
+    wire._reasons: lambda rng: tuple((rank, "it is gone") for rank in range(rng.randrange(3))),
+    wire._shard_list: lambda rng: tuple(_shard(rng) for _ in range(rng.randrange(3))),
+    wire._logged: lambda rng: rng.choice([Bind(0, bundle_id(KEYS[:2]), KEYS[:2]), Drop(0, rng.choice(KEYS))]),
+    wire._held: lambda rng: tuple(range(rng.randrange(4))),
+    wire._place: lambda rng: Place(f"{rng.randrange(1, 1 << 20)}.9.{'0' * 16}", rng.randrange(99)),
+    wire._maybe_place: lambda rng: None if rng.random() < 0.7 else _VALUES[wire._place](rng),
 }  # fmt: skip
 
 
@@ -87,7 +88,7 @@ def message(rng: random.Random, number: int | None = None) -> Message:
 def envelope(rng: random.Random, sender: Sender, number: int | None = None) -> list[bytes]:
     """An envelope with a message or some, and frames of about the right size."""
     rows = [message(rng, number) for _ in range(rng.choice([1, 1, 1, 2, 5]))]
-    return [bytes(f) for f in messages.envelope(sender, [(row, _frames(rng, row)) for row in rows])]
+    return [bytes(f) for f in wire.envelope(sender, [(row, _frames(rng, row)) for row in rows])]
 
 
 def _frames(rng: random.Random, row: Message) -> Sequence[bytes]:

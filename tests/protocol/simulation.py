@@ -26,9 +26,9 @@ from typing import Any
 
 from kvstore import consistency
 from kvstore.consistency import Bounded, Model, Sequential
-from kvstore.protocol import messages
+from kvstore.protocol import messages, wire
 from kvstore.protocol.dividing import Division
-from kvstore.protocol.messages import Bind, Done, Fetch, Init, Leave, Message, Push, Sender, Spec, Value
+from kvstore.protocol.messages import Bind, Done, Fetch, Init, Leave, Message, Push, Spec, Value
 from kvstore.protocol.pieces import bundle_id, owner
 from kvstore.protocol.requesting import CREDIT_FREE_BYTES, Answered, Divide, Outcome, Request, Requesting
 from kvstore.protocol.serving import (
@@ -43,6 +43,7 @@ from kvstore.protocol.serving import (
     Split,
     Unite,
 )
+from kvstore.protocol.wire import Sender
 from tests.protocol.shell import Shell
 
 CREDIT_BYTES = 200_000
@@ -538,7 +539,7 @@ class Simulation:
         rng, plan, faulty = self.rng, self.plan, self.now < FAULTS_S
         frames = 0 if payload is None else 1
         sender = Sender(7, 1, rank if up else messages.NOBODY, 1)
-        header = messages.encode(sender, [(message, frames)])
+        header = wire.encode(sender, [(message, frames)])
         if faulty and rng.random() < plan.breaks:
             self._links[rank, number] += 1
             self._note(f"the connection of worker {rank} to server {number} breaks")
@@ -553,7 +554,7 @@ class Simulation:
             def arrive() -> None:
                 if self._links[rank, number] != link:
                     return
-                ((came, _),) = messages.decode(header, frames)[1]
+                ((came, _),) = wire.decode(header, frames)[1]
                 self._note(f"worker {rank} {'>' if up else '<'} server {number}: {came} {payload!r}")
                 if up:
                     self._serve(rank, number, came, payload)

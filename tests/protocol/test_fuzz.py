@@ -11,9 +11,10 @@ import pytest
 from kvstore import consistency, optim
 from kvstore.errors import LimitError, ProtocolError
 from kvstore.protocol import bundles, messages, serving
-from kvstore.protocol.messages import FORMS, Bind, Failed, Fetch, Init, Message, Push, Sender, Spec, decode
+from kvstore.protocol.messages import Bind, Failed, Fetch, Init, Message, Push, Spec
 from kvstore.protocol.pieces import bundle_id
 from kvstore.protocol.serving import Reply, Serving
+from kvstore.protocol.wire import FORMS, Sender, decode
 from tests.protocol import mutations
 from tests.protocol.fuzz import decoded, fuzz
 

@@ -13,24 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstore.errors import KVStoreError, ProtocolError, ProtocolVersionError, from_wire, to_wire
-from kvstore.protocol import bundles, messages
-from kvstore.protocol.messages import (
-    FORMS,
-    PROTOCOL,
-    Bind,
-    Done,
-    Failed,
-    Fetch,
-    PieceRecord,
-    Place,
-    Push,
-    Sender,
-    Spec,
-    Value,
-    decode,
-    encode,
-)
+from kvstore.protocol import bundles, messages, wire
+from kvstore.protocol.messages import PROTOCOL, Bind, Done, Failed, Fetch, PieceRecord, Place, Push, Spec, Value
 from kvstore.protocol.pieces import BUNDLE_ID_BYTES, bundle_id
+from kvstore.protocol.wire import FORMS, Sender, decode, encode
 
 SENDER = Sender(7, 1, 0, 1)
 
@@ -60,38 +46,38 @@ piece_record = st.builds(
     PieceRecord, key, natural, spec, natural, natural, st.dictionaries(natural, natural, max_size=3), texts, texts
 )
 FIELDS = {
-    messages.key: key,
-    messages._bundle: bundle,
-    messages._target: st.one_of(key, bundle),
-    messages._key_list: st.lists(key, max_size=4).map(tuple),
-    messages._natural: natural,
-    messages._rank: rank,
-    messages._flag: st.booleans(),
-    messages._text: text,
-    messages._name: text,
-    messages._model: text,
-    messages._described: described,
-    messages._report: described,
-    messages._since: st.dictionaries(key, natural, max_size=3),
-    messages._spec: spec,
-    messages._name_list: texts,
-    messages._rank_list: st.lists(natural, max_size=4).map(tuple),
-    messages._address_list: texts,
-    messages._priority: st.integers(-messages.PRIORITY_MAX, messages.PRIORITY_MAX),
-    messages._held: st.lists(natural, max_size=4).map(tuple),
-    messages._rank_list: st.lists(natural, max_size=4).map(tuple),
-    messages._pieces: st.lists(piece_record, max_size=3).map(tuple),
-    messages._place: place,
-    messages._maybe_place: st.one_of(st.none(), place),
-    messages._shard_list: st.lists(
+    wire.key: key,
+    wire._bundle: bundle,
+    wire._target: st.one_of(key, bundle),
+    wire._key_list: st.lists(key, max_size=4).map(tuple),
+    wire._natural: natural,
+    wire._rank: rank,
+    wire._flag: st.booleans(),
+    wire._text: text,
+    wire._name: text,
+    wire._model: text,
+    wire._described: described,
+    wire._report: described,
+    wire._since: st.dictionaries(key, natural, max_size=3),
+    wire._spec: spec,
+    wire._name_list: texts,
+    wire._rank_list: st.lists(natural, max_size=4).map(tuple),
+    wire._address_list: texts,
+    wire._priority: st.integers(-messages.PRIORITY_MAX, messages.PRIORITY_MAX),
+    wire._held: st.lists(natural, max_size=4).map(tuple),
+    wire._rank_list: st.lists(natural, max_size=4).map(tuple),
+    wire._pieces: st.lists(piece_record, max_size=3).map(tuple),
+    wire._place: place,
+    wire._maybe_place: st.one_of(st.none(), place),
+    wire._shard_list: st.lists(
         st.builds(messages.Shard, natural, rank, text, rank, text, st.booleans(), st.booleans()), max_size=3
     ).map(tuple),
-    messages._pairs: st.lists(st.tuples(natural, natural), max_size=3).map(tuple),
-    messages._absences: st.lists(st.tuples(natural, natural, natural), max_size=3).map(tuple),
-    messages._reasons: st.lists(st.tuples(natural, text), max_size=3).map(tuple),
-    messages._logged: st.deferred(lambda: st.sampled_from(LOGGED_KINDS).flatmap(of_kind)),
+    wire._pairs: st.lists(st.tuples(natural, natural), max_size=3).map(tuple),
+    wire._absences: st.lists(st.tuples(natural, natural, natural), max_size=3).map(tuple),
+    wire._reasons: st.lists(st.tuples(natural, text), max_size=3).map(tuple),
+    wire._logged: st.deferred(lambda: st.sampled_from(LOGGED_KINDS).flatmap(of_kind)),
 }
-LOGGED_KINDS = [number for number, form in FORMS.items() if issubclass(form[0], messages.LOGGED)]
+LOGGED_KINDS = [number for number, form in FORMS.items() if issubclass(form[0], wire.LOGGED)]
 
 
 def _depth(value) -> int:
@@ -253,7 +239,7 @@ def test_the_largest_keys_fit():
 
 def test_an_envelope_is_the_header_and_then_the_frames_of_each_message():
     push, done = Push(1, "w", 0, 1, True, False), Done(2)
-    header, *frames = messages.envelope(SENDER, [(push, [b"abcd"]), (done, []), (push, [b"x", b"y"])])
+    header, *frames = wire.envelope(SENDER, [(push, [b"abcd"]), (done, []), (push, [b"x", b"y"])])
     assert frames == [b"abcd", b"x", b"y"]
     assert decode(header, 3)[1] == [(push, 1), (done, 0), (push, 2)]
 

@@ -16,16 +16,14 @@ from kvstore.protocol.messages import (
     Leave,
     Message,
     Push,
-    Sender,
     SetHyperparameters,
     SetOptimizer,
     WriteState,
-    decode,
-    encode,
 )
 from kvstore.protocol.pieces import bundle_id
 from kvstore.protocol.replicating import RESEND_S, Copy, Log, Replica, follow
 from kvstore.protocol.serving import Apply, Create, Serving, StoreState
+from kvstore.protocol.wire import Sender, decode, encode
 from tests.protocol.conversation import Rule, spec
 from tests.protocol.shell import Shell
 
