@@ -153,7 +153,9 @@ class ClusterHome(Home):
             self._ask_all(lambda i: Drop(i, key), timeout_s, f"dropping key {key!r}")
         self.barrier(timeout_s)
         moved = self.init(key, replace(remote.spec, piece_items=max(1, value.size)), value)
-        self._wait([(owner(key, 0, len(self._servers)), moved)], timeout_s, f"moving key {key!r} to one server")
+        self._session.answers(
+            [(owner(key, 0, len(self._servers)), moved)], timeout_s, f"moving key {key!r} to one server"
+        )
 
     # --- push and pull ------------------------------------------------------------------------
 
@@ -324,7 +326,7 @@ class ClusterHome(Home):
             (server, self._session.ask(server, partial(ReadState, key=key, piece=piece), whole=True))
             for piece, server in enumerate(remote.owners)
         ]
-        self._wait(asked, timeout_s, f"reading the optimizer's state of key {key!r}")
+        self._session.answers(asked, timeout_s, f"reading the optimizer's state of key {key!r}")
         states: dict[str, list[Array]] = {}
         step = 0
         for _, answer in asked:
@@ -346,7 +348,7 @@ class ClusterHome(Home):
             names, dtypes = tuple(state), tuple(array.dtype.name for array in state.values())
             make = partial(WriteState, key=key, piece=piece, step=step, names=names, dtypes=dtypes)
             asked.append((server, self._session.ask(server, make, frames)))
-        self._wait(asked, timeout_s, f"writing the optimizer's state of key {key!r}")
+        self._session.answers(asked, timeout_s, f"writing the optimizer's state of key {key!r}")
 
     # --- the cluster --------------------------------------------------------------------------
 
@@ -395,7 +397,7 @@ class ClusterHome(Home):
             frames = tuple(array[start:stop].view(np.uint8) for array in (value, *state.values()))
             make = partial(Restore, key=key, piece=piece, version=version, step=step, names=names, dtypes=dtypes)
             asked.append((server, self._session.ask(server, make, frames)))
-        self._wait(asked, timeout_s, f"restoring key {key!r}")
+        self._session.answers(asked, timeout_s, f"restoring key {key!r}")
 
     def _coupled(self) -> bool:
         return any(remote.spec.cluster_model != "eventual" for remote in list(self._remotes.values()))
@@ -450,29 +452,18 @@ class ClusterHome(Home):
 
     def leave(self, timeout_s: float) -> None:
         for member in (SCHEDULER, *self._servers):  # it first: should this process die now, it tells the servers
-            self._wait([(member, self._session.ask(member, lambda i: Leave(i, "", True)))], timeout_s, "leave")
+            self._session.ask_each([member], lambda i: Leave(i, "", True), timeout_s, "leave")
 
     def close(self, reason: str, timeout_s: float) -> None:
         try:
             for member in (SCHEDULER, *self._servers):
                 with contextlib.suppress(ServerLostError):  # who is gone need not be told
-                    self._wait([(member, self._session.ask(member, lambda i: Leave(i, reason)))], timeout_s, "leave")
+                    self._session.ask_each([member], lambda i: Leave(i, reason), timeout_s, "leave")
         finally:
             self._session.close()
 
     def _ask_all(self, make: Callable[[int], Message], timeout_s: float, what: str) -> None:
-        self._wait([(server, self._session.ask(server, make)) for server in self._servers], timeout_s, what)
-
-    def _wait(self, asked: list[tuple[int, Future[Any]]], timeout_s: float, what: str) -> None:
-        """Until these servers have answered."""
-        for server, answer in asked:
-            try:
-                answer.result(timeout_s)
-            except TimeoutError as error:
-                if answer.done():
-                    raise
-                why = self._session.explain(server, 0)
-                raise DeadlineError(f"{what}: no answer after {timeout_s:g} s; {why}") from error
+        self._session.ask_each(self._servers, make, timeout_s, what)
 
 
 def _clamped(priority: int) -> int:

@@ -12,7 +12,7 @@ import os
 import secrets
 import socket
 import threading
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
@@ -55,7 +55,7 @@ from kvstore.protocol.messages import (
 )
 from kvstore.protocol.pieces import Key
 from kvstore.protocol.requesting import CREDIT_FREE_BYTES, Answered, Divide, Outcome, Refused, Request, Requesting
-from kvstore.protocol.wire import Sender, decode, envelope
+from kvstore.protocol.wire import Sender, decode, envelope, paired
 from kvstore.transport.network import HEARTBEAT_S, Frames, Link, Network
 from kvstore.transport.zeromq import NETWORK
 
@@ -187,29 +187,37 @@ class Session:
             DeadlineError: a server did not answer within ``timeout_s`` seconds.
         """
         servers = range(len(self.servers))
-        frozen = self._ask_each(servers, Freeze, timeout_s)
+        frozen = self.ask_each(servers, Freeze, timeout_s, "joining")
         rounds: dict[Key, int] = {}
         for answer in frozen:
             assert isinstance(answer, Frozen)
             for key, round in answer.rounds.items():
                 rounds[key] = max(rounds.get(key, 0), round)
-        self._ask_each(servers, lambda i: Admit(i, rounds), timeout_s)
-        self._ask_each([SCHEDULER], Enter, timeout_s)
+        self.ask_each(servers, lambda i: Admit(i, rounds), timeout_s, "joining")
+        self.ask_each([SCHEDULER], Enter, timeout_s, "joining")
         self.joins = False
         self.workers.add(self.sender.rank)
 
-    def _ask_each(self, whom: Sequence[int], make: Callable[[int], Message], timeout_s: float) -> list[Message]:
-        """Their answers."""
-        asked = [self.ask(server, make) for server in whom]
+    def ask_each(self, whom: Sequence[int], make: Callable[[int], Message], timeout_s: float, what: str) -> list[Any]:
+        """The same question to each of these; their answers, as :meth:`answers` gives them."""
+        return self.answers([(server, self.ask(server, make)) for server in whom], timeout_s, what)
+
+    def answers(self, asked: Iterable[tuple[int, Future[Any]]], timeout_s: float, what: str) -> list[Any]:
+        """What these servers have answered, in their order.
+
+        Raises:
+            DeadlineError: one did not within ``timeout_s`` seconds; says why.
+            KVStoreError: what one has refused.
+        """
         answers = []
-        for server, answer in zip(whom, asked, strict=True):
+        for server, answer in asked:
             try:
                 answers.append(answer.result(timeout_s))
             except TimeoutError as error:
                 if answer.done():
                     raise
                 why = self.explain(server, 0)
-                raise DeadlineError(f"joining: no answer after {timeout_s:g} s; {why}") from error
+                raise DeadlineError(f"{what}: no answer after {timeout_s:g} s; {why}") from error
         return answers
 
     def connect_servers(self) -> None:
@@ -414,10 +422,7 @@ class Session:
         self._heard_at[server] = self._reactor.now()
         if server == SCHEDULER and self.sender.cluster in (0, sender.cluster):
             self.sender = Sender(sender.cluster, sender.epoch, self.sender.rank, self.sender.incarnation)
-        position = 1
-        for message, count in messages:
-            payload = frames[position : position + count]
-            position += count
+        for message, payload in paired(messages, frames):
             if isinstance(message, Departed):
                 self._take_departed(message)
                 continue

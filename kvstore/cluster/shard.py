@@ -82,7 +82,7 @@ from kvstore.protocol.serving import (
     TakeCut,
     Unite,
 )
-from kvstore.protocol.wire import Sender, decode, envelope
+from kvstore.protocol.wire import Sender, decode, envelope, paired
 from kvstore.stored import Stored
 from kvstore.transport.network import Frames, Loop, Network
 
@@ -187,12 +187,8 @@ class Shard:
             return
         if change.role != "worker":
             return
-        if change.stays:
-            if not self.is_replica:
-                self._conclude(NOBODY, NOBODY, change, self.serving.leaves(change.rank, change.incarnation))
-                self._flush()
-            return
-        if not (change.reason and change.on_loss == "wait"):  # then it may go on reading when it is back
+        returns = change.reason and change.on_loss == "wait"
+        if not (change.stays or returns):  # else it may go on reading
             self._take_all_back(change.rank, change.incarnation)
         if self.is_replica:
             return  # its primary's log will tell
@@ -325,10 +321,7 @@ class Shard:
         refusal = self.serving.refuses(sender.rank, sender.incarnation)
         if refusal is None:
             self._peers[sender.rank] = peer
-        position = 1
-        for message, count in messages:
-            payload = frames[position : position + count]
-            position += count
+        for message, payload in paired(messages, frames):
             if not isinstance(message, Push | Fetch) and self._handle_reader(peer, message):
                 continue
             if refusal is not None:
@@ -338,12 +331,10 @@ class Shard:
         self._flush()
 
     def _receive_log(self, peer: bytes, messages: Sequence[tuple[Message, int]], frames: Frames) -> None:
-        position = 1
         try:
-            for message, count in messages:
+            for message, payload in paired(messages, frames):
                 if isinstance(message, Entry):
-                    self._take_entry(peer, message, frames[position : position + count])
-                position += count
+                    self._take_entry(peer, message, payload)
         except KVStoreError as error:
             self._outbox(peer).put(Failed(0, *to_wire(error)))
         self._flush()

@@ -12,7 +12,7 @@ raises :class:`~kvstore.errors.ProtocolError`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,22 +144,18 @@ def _flag(value: Any) -> bool:
     return value
 
 
-def _text(value: Any) -> str:
-    if type(value) is not str or len(value) > TEXT_BYTES_MAX:
-        raise ValueError(f"a text of at most {TEXT_BYTES_MAX} characters")
-    return value
+def _string(what: str, limit: int) -> Check:
+    def checked(value: Any) -> str:
+        if type(value) is not str or len(value) > limit:
+            raise ValueError(f"{what} of at most {limit} characters")
+        return value
+
+    return checked
 
 
-def _name(value: Any) -> str:
-    if type(value) is not str or len(value) > NAME_BYTES_MAX:
-        raise ValueError(f"a name of at most {NAME_BYTES_MAX} characters")
-    return value
-
-
-def _model(value: Any) -> str:
-    if type(value) is not str or len(value) > MODEL_BYTES_MAX:
-        raise ValueError(f"a model or dtype of at most {MODEL_BYTES_MAX} characters")
-    return value
+_text = _string("a text", TEXT_BYTES_MAX)
+_name = _string("a name", NAME_BYTES_MAX)
+_model = _string("a model or dtype", MODEL_BYTES_MAX)
 
 
 def key(value: Any) -> Key:
@@ -192,6 +188,21 @@ def _many(check: Check, limit: int) -> Check:
         return tuple([check(item) for item in value]) if value else ()
 
     return checked
+
+
+def _listed(what: str, make: Callable[..., Any], *checks: Check) -> Check:
+    """A list of just these, each checked, of which ``make`` makes what they stand for."""
+
+    def checked(value: Any) -> Any:
+        if not isinstance(value, list | tuple) or len(value) != len(checks):
+            raise ValueError(what)
+        return make(*[check(field) for check, field in zip(checks, value, strict=True)])
+
+    return checked
+
+
+def _tuple(*fields: Any) -> tuple[Any, ...]:
+    return fields
 
 
 def _numbers(value: Any, depth: int = 4) -> Any:
@@ -252,29 +263,6 @@ def _rounds(value: Any) -> dict[int, int]:
     return {_natural(rank): _natural(round) for rank, round in value.items()}
 
 
-def _piece_record(value: Any) -> PieceRecord:
-    checks = (key, _natural, _spec, _natural, _natural, _rounds, _name_list, _name_list)
-    if not isinstance(value, list | tuple) or len(value) != len(checks):
-        raise ValueError("a piece of a cut")
-    return PieceRecord(*[check(field) for check, field in zip(checks, value, strict=True)])
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    if not isinstance(value, list | tuple) or len(value) != 2:
-        raise ValueError("a pair of whole numbers")
-    return _natural(value[0]), _natural(value[1])
-
-
-def _shard(value: Any) -> Shard:
-    if not isinstance(value, list | tuple) or len(value) != 7:
-        raise ValueError("epoch, primary, address, replica, its address, and two booleans")
-    epoch, primary, address, replica, replica_address, in_step, moving = value
-    return Shard(
-        _natural(epoch), _rank(primary), _text(address), _rank(replica), _text(replica_address),
-        _flag(in_step), _flag(moving),
-    )  # fmt: skip
-
-
 def _logged(value: Any) -> Message:
     """The message of an entry: written as any other, without the number of its frames."""
     if not isinstance(value, list) or len(value) < 2:
@@ -285,23 +273,22 @@ def _logged(value: Any) -> Message:
     return message
 
 
-def _absence(value: Any) -> tuple[int, int, int]:
-    if not isinstance(value, list | tuple) or len(value) != 3:
-        raise ValueError("a rank, and the first and last round of its absence")
-    return _natural(value[0]), _natural(value[1]), _natural(value[2])
-
-
-def _missed(value: Any) -> tuple[int, str]:
-    if not isinstance(value, list | tuple) or len(value) != 2:
-        raise ValueError("a rank and a reason")
-    return _natural(value[0]), _text(value[1])
-
-
+_name_list = _many(_model, 64)
+_pair = _listed("a pair of whole numbers", _tuple, _natural, _natural)
+_absence = _listed("a rank, and the first and last round of its absence", _tuple, _natural, _natural, _natural)
+_missed = _listed("a rank and a reason", _tuple, _natural, _text)
+_piece_record = _listed(
+    "a piece of a cut", PieceRecord, key, _natural, _spec, _natural, _natural, _rounds, _name_list, _name_list
+)
+_shard = _listed(
+    "epoch, primary, address, replica, its address, and two booleans",
+    Shard,
+    *(_natural, _rank, _text, _rank, _text, _flag, _flag),
+)
 _shard_list = _many(_shard, 1 << 16)
 _pairs = _many(_pair, 1 << 20)
 _absences = _many(_absence, 1 << 20)
 _reasons = _many(_missed, 1 << 20)
-_name_list = _many(_model, 64)
 _rank_list = _many(_natural, PARTICIPANTS_MAX)
 _pieces = _many(_piece_record, PIECES_MAX)
 _address_list = _many(_name, 1 << 16)
@@ -356,6 +343,10 @@ FORMS: dict[int, tuple[type[Message], tuple[Check, ...]]] = {
     75: (HandedOver, (_natural, _natural)),
     76: (Drain, (_natural,)),
     77: (ReadPlacement, ()),
+    80: (AskCut, (_natural,)),
+    81: (Halt, (_natural,)),
+    82: (Passed, (_natural, _natural, _flag)),
+    83: (Named, (_natural, _natural, _rank_list)),
     96: (Entry, (_natural, _rank, _rank, _logged)),
     97: (Taken, (_natural,)),
     98: (Updated, (_target, _natural, _natural, _pairs)),
@@ -364,36 +355,20 @@ FORMS: dict[int, tuple[type[Message], tuple[Check, ...]]] = {
     101: (
         RestorePiece,
         (
-            key,
-            _natural,
-            _spec,
-            _natural,
-            _natural,
-            _pairs,
-            _absences,
-            _natural,
-            _natural,
-            _flag,
-            _name_list,
-            _name_list,
+            *(key, _natural, _spec, _natural, _natural, _pairs, _absences),
+            *(_natural, _natural, _flag, _name_list, _name_list),
         ),
     ),
     102: (RestoreSetting, (_described, _since, _natural, _described)),
     103: (RestoreWorkers, (_rank_list, _rank_list, _pairs, _pairs, _reasons, _rank_list)),
     104: (Arrived, ()),
-    80: (AskCut, (_natural,)),
-    81: (Halt, (_natural,)),
-    82: (Passed, (_natural, _natural, _flag)),
-    83: (Named, (_natural, _natural, _rank_list)),
 }
 LOGGED = (
-    Init, Bind, Drop, SetOptimizer, SetHyperparameters, WriteState, Restore, Leave, Admit,
-    Departed,
+    Init, Bind, Drop, SetOptimizer, SetHyperparameters, WriteState, Restore, Leave, Admit, Departed,
     Updated, UniteBundle, SplitBundle, RestorePiece, RestoreSetting, RestoreWorkers, Arrived,
 )  # fmt: skip
 _KINDS = {form[0]: kind for kind, form in FORMS.items()}
 _FIELDS = {form[0]: tuple(form[0].__dataclass_fields__)[1:] for form in FORMS.values()}
-_PARTS = {kind: tuple(kind.__dataclass_fields__) for kind in (Spec, Place, Shard)}  # written as lists of their fields
 
 
 @dataclass(frozen=True, slots=True)
@@ -420,20 +395,13 @@ def encode(sender: Sender, messages: Iterable[tuple[Message, int]]) -> bytes:
 
 def _row(message: Message) -> list[Any]:
     kind = type(message)
-    row: list[Any] = [_KINDS[kind], message.request_id]
-    for name in _FIELDS[kind]:
-        field = getattr(message, name)
-        parts = _PARTS.get(type(field))
-        row.append(field if parts is None else [getattr(field, part) for part in parts])
-    if kind is Entry:
-        row[-1] = _row(row[-1])
-    elif kind is Placement:
-        row[-1] = [[getattr(shard, part) for part in _PARTS[Shard]] for shard in row[-1]]
-    return row
+    return [_KINDS[kind], message.request_id, *[getattr(message, name) for name in _FIELDS[kind]]]
 
 
 def _as_list(part: Any) -> list[Any]:
-    """A part of a field, as it is written."""
+    """A field that is no plain value, as it is written."""
+    if isinstance(part, Message):
+        return _row(part)
     return [getattr(part, name) for name in part.__dataclass_fields__]
 
 
@@ -502,3 +470,11 @@ def envelope(sender: Sender, messages: Sequence[tuple[Message, Sequence[Any]]]) 
     """All frames of one ZeroMQ message: the header, then every message's value frames in order."""
     header = encode(sender, [(message, len(payload)) for message, payload in messages])
     return [header, *(frame for _, payload in messages for frame in payload)]
+
+
+def paired(messages: Iterable[tuple[Message, int]], frames: Sequence[Any]) -> Iterator[tuple[Message, Any]]:
+    """The messages that :func:`decode` gave, each with its own of the ``frames``, of which the first is the header."""
+    position = 1
+    for message, count in messages:
+        yield message, frames[position : position + count]
+        position += count
