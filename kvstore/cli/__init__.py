@@ -1,4 +1,4 @@
-"""The command line: ``kvstore run``, ``scheduler``, ``server``, ``status``, ``checkpoint``, ``keygen``, ``bench``.
+"""The command line: ``kvstore run``, ``scheduler``, ``server``, ``drain``, ``status``, ``checkpoint``, ``keygen``, ``bench``.
 
 Commands import what they need when they run, so that ``--help`` is quick. A failure is one line on
 stderr and a non-zero code.
@@ -21,6 +21,18 @@ _KEYS = click.option(
     type=click.Path(file_okay=False),
     help="The directory of its keys, for a protected cluster (or KVSTORE_KEYS).",
 )
+_REPLICATION = click.option(
+    "--replication",
+    type=click.IntRange(0, 1),
+    default=0,
+    show_default=True,
+    help="Servers beside its own that keep each value: with 1, a server may die.",
+)
+_HEARTBEAT = click.option(
+    "--heartbeat",
+    type=click.FloatRange(0, min_open=True),
+    help="Seconds without a sign of life after which a member is lost (or KVSTORE_HEARTBEAT, else 3).",
+)
 
 
 class _Commands(click.Group):
@@ -34,25 +46,12 @@ class _Commands(click.Group):
             ctx.exit(1)
 
 
-_REPLICATION: dict[str, Any] = {
-    "type": click.IntRange(0, 1),
-    "default": 0,
-    "show_default": True,
-    "help": "Servers beside its own that keep each value: with 1, a server may die.",
-}
-
-
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="kvstore")
 def main() -> None:
     """A two-level key-value store that keeps a model's parameters in step."""
 
 
-HEARTBEAT = click.option(
-    "--heartbeat",
-    type=click.FloatRange(0, min_open=True),
-    help="Seconds without a sign of life after which a member is lost (or KVSTORE_HEARTBEAT, else 3).",
-)
 main.add_command(checkpoint)
 
 
@@ -71,7 +70,7 @@ def _checkpoint_options(command: Any) -> Any:
 @main.command(context_settings={"ignore_unknown_options": True})
 @click.option("-w", "--workers", type=int, default=1, show_default=True, help="Worker processes.")
 @click.option("-s", "--servers", type=int, default=1, show_default=True, help="Server processes.")
-@click.option("--replication", **_REPLICATION)
+@_REPLICATION
 @click.option("--grace", type=float, default=5.0, show_default=True, help="Seconds to end in before the kill.")
 @_checkpoint_options
 @_KEYS
@@ -111,8 +110,8 @@ def run(
 @click.option("-w", "--workers", type=int, help="Workers of the cluster (or KVSTORE_NUM_WORKERS).")
 @click.option("-s", "--servers", type=int, help="Servers of the cluster (or KVSTORE_NUM_SERVERS, else 1).")
 @click.option("--journal", type=click.Path(dir_okay=False), help="A file from which a restarted one goes on.")
-@click.option("--replication", **_REPLICATION)
-@HEARTBEAT
+@_REPLICATION
+@_HEARTBEAT
 @_KEYS
 def scheduler(
     bind: str,
@@ -157,7 +156,7 @@ def scheduler(
 @click.option("--with-scheduler", is_flag=True, help="Be the scheduler too, bound at --address: a whole service.")
 @click.option("-w", "--workers", type=int, help="With --with-scheduler: workers of the cluster.")
 @click.option("--journal", type=click.Path(dir_okay=False), help="With --with-scheduler: the scheduler's journal.")
-@HEARTBEAT
+@_HEARTBEAT
 @_checkpoint_options
 @_KEYS
 def server(
@@ -221,7 +220,7 @@ def server(
     click.echo(f"server at {one.address}")
     if checkpoint_dir is None:
         sys.exit(serve(one, beside, one.drain))
-    periodic = Periodic(address, checkpoint_dir, checkpoint_every, checkpoint_keep)
+    periodic = Periodic(address, checkpoint_dir, checkpoint_every, checkpoint_keep, network)
     periodic.start()
     try:
         sys.exit(serve(one, beside, one.drain))
@@ -241,12 +240,9 @@ def _check_every(seconds: float) -> None:
 @click.argument("rank", type=int)
 def drain(address: str | None, timeout: float, keys: str | None, rank: int) -> None:
     """Hand over all that server RANK has to the other servers. It goes on running, and may be stopped then."""
-    from kvstore import environment
     from kvstore.cluster.status import drain
 
-    address = address or environment.read().address
-    if address is None:
-        raise click.UsageError("expected --address or KVSTORE_ADDRESS, the scheduler's address")
+    address = _address(address)
     drain(address, rank, timeout, _network(keys))
 
 
@@ -257,12 +253,9 @@ def drain(address: str | None, timeout: float, keys: str | None, rank: int) -> N
 @_KEYS
 def status(address: str | None, timeout: float, as_json: bool, keys: str | None) -> None:
     """Show the members of a cluster and what the servers hold."""
-    from kvstore import environment
     from kvstore.cluster.status import read_status
 
-    address = address or environment.read().address
-    if address is None:
-        raise click.UsageError("expected --address or KVSTORE_ADDRESS, the scheduler's address")
+    address = _address(address)
     report = read_status(address, timeout, _network(keys))
     if as_json:
         click.echo(json.dumps(report, indent=2))
@@ -310,6 +303,16 @@ def keygen(directory: str, clients: tuple[str, ...], revoke: str | None) -> None
         written = keys.make_cluster(directory, clients or (keys.DEFAULT_CLIENT,))
     for path in written:
         click.echo(path)
+
+
+def _address(given: str | None) -> str:
+    """The scheduler's: as given, or as the environment says."""
+    from kvstore import environment
+
+    address = given or environment.read().address
+    if address is None:
+        raise click.UsageError("expected --address or KVSTORE_ADDRESS, the scheduler's address")
+    return address
 
 
 def _network(directory: str | None) -> Any:

@@ -18,6 +18,8 @@ from kvstore.cluster.cuts import Cuts
 from kvstore.cluster.session import SCHEDULER, Session
 from kvstore.errors import KVStoreError, UnreachableError
 from kvstore.protocol.messages import ReadStatus, Status
+from kvstore.transport.network import Network
+from kvstore.transport.zeromq import NETWORK
 
 log = logging.getLogger(__name__)
 
@@ -33,10 +35,19 @@ class Periodic:
         path: the directory of checkpoints.
         every_s: seconds from one to the next.
         keep: how many are kept; None: all.
+        network: how the cluster is reached.
     """
 
-    def __init__(self, address: str, path: str | os.PathLike[str], every_s: float, keep: int | None) -> None:
+    def __init__(
+        self,
+        address: str,
+        path: str | os.PathLike[str],
+        every_s: float,
+        keep: int | None,
+        network: Network = NETWORK,
+    ) -> None:
         self._address = address
+        self._network = network
         self._path = Path(path)
         self._every_s = every_s
         self._keep = keep
@@ -80,7 +91,7 @@ class Periodic:
         known = directory.checkpoints(self._path)
         if known and time.time() - known[-1].stat().st_mtime < self._every_s / 2:
             return None
-        session = self._session = Session(self._address, "observer")
+        session = self._session = Session(self._address, "observer", network=self._network)
         try:
             try:
                 reply = session.ask(SCHEDULER, ReadStatus).result(CONNECT_S)

@@ -14,6 +14,8 @@ import kvstore
 from kvstore import errors, optim
 from kvstore.checkpoint.cut import values
 from kvstore.checkpoint.reading import Checkpoint
+from kvstore.cluster import keys as key_files
+from kvstore.cluster.keys import network
 from kvstore.cluster.periodic import Periodic
 from tests.clusters import cluster
 
@@ -282,10 +284,15 @@ def test_trainers_steps_are_cut_points(tmp_path):
         assert 1 <= one.at <= 7
 
 
-def test_periodic_checkpoints_by_a_server(tmp_path):
+@pytest.mark.parametrize("protected", [False, True], ids=["open", "protected"])
+def test_periodic_checkpoints_by_a_server(tmp_path, tmp_path_factory, protected):
     keys, enough = keys_of(3), threading.Event()
-    with cluster(2, 2) as running:
-        periodic = Periodic(running.address, tmp_path, 0.05, 2)
+    place = None
+    if protected:
+        place = tmp_path_factory.mktemp("cluster") / "keys"
+        key_files.make_cluster(place)
+    with cluster(2, 2, keys=place) as running:
+        periodic = Periodic(running.address, tmp_path, 0.05, 2, network(place))
         periodic.start()
 
         def watch():
@@ -300,7 +307,7 @@ def test_periodic_checkpoints_by_a_server(tmp_path):
         watcher = threading.Thread(target=watch)
         watcher.start()
         try:
-            running.run(training(3, keys, enough))
+            running.run(training(3, keys, enough), keys=None if place is None else place / key_files.DEFAULT_CLIENT)
         finally:
             periodic.stop()
             watcher.join()
