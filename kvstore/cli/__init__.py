@@ -1,4 +1,4 @@
-"""The command line: ``kvstore run``, ``scheduler``, ``server``, ``drain``, ``status``, ``checkpoint``, ``keygen``, ``bench``.
+"""The command line: ``kvstore run``, ``scheduler``, ``server``, ``drain``, ``status``, ``checkpoint`` and so on.
 
 Commands import what they need when they run, so that ``--help`` is quick. A failure is one line on
 stderr and a non-zero code.
