@@ -31,6 +31,21 @@ from kvstore.cluster.stream import Mark, Stream
 from kvstore.cluster.values import SharedValues
 from kvstore.errors import DisagreementError, KVStoreError, ProtocolError, to_wire
 from kvstore.handle import when_ended
+from kvstore.protocol.actions import (
+    Action,
+    Apply,
+    Create,
+    Forget,
+    LoseCut,
+    Reply,
+    ReplyAfter,
+    ReplyValue,
+    SendState,
+    Split,
+    StoreState,
+    TakeCut,
+    Unite,
+)
 from kvstore.protocol.bundles import Bundle, Part
 from kvstore.protocol.leases import Lending, Reader
 from kvstore.protocol.messages import (
@@ -66,22 +81,7 @@ from kvstore.protocol.messages import (
 )
 from kvstore.protocol.pieces import PieceId, Span
 from kvstore.protocol.replicating import Copy, Log, Replica, Steps, follow, refuse
-from kvstore.protocol.serving import (
-    Action,
-    Apply,
-    Create,
-    Forget,
-    LoseCut,
-    Reply,
-    ReplyAfter,
-    ReplyValue,
-    SendState,
-    Serving,
-    Split,
-    StoreState,
-    TakeCut,
-    Unite,
-)
+from kvstore.protocol.serving import Serving
 from kvstore.protocol.wire import Sender, decode, envelope, paired
 from kvstore.stored import Stored
 from kvstore.transport.network import Frames, Loop, Network
