@@ -778,7 +778,7 @@ def test_the_server_counts_a_bundle_as_one_piece():
     with cluster(workers=2) as c:
         c.run(work)
         shard = c.servers[0].shards[0]
-        assert len(shard._stored) == 1
+        assert len(shard._work.stored) == 1
         assert [len(bundle.members) for bundle in shard.serving.binding.bundles.values()] == [50]
         assert shard.report() == {"keys": 50, "bytes": 600}
 

@@ -63,6 +63,18 @@ def test_a_crashed_server_changes_no_bit(server: int, returns: bool) -> None:
         assert all(same(values, undisturbed()) for values in cluster.run(train))
 
 
+@pytest.mark.parametrize("server_dies_at", [None, 1.9, 3.0, 6.0])
+def test_a_crashed_scheduler_changes_no_bit(server_dies_at: float | None) -> None:
+    """Alone, or with a server just before it, while it is away, or before all have come back to it."""
+    with Cluster(3, 2, replication=1, delay_s=(0.05, 0.1)) as cluster:
+        cluster.at(2.0, lambda: cluster.crash("scheduler"))
+        cluster.at(4.0, lambda: cluster.restart("scheduler"))
+        if server_dies_at is not None:
+            cluster.at(server_dies_at, lambda: cluster.crash("server", 1))
+            cluster.at(server_dies_at + 0.5, lambda: cluster.restart("server", 1))
+        assert all(same(values, undisturbed()) for values in cluster.run(train))
+
+
 def test_a_server_that_was_stopped_steps_back() -> None:
     with Cluster(2, 2, replication=1, delay_s=(0.05, 0.1)) as cluster:
         old: Any = cluster._daemons["server", 0]
