@@ -18,7 +18,8 @@ from kvstore.home import Gradient, Held, Home, HomeBundle, Reading, Source, Upda
 from kvstore.optim import Optimizer
 from kvstore.protocol.messages import Spec
 from kvstore.protocol.pieces import Key
-from kvstore.stored import Rule, Stored
+from kvstore.protocol.sampling import factor
+from kvstore.stored import Rule, Stored, multiply
 
 INLINE_BYTES = 64 << 10  # smaller work is done by the calling thread: a hand-over costs more
 
@@ -32,11 +33,14 @@ class _UpdaterRule:
     def create_state(self, value: Array) -> dict[str, Array]:
         return {}
 
-    def update(self, value: Array, pushes: Sequence[Array], state: dict[str, Array], step: int, target: Array) -> None:
+    def update(
+        self, value: Array, pushes: Sequence[Array], state: dict[str, Array], step: int, target: Array, factor: float
+    ) -> None:
         merged = pushes[0]
-        if len(pushes) > 1:
+        if len(pushes) > 1 or factor != 1.0:
             merged = np.empty_like(merged)
             comm.merge(pushes, merged)
+            multiply(merged, factor)
         if target is not value:
             np.copyto(target, value)
         self._updater(self._key, merged, target)
@@ -82,7 +86,7 @@ class LocalHome(Home):
         self._engine.push(
             lambda: comm.merge(gradient.arrays, staged), reads=gradient.arrays, writes=[var], name="stage", inline=True
         )
-        op = self._op(key, gradient.priority, [staged], [var], ())
+        op = self._op(key, gradient, [staged], [var], ())
         when_ended(self._engine.push(**op), ended)
         return None
 
@@ -100,20 +104,24 @@ class LocalHome(Home):
 
     def _apply(self, key: Key, gradient: Gradient, outs: Sequence[Array]) -> engine.Handle | None:
         """Let the gradient change the value, which then goes to ``outs``. None: something else is under way there."""
-        return self._engine.push_if_free(**self._op(key, gradient.priority, gradient.arrays, gradient.arrays, outs))
+        return self._engine.push_if_free(**self._op(key, gradient, gradient.arrays, gradient.arrays, outs))
 
     def _op(
-        self, key: Key, priority: int, arrays: list[Array], reads: Sequence[Any], outs: Sequence[Array]
+        self, key: Key, gradient: Gradient, arrays: list[Array], reads: Sequence[Any], outs: Sequence[Array]
     ) -> dict[str, Any]:
-        """What the engine is told of such a change."""
+        """What the engine is told of such a change. ``arrays``: the gradient's, or their sum."""
         stored, rule, generation = self._stored[key], self._rule(key), self._generation
         nbytes = stored.value.nbytes
+        per_round, samples = self._specs[key].samples_per_round, gradient.samples
+        multiplied = factor(per_round, samples) if per_round is not None and samples else 1.0
 
         def apply() -> None:
-            if rule is None:
-                stored.assign(arrays)
+            if samples == 0:
+                pass  # it changes nothing
+            elif rule is None:
+                stored.assign(arrays, factor=multiplied)
             else:
-                _update(key, stored, arrays, rule, generation)
+                _update(key, stored, arrays, rule, generation, multiplied)
             if outs:
                 comm.broadcast(stored.value.reshape(-1), outs)
 
@@ -121,7 +129,7 @@ class LocalHome(Home):
             "fn": apply,
             "reads": reads if rule is None else [*reads, stored.var],
             "writes": [stored.var, *outs],
-            "priority": priority,
+            "priority": gradient.priority,
             "name": "assign" if rule is None else "update",
             "inline": nbytes * (len(arrays) + len(outs)) <= INLINE_BYTES,
             "info": {"key": key, "bytes": nbytes},
@@ -310,8 +318,10 @@ class _Delivered(Source):
         raise AssertionError("it is delivered to the gradient's outs")
 
 
-def _update(key: Key, stored: Stored, pushes: Sequence[Array], rule: Rule, generation: int) -> None:
+def _update(
+    key: Key, stored: Stored, pushes: Sequence[Array], rule: Rule, generation: int, multiplied: float
+) -> None:
     try:
-        stored.update(pushes, rule, generation)
+        stored.update(pushes, rule, generation, multiplied)
     except Exception as error:
         raise UpdateError(f"key {key!r}: its update failed with {type(error).__name__}: {error}") from error
