@@ -52,7 +52,7 @@ class Request:
 
 
 class Dissolvable(Protocol):
-    """What an entry knows of the bundle that it is in: :class:`kvstore.lists.Bundle`."""
+    """What an entry knows of the bundle that it is in: :class:`kvstore.lists.EntryBundle`."""
 
     def dissolve(self, blamed: Collection[Entry]) -> None:
         """From here on its keys are moved by themselves, because these are."""

@@ -44,7 +44,7 @@ from kvstore.errors import (
 )
 from kvstore.handle import Handle, countdown, gather
 from kvstore.home import Home, Reading, Updater
-from kvstore.lists import Arrays, Bundle, Lists, Plan
+from kvstore.lists import Arrays, EntryBundle, Lists, Plan
 from kvstore.local import LocalHome
 from kvstore.optim import Optimizer
 from kvstore.protocol import wire
@@ -437,7 +437,7 @@ class KVStore:
     def _move(
         self,
         what: str,
-        bundle: Bundle,
+        bundle: EntryBundle,
         arrays: list[Arrays],
         targets: list[Arrays | None],
         results: list[Any],
