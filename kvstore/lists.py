@@ -21,7 +21,6 @@ from typing import Any, TypeVar
 import numpy as np
 
 import engine
-from kvstore import comm
 from kvstore.arrays import Array
 from kvstore.consistency import Sequential
 from kvstore.devices import Entry, translated
@@ -187,13 +186,17 @@ class _Concatenated(Gradient):
     def reads(self) -> list[Any]:
         return self._reads
 
+    def summands(self) -> list[Array]:
+        if not isinstance(self._parts[0], list):
+            return [np.concatenate([array.reshape(-1) for array in _flat(self._parts)])]
+        devices = zip(*self._parts, strict=True)
+        return [np.concatenate([array.reshape(-1) for array in arrays]) for arrays in devices]
+
     def write(self, out: Array) -> None:
         if not isinstance(self._parts[0], list):
             np.concatenate([array.reshape(-1) for array in _flat(self._parts)], out=out)
-            return
-        for arrays, span in zip(self._parts, self._spans, strict=True):
-            assert isinstance(arrays, list)
-            comm.merge(arrays, out[span].reshape(arrays[0].shape))
+        else:
+            super().write(out)
 
 
 def _flat(arrays: list[Arrays]) -> list[Array]:

@@ -139,14 +139,15 @@ def _maybe_place(value: Any) -> Place | None:
     return None if value is None else _place(value)
 
 
-def _maybe_samples(value: Any) -> int | None:
-    if value is not None and _natural(value) > SAMPLES_MAX:
-        raise ValueError(f"at most {SAMPLES_MAX} samples")
-    return value
-
-
 def _maybe_natural(value: Any) -> int | None:
     return None if value is None else _natural(value)
+
+
+def _maybe_samples(value: Any) -> int | None:
+    samples = _maybe_natural(value)
+    if samples is not None and samples > SAMPLES_MAX:
+        raise ValueError(f"at most {SAMPLES_MAX} samples")
+    return samples
 
 
 def _flag(value: Any) -> bool:
