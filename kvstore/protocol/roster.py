@@ -347,9 +347,11 @@ class Membership:
         """A process is back on another connection: the network or the scheduler was away, or it was stopped itself."""
         if member.state == "lost" and (member.role != "worker" or self.on_loss != "wait"):
             raise FencedError(f"{member.role} {member.rank}: it was taken for lost, the others go on without it")
-        if member.state == "left":
-            raise FencedError(f"{member.role} {member.rank}: it has left")
+        if member.state == "left" and member.reason:
+            raise FencedError(f"{member.role} {member.rank}: it was taken for lost before it took part")
         member.peer, member.request_id, member.heard = peer, message.request_id, now
+        if member.state == "left":  # it does not know that it was heard, and will say so again
+            return [self._welcome(member)]
         if not self.started:
             return []
         actions: Actions = [self._welcome(member), (peer, self._placement(0))]
