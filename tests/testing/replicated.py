@@ -259,7 +259,7 @@ class Run:
             if pieces[0] != pieces[1]:
                 self.fail(f"shard {number}: the primary has {pieces[0]}, its replica {pieces[1]}")
             for piece, counted in one.serving.counted():
-                value, copy = one._stored[piece].value, other._stored[piece].value
+                value, copy = one._work.stored[piece].value, other._work.stored[piece].value
                 if not (value == copy).all():
                     self.fail(f"shard {number}, {piece}: {value} and {copy}")
                 if not counted.same_history(other.serving.pieces[piece]):

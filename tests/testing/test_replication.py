@@ -11,8 +11,8 @@ import kvstore
 from kvstore import KVStore
 from kvstore.errors import OptionError, ServerLostError
 from kvstore.protocol import replicating
+from kvstore.protocol.actions import ReplyValue
 from kvstore.protocol.replicating import Log
-from kvstore.protocol.serving import ReplyValue
 from kvstore.testing import Cluster
 from tests.testing.replicated import Run
 
