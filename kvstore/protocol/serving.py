@@ -622,7 +622,7 @@ class Serving:
         if message.pull:
             answered = self._pull(rank, message, piece_id, piece)
             if not answered and piece.level.in_effect(rank, message.round):
-                answered.append(ReplyAfter(rank, Committed(message.request_id), self._place_of(piece_id)[0]))
+                answered.append(ReplyAfter(rank, Committed(message.request_id), self.place_of(piece_id)[0]))
             actions += answered
         if message.acknowledge and not piece.level.in_effect(rank, message.round):
             actions.append(Reply(rank, Accepted(message.request_id)))
@@ -675,11 +675,11 @@ class Serving:
 
     def _value(self, answer: Answer) -> ReplyValue:
         ticket = _ticket(answer.ticket)
-        piece, span = self._place_of(ticket.piece)
+        piece, span = self.place_of(ticket.piece)
         near = ticket.near and span is None
         return ReplyValue(ticket.rank, ticket.request_id, piece, answer.version, answer.staleness, near, span)
 
-    def _place_of(self, piece_id: PieceId) -> tuple[PieceId, Span | None]:
+    def place_of(self, piece_id: PieceId) -> tuple[PieceId, Span | None]:
         """Where the piece's value is: its own, or in a united bundle's."""
         if piece_id not in self._united:
             return piece_id, None
@@ -703,7 +703,7 @@ class Serving:
         self, piece_id: PieceId, piece: Piece, pushes: tuple[tuple[int, int], ...] | list[tuple[int, int]]
     ) -> list[Action]:
         return [
-            ReplyAfter(rank, Committed(piece.commits.pop((rank, round))), self._place_of(piece_id)[0])
+            ReplyAfter(rank, Committed(piece.commits.pop((rank, round))), self.place_of(piece_id)[0])
             for rank, round in pushes
             if (rank, round) in piece.commits and piece.level.in_effect(rank, round)
         ]
@@ -737,7 +737,7 @@ class Serving:
 
     def _read_state(self, rank: int, message: ReadState, payload: object) -> list[Action]:
         piece_id, _ = self._find(message.key, message.piece)
-        return [SendState(rank, message.request_id, *self._place_of(piece_id))]
+        return [SendState(rank, message.request_id, *self.place_of(piece_id))]
 
     def _write_state(self, rank: int, message: WriteState, payload: object) -> list[Action]:
         piece_id, piece = self._find(message.key, message.piece)
@@ -815,7 +815,7 @@ class Serving:
             for key, number in cut.keys or ():
                 piece = self.pieces.get((key, number))
                 if piece is not None:
-                    place, span = self._place_of((key, number))
+                    place, span = self.place_of((key, number))
                     level, steps = piece.level, self.pieces[place].steps
                     record = PieceRecord(key, number, piece.spec, level.version, steps, dict(level.rounds))
                     places.setdefault(place, []).append((record, span))

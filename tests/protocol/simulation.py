@@ -660,7 +660,7 @@ class Simulation:
         for server in self.servers:
             for piece_id in server.core.pieces:
                 if isinstance(piece_id[0], str):
-                    whole, span = server.core._place_of(piece_id)
+                    whole, span = server.core.place_of(piece_id)
                     (final[piece_id],) = server.shell.stored[whole].part(span).value
         for key, pieces in self.plan.pieces.items():
             totals = {p: self._total(p, key) for p in self._members(key)}

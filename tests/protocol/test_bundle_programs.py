@@ -122,7 +122,7 @@ class Side:
         self.perform(self.serving.handle(rank, incarnation, message, payload, 0.0))
 
     def stored(self, key: str):
-        piece, span = self.serving._place_of((key, 0))
+        piece, span = self.serving.place_of((key, 0))
         return self.shell.stored[piece].part(span)
 
     def heard(self, rank: int, request_id: int, kind: type[Message]) -> bool:
