@@ -109,8 +109,9 @@ class Placing:
 
     def settled(self, number: int) -> bool:
         """Is the shard where it should be, with as many replicas in step as it should have?"""
-        holders = [holder.server for holder in self._chain(number) if holder.in_step]
-        return len(holders) > self.replication and holders == self._wanted(number)
+        chain, wanted = self._chain(number), self._wanted(number)
+        holders = {holder.server for holder in chain if holder.in_step}
+        return len(wanted) > self.replication and holders == set(wanted) and chain[0].server == wanted[0]
 
     def lost(self) -> list[int]:
         """The shards that nobody has any more."""
