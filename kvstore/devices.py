@@ -38,6 +38,7 @@ class _Contribution:
     arrays: list[Array]  # of the caller until staged; several when the key came twice in the call
     priority: int
     ended: Ended  # to be told when the push is committed or failed
+    samples: int | None  # that it holds, if the key's rounds are of so many
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,7 @@ class Request:
 
 
 class Dissolvable(Protocol):
-    """What an entry knows of the bundle that it is in: :class:`kvstore.lists.Bundle`."""
+    """What an entry knows of the bundle that it is in: :class:`kvstore.lists.EntryBundle`."""
 
     def dissolve(self, blamed: Collection[Entry]) -> None:
         """From here on its keys are moved by themselves, because these are."""
@@ -66,7 +67,6 @@ class Entry:
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     device_model: Model
-    version: int = 0  # updates that the value had seen before they were counted here
     level: Level | None = None  # from when the number of devices is known
     held: dict[tuple[int, int], _Contribution] = field(default_factory=dict)
     view: Held | None = None  # the last value that was pulled in place
@@ -76,13 +76,13 @@ class Entry:
     bundle: Dissolvable | None = None  # that moves it together with other keys
     lock: threading.RLock = field(default_factory=threading.RLock)
 
-    def alone(self) -> _Alone:
-        """``with entry.alone():`` holds the lock, and the key is in no bundle."""
-        return _Alone(self)
+    def alone(self, *, blamed: bool = True) -> _Alone:
+        """``with entry.alone():`` holds the lock, and the key is in no bundle: it is ``blamed`` for the end of it."""
+        return _Alone(self, (self,) if blamed else ())
 
     def count(self, devices: int) -> None:
         """From now on the rounds of so many devices are counted, from 0."""
-        self.level = Level(self.device_model, range(devices), version=self.version)
+        self.level = Level(self.device_model, range(devices))
 
     @property
     def single(self) -> bool:
@@ -91,10 +91,8 @@ class Entry:
 
     def answer(self, ticket: Hashable, device: int | None) -> Answer | None:
         """What the device level says to a pull: when it must wait, None, and the ticket is answered later."""
-        if self.level is None:
-            return Answer(ticket, self.version, 0)
-        if self.single:
-            return Answer(ticket, self.level.version, 0)
+        if self.level is None or self.single:
+            return Answer(ticket, 0, 0)
         rounds = self.level.rounds
         needs = tuple(rounds.items()) if device is None else ((device, rounds[device]),)
         return self.level.pull(Pull(ticket, needs))
@@ -111,17 +109,17 @@ class Entry:
 class _Alone:
     """What :meth:`Entry.alone` returns."""
 
-    __slots__ = ("_entry",)
+    __slots__ = ("_blamed", "_entry")
 
-    def __init__(self, entry: Entry) -> None:
-        self._entry = entry
+    def __init__(self, entry: Entry, blamed: Collection[Entry]) -> None:
+        self._entry, self._blamed = entry, blamed
 
     def __enter__(self) -> None:
         entry = self._entry
         entry.lock.acquire()
         while (bundle := entry.bundle) is not None:
             entry.lock.release()
-            bundle.dissolve((entry,))  # without the lock: it takes those of all its keys
+            bundle.dissolve(self._blamed)  # without the lock: it takes those of all its keys
             entry.lock.acquire()
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
@@ -189,19 +187,27 @@ class Devices:
     def __repr__(self) -> str:
         return f"<Devices of {self._home!r}>"
 
-    def push(self, entry: Entry, per_device: dict[int, list[Array]], priority: int, ended: Ended) -> list[Reading]:
+    def push(
+        self,
+        entry: Entry,
+        per_device: dict[int, list[Array]],
+        priority: int,
+        ended: Ended,
+        samples: int | None = None,
+    ) -> list[Reading]:
         """One push of each of these devices. ``ended`` is called with the outcome of each.
 
         Args:
             per_device: by device the arrays whose sum it pushes.
+            samples: that all of them hold together, if the key's rounds are of so many.
 
         Returns:
             The ops after which these arrays have been read.
         """
         with entry.alone():
             if entry.single:
-                return [self._home.push(entry.key, self._counted(entry, per_device, priority), ended)]
-            return self._perform(entry, *self._count(entry, per_device, priority, ended))
+                return [self._home.push(entry.key, self._counted(entry, per_device, priority, samples), ended)]
+            return self._perform(entry, *self._count(entry, per_device, priority, ended, samples))
 
     def pull(self, entry: Entry, request: Request) -> None:
         """Answer the request once the device level allows it."""
@@ -217,14 +223,20 @@ class Devices:
                 self._deliver(entry, request, self._home.pull(entry.key, request.priority), answer)
 
     def pushpull(
-        self, entry: Entry, per_device: dict[int, list[Array]], ended: Ended, request: Request
+        self,
+        entry: Entry,
+        per_device: dict[int, list[Array]],
+        ended: Ended,
+        request: Request,
+        samples: int | None = None,
     ) -> list[Reading]:
         """A push and the pull right after it, as one exchange with the home where the level answers at once."""
         with entry.alone():
             if entry.single:
-                gradient, answer = self._counted(entry, per_device, request.priority), entry.answer(None, None)
+                gradient = self._counted(entry, per_device, request.priority, samples)
+                answer = entry.answer(None, None)
                 return self._exchange(entry, gradient, ended, request, answer)
-            contributions, steps = self._count(entry, per_device, request.priority, ended)
+            contributions, steps = self._count(entry, per_device, request.priority, ended, samples)
             updates = [update for some, _ in steps for update in some]
             answered_others = any(answers for _, answers in steps)
             ticket = object()
@@ -250,22 +262,30 @@ class Devices:
 
     # --- pushes -------------------------------------------------------------------------------
 
-    def _counted(self, entry: Entry, per_device: dict[int, list[Array]], priority: int) -> Gradient:
+    def _counted(
+        self, entry: Entry, per_device: dict[int, list[Array]], priority: int, samples: int | None
+    ) -> Gradient:
         """The push of the only device, counted."""
         assert entry.level is not None  # the number of devices is known from the first push on
         entry.level.push_alone()
         (arrays,) = per_device.values()
-        return Gradient(arrays, priority)
+        return Gradient(arrays, priority, samples=samples)
 
     def _count(
-        self, entry: Entry, per_device: dict[int, list[Array]], priority: int, ended: Ended
+        self,
+        entry: Entry,
+        per_device: dict[int, list[Array]],
+        priority: int,
+        ended: Ended,
+        samples: int | None,
     ) -> tuple[list[_Contribution], list[_Step]]:
         """Count the pushes; what follows from each is to be performed in this order."""
         level = entry.level
         assert level is not None  # the number of devices is known from the first push on
         contributions, steps = [], []
         for device, arrays in per_device.items():
-            contribution = _Contribution(arrays, priority, ended)
+            contribution = _Contribution(arrays, priority, ended, samples)
+            samples = samples and 0  # the first one's are those of all
             entry.held[device, level.rounds[device] + 1] = contribution
             contributions.append(contribution)
             steps.append(level.push(device))
@@ -288,7 +308,9 @@ class Devices:
         """What the home is to be pushed for this update, and whose pushes it consists of."""
         parts = [entry.held.pop(contribution) for contribution in update.contributions]
         arrays = [array for part in parts for array in part.arrays]
-        return Gradient(arrays, max([part.priority for part in parts])), parts
+        stated = [part.samples for part in parts if part.samples is not None]
+        gradient = Gradient(arrays, max([part.priority for part in parts]), samples=sum(stated) if stated else None)
+        return gradient, parts
 
     def _stage_leftovers(self, entry: Entry, contributions: list[_Contribution]) -> None:
         """Copy what has to wait for other devices, because the caller may overwrite it."""
@@ -315,7 +337,7 @@ class Devices:
             if error is None:
                 answered = answer.answer if isinstance(answer, _Delayed) else answer
                 assert answered is not None
-                handle.version = answered.version if source.version is None else source.version
+                handle.version = source.version
                 behind = source.staleness
                 handle.staleness = answered.staleness if behind is None else (answered.staleness, behind)
             handle.finish(result, translated(error, f"key {entry.key!r}"))

@@ -21,7 +21,6 @@ from typing import Any, TypeVar
 import numpy as np
 
 import engine
-from kvstore import comm
 from kvstore.arrays import Array
 from kvstore.consistency import Sequential
 from kvstore.devices import Entry, translated
@@ -37,7 +36,7 @@ Arrays = Array | list[Array]  # of one key: an array, or one for each of several
 _T = TypeVar("_T")
 
 
-class Bundle:
+class EntryBundle:
     """Keys of one store that are moved together until one of them is pushed by itself."""
 
     def __init__(self, entries: Sequence[Entry], moved: HomeBundle, runtime: engine.Engine) -> None:
@@ -56,7 +55,7 @@ class Bundle:
         self._views: tuple[Array, list[Array]] | None = None  # of the value that was read last, by key
 
     def __repr__(self) -> str:
-        return f"<Bundle of {len(self.entries)} keys: {self.rounds} rounds, {'alive' if self.alive else 'over'}>"
+        return f"<EntryBundle of {len(self.entries)} keys: {self.rounds} rounds, {'alive' if self.alive else 'over'}>"
 
     @property
     def alive(self) -> bool:
@@ -91,10 +90,10 @@ class Bundle:
 
     # --- moving it --------------------------------------------------------------------------------
 
-    def push(self, arrays: list[Arrays], priority: int, ended: Ended) -> None:
-        """One round: ``arrays`` has for each key what the devices push, which is read now."""
+    def push(self, arrays: list[Arrays], priority: int, ended: Ended, samples: int | None) -> None:
+        """One round: ``arrays`` has for each key what the devices push, of so many samples, which is read now."""
         self.rounds += 1
-        self._moved.push(self._gradient(arrays, priority), ended)
+        self._moved.push(self._gradient(arrays, priority, samples), ended)
 
     def pull(self, outs: list[Arrays], result: list[Any], priority: int, handle: Handle) -> None:
         """Copy every key's value to each of its ``outs``; then the handle's result is ``result``."""
@@ -108,10 +107,11 @@ class Bundle:
         result: list[Any],
         priority: int,
         handle: Handle,
+        samples: int | None,
     ) -> None:
         """A push and the pull right after it."""
         self.rounds += 1
-        _, source = self._moved.pushpull(self._gradient(arrays, priority), ended)
+        _, source = self._moved.pushpull(self._gradient(arrays, priority, samples), ended)
         self._deliver(source, outs, result, priority, handle)
 
     def explain(self) -> str:
@@ -120,11 +120,11 @@ class Bundle:
 
     # --- arrays -----------------------------------------------------------------------------------
 
-    def _gradient(self, arrays: list[Arrays], priority: int) -> Gradient:
+    def _gradient(self, arrays: list[Arrays], priority: int, samples: int | None) -> Gradient:
         reads: list[Any] = []
         if self._engine.uses_arrays():
             reads.append(engine.ArrayGroup(_flat(arrays)))
-        return _Concatenated(arrays, self._spans, priority, reads)
+        return _Concatenated(arrays, self._spans, priority, reads, samples)
 
     def _group_of(self, outs: list[Arrays]) -> engine.ArrayGroup:
         """The outs as one thing to write; training loops pass the same ones in every round."""
@@ -174,8 +174,10 @@ class Bundle:
 class _Concatenated(Gradient):
     """The sums of many small arrays, one after another."""
 
-    def __init__(self, arrays: list[Arrays], spans: list[slice], priority: int, reads: list[Any]) -> None:
-        super().__init__([], priority)
+    def __init__(
+        self, arrays: list[Arrays], spans: list[slice], priority: int, reads: list[Any], samples: int | None
+    ) -> None:
+        super().__init__([], priority, samples=samples)
         self._parts = arrays
         self._spans = spans
         self._reads = reads
@@ -184,13 +186,17 @@ class _Concatenated(Gradient):
     def reads(self) -> list[Any]:
         return self._reads
 
+    def summands(self) -> list[Array]:
+        if not isinstance(self._parts[0], list):
+            return [np.concatenate([array.reshape(-1) for array in _flat(self._parts)])]
+        devices = zip(*self._parts, strict=True)
+        return [np.concatenate([array.reshape(-1) for array in arrays]) for arrays in devices]
+
     def write(self, out: Array) -> None:
         if not isinstance(self._parts[0], list):
             np.concatenate([array.reshape(-1) for array in _flat(self._parts)], out=out)
-            return
-        for arrays, span in zip(self._parts, self._spans, strict=True):
-            assert isinstance(arrays, list)
-            comm.merge(arrays, out[span].reshape(arrays[0].shape))
+        else:
+            super().write(out)
 
 
 def _flat(arrays: list[Arrays]) -> list[Array]:
@@ -212,7 +218,7 @@ class Plan:
     """How the keys of one list are moved: which together, and which one by one; by their positions in the list."""
 
     entries: tuple[Entry, ...]
-    bundles: list[tuple[Bundle, list[int]]]
+    bundles: list[tuple[EntryBundle, list[int]]]
     singles: list[int]
 
     @property
@@ -286,7 +292,7 @@ class Lists:
             if due:
                 alone = {entry.key: entry for entry in entries if _can_join(entry)}
                 for made in self._home.bundle(list(alone), timeout_s):
-                    Bundle([alone[key] for key in made.keys], made, self._engine).begin()
+                    EntryBundle([alone[key] for key in made.keys], made, self._engine).begin()
         return self.for_pull(keys, entries)
 
     def _is_due(self, keys: tuple[Key, ...]) -> bool:
@@ -296,11 +302,11 @@ class Lists:
         return tried <= TRIES or tried & (tried - 1) == 0
 
 
-def _bundles_of(entries: Sequence[Entry]) -> dict[Bundle, list[int]]:
+def _bundles_of(entries: Sequence[Entry]) -> dict[EntryBundle, list[int]]:
     """The bundles that these are in, and at which positions."""
-    positions: dict[Bundle, list[int]] = {}
+    positions: dict[EntryBundle, list[int]] = {}
     for position, entry in enumerate(entries):
-        if isinstance(entry.bundle, Bundle):
+        if isinstance(entry.bundle, EntryBundle):
             positions.setdefault(entry.bundle, []).append(position)
     return positions
 

@@ -24,7 +24,7 @@ class Rule(Protocol):
 
     def create_state(self, value: Array) -> dict[str, Array]: ...
     def update(
-        self, value: Array, pushes: Sequence[Array], state: dict[str, Array], step: int, target: Array
+        self, value: Array, pushes: Sequence[Array], state: dict[str, Array], step: int, target: Array, factor: float
     ) -> None: ...
 
 
@@ -57,28 +57,44 @@ class Stored:
 
     # --- changes ------------------------------------------------------------------------------
 
-    def assign(self, pushes: Sequence[Array], *, owned: bool = False) -> None:
-        """The merged pushes become the value. ``owned``: their memory may be used for that."""
+    def assign(
+        self, pushes: Sequence[Array], *, owned: bool = False, outs: Sequence[Array] = (), factor: float = 1.0
+    ) -> None:
+        """The merged pushes, times ``factor``, become the value.
+
+        Args:
+            owned: the memory of the pushes may be used for that.
+            outs: where the value shall go as well; they may be the pushes themselves.
+        """
         if owned and self.allocate is None and pushes[0].flags.writeable:
             if len(pushes) > 1:
                 kernels.merge(pushes, pushes[0])
+            multiply(pushes[0], factor)
             with self._lock:  # who still reads the value keeps it alive
                 self._readers.clear()
                 self._spares.clear()
                 self.value = pushes[0]
             return
         target = self._unread()
-        kernels.merge(pushes, target)
+        if factor == 1.0:
+            kernels.allreduce(pushes, target, outs)
+        else:
+            kernels.merge(pushes, target)
+            multiply(target, factor)
+            kernels.broadcast(target, outs)
         self._become(target)
 
-    def update(self, pushes: Sequence[Array], rule: Rule, generation: int = 1) -> None:
-        """Apply the merged pushes by ``rule``; another ``generation`` than before begins with a new state."""
+    def update(self, pushes: Sequence[Array], rule: Rule, generation: int = 1, factor: float = 1.0) -> None:
+        """Apply the merged pushes, times ``factor``, by ``rule``.
+
+        Another ``generation`` than before begins with a new state.
+        """
         target = self._unread()
         if generation != self._generation:
             self.state = rule.create_state(self.value)
             self.step = 0
             self._generation = generation
-        rule.update(self.value, pushes, self.state, self.step + 1, target)
+        rule.update(self.value, pushes, self.state, self.step + 1, target, factor)
         self._become(target)
         self.step += 1
 
@@ -93,7 +109,13 @@ class Stored:
         self._generation = generation
 
     def unite(self, parts: Sequence[Stored]) -> None:
-        """Become the concatenation of values that have had the same updates; they are not needed any more."""
+        """Become the concatenation of values that have had the same updates; they are not needed any more.
+
+        Raises:
+            ValueError: they have not.
+        """
+        if len({(part.step, part._generation, *part.state) for part in parts}) > 1:
+            raise ValueError(f"expected values that have had the same updates, got {parts}")
         target = self._unread()
         np.concatenate([part.value.reshape(-1) for part in parts], out=target)
         self._become(target)
@@ -102,12 +124,17 @@ class Stored:
         self.step, self._generation = first.step, first._generation
 
     def split(self, parts: Sequence[tuple[Stored, slice]]) -> None:
-        """Give each of ``parts`` its elements; the inverse of :meth:`unite`."""
+        """Give each of ``parts`` its elements, flat; the inverse of :meth:`unite`."""
         for part, elements in parts:
             part.value = self.value[elements].copy()
             part.state = {name: array[elements].copy() for name, array in self.state.items()}
             part.step, part._generation = self.step, self._generation
         self.state = {}  # the value stays: it may be lent
+
+    def reshape(self, shape: tuple[int, ...]) -> None:
+        """The same elements in another shape."""
+        self.value = self.value.reshape(shape)
+        self.state = {name: array.reshape(shape) for name, array in self.state.items()}
 
     def move(self, target: Array, allocate: Callable[[], Array | None]) -> None:
         """Continue in ``target``, and when more is needed in what ``allocate`` gives."""
@@ -153,3 +180,10 @@ class Stored:
             else:
                 self._readers.pop(id(self.value), None)
             self.value = array
+
+
+def multiply(array: Array, factor: float) -> None:
+    """``array`` *= ``factor``, in place; half precision in float32, rounded once."""
+    if factor != 1.0:
+        real = np.float32(factor) if array.dtype.itemsize <= 4 else np.float64(factor)
+        np.multiply(array, real, out=array, casting="same_kind")

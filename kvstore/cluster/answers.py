@@ -20,10 +20,11 @@ from kvstore.cluster.values import SharedValues
 from kvstore.cluster.work import Work
 from kvstore.errors import to_wire
 from kvstore.handle import when_ended
+from kvstore.protocol.actions import ReplyAfter, ReplyValue, SendState, StoreState
 from kvstore.protocol.leases import Lending, Reader
 from kvstore.protocol.messages import Done, Failed, Fetch, Place, Push, State, Value
 from kvstore.protocol.pieces import PieceId, Span
-from kvstore.protocol.serving import ReplyAfter, ReplyValue, SendState, Serving, StoreState
+from kvstore.protocol.serving import Serving
 from kvstore.protocol.wire import Sender
 from kvstore.stored import Stored
 from kvstore.transport.network import Loop

@@ -25,6 +25,21 @@ from kvstore.cluster.stream import Mark, Stream
 from kvstore.cluster.values import SharedValues
 from kvstore.cluster.work import Work
 from kvstore.errors import DisagreementError, KVStoreError, to_wire
+from kvstore.protocol.actions import (
+    Action,
+    Apply,
+    Create,
+    Forget,
+    LoseCut,
+    Reply,
+    ReplyAfter,
+    ReplyValue,
+    SendState,
+    Split,
+    StoreState,
+    TakeCut,
+    Unite,
+)
 from kvstore.protocol.messages import (
     FRAME_BYTES_MAX,
     NOBODY,
@@ -47,22 +62,7 @@ from kvstore.protocol.messages import (
     Taken,
 )
 from kvstore.protocol.replicating import FIRST, Copy, Log, Replica, Steps, follow, forget_uncommitted, refuse
-from kvstore.protocol.serving import (
-    Action,
-    Apply,
-    Create,
-    Forget,
-    LoseCut,
-    Reply,
-    ReplyAfter,
-    ReplyValue,
-    SendState,
-    Serving,
-    Split,
-    StoreState,
-    TakeCut,
-    Unite,
-)
+from kvstore.protocol.serving import Serving
 from kvstore.protocol.wire import Sender, decode, paired
 from kvstore.transport.network import Frames, Loop, Network
 

@@ -17,9 +17,10 @@ from kvstore import kernels
 from kvstore.arrays import Array, dtype_named
 from kvstore.checkpoint.restoring import RestoredPiece
 from kvstore.cluster.stream import Mark
+from kvstore.protocol.actions import Apply, Create, StoreState
 from kvstore.protocol.bundles import Bundle, Part
 from kvstore.protocol.pieces import PieceId, Span
-from kvstore.protocol.serving import Apply, Create, Serving, StoreState
+from kvstore.protocol.serving import Serving
 from kvstore.stored import Stored
 from kvstore.transport.network import Loop
 
@@ -73,6 +74,10 @@ class Work:
 
     def apply(self, action: Apply, priority: int, mark: Mark | None) -> None:
         """Pushes take effect, as one update."""
+        if not action.payloads:
+            if mark is not None:
+                self._complete(mark, [])
+            return
         stored = self.stored[action.piece]
         pushes = [_elements(payload) for payload in action.payloads]
         rule: Any = action.rule
@@ -84,16 +89,17 @@ class Work:
             name, reads = "merge, log, update", (stored.var,)
             work = partial(self._update_and_log, stored, pushes, action, mark)
         elif rule is None:
-            name, reads, work = "merge", (), lambda: stored.assign(pushes, owned=True)
+            name, reads, work = "merge", (), partial(stored.assign, pushes, owned=True, factor=action.factor)
         else:
-            name, reads, work = "merge+update", (stored.var,), lambda: stored.update(pushes, rule, action.generation)
+            name, reads = "merge+update", (stored.var,)
+            work = partial(stored.update, pushes, rule, action.generation, action.factor)
         self.do(stored, work, name, priority, reads, (stored.var,), info, far=far)
 
     def _update_and_log(self, stored: Stored, pushes: list[Array], action: Apply, mark: Mark) -> None:
         """An update whose merged payload goes to the replica; it gives the same bits as one without."""
         rule: Any = action.rule
         if rule is None:
-            stored.assign(pushes, owned=True)
+            stored.assign(pushes, owned=True, factor=action.factor)
             value = stored.lend(mark)
             self._complete(mark, [value])
             self._loop.post(lambda: mark.when_taken(lambda: stored.give_back(mark)))
@@ -105,7 +111,7 @@ class Work:
         elif mark.passed and not merged.flags.writeable:
             merged = merged.copy()  # nobody waits for the replica: the worker may soon write there again
         self._complete(mark, [merged])
-        stored.update([merged], rule, action.generation)
+        stored.update([merged], rule, action.generation, action.factor)
 
     def forget(self, piece: PieceId) -> None:
         """The piece is no more."""

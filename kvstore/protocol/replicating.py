@@ -30,6 +30,19 @@ from typing import Any
 from kvstore import consistency
 from kvstore.consistency import Level, Update
 from kvstore.errors import FencedError, ProtocolError
+from kvstore.protocol.actions import (
+    Action,
+    Apply,
+    Create,
+    Reply,
+    ReplyAfter,
+    ReplyValue,
+    SendState,
+    Split,
+    StoreState,
+    Unite,
+)
+from kvstore.protocol.counted import Piece
 from kvstore.protocol.messages import (
     NOBODY,
     Admit,
@@ -56,20 +69,7 @@ from kvstore.protocol.messages import (
     WriteState,
 )
 from kvstore.protocol.pieces import PieceId, Span
-from kvstore.protocol.serving import (
-    Action,
-    Apply,
-    Create,
-    Piece,
-    Reply,
-    ReplyAfter,
-    ReplyValue,
-    SendState,
-    Serving,
-    Split,
-    StoreState,
-    Unite,
-)
+from kvstore.protocol.serving import Serving
 from kvstore.protocol.settings import Setting
 
 _AS_THEY_ARE = Bind | SetOptimizer | SetHyperparameters | Leave | Admit | Departed  # entries of the log
@@ -189,8 +189,8 @@ class Log:
                     continue
                 case Create(piece, spec):
                     number = self._latest[piece] = self._add(Init(0, *piece, spec), ready=False)  # type: ignore[arg-type]
-                case Apply(piece, round, _, _, _, contributions):
-                    update = Updated(0, *piece, round, contributions)
+                case Apply(piece, round, _, _, _, contributions, samples):
+                    update = Updated(0, *piece, round, contributions, samples)
                     number = self._latest[piece] = self._add(update, ready=False)
                 case StoreState(_, written, _, _):
                     number = self._add(written, rank, incarnation, ready=False)
@@ -291,14 +291,14 @@ def describe(serving: Serving) -> Iterator[tuple[Message, Copy | None]]:
         key, number = piece_id
         if isinstance(key, bytes):
             continue
-        place, span = serving.place_of(piece_id)
+        place, span = serving.binding.place_of(piece_id)
         yield _restore(key, number, piece, serving.pieces[place]), Copy(place, span)
-    for bundle in serving.bundles.values():
+    for bundle in serving.binding.bundles.values():
         yield Bind(0, bundle.id, bundle.keys), None
     for setting in serving.settings:
         rule, asked = setting.rule.to_wire(), setting.asked.to_wire()
         yield RestoreSetting(0, rule, setting.since, setting.generation, asked), None
-    for bundle in serving.bundles.values():
+    for bundle in serving.binding.bundles.values():
         if bundle.united:
             yield UniteBundle(0, bundle.id), None
     yield serving.workers.described(), None
@@ -389,11 +389,11 @@ def follow(serving: Serving, entry: Entry, payload: object, now: float) -> list[
         case Updated():
             return [_update(serving, message, payload)]
         case UniteBundle(_, bundle):
-            serving.unite(serving.bundles[bundle])
-            return serving.moved()
+            serving.binding.unite(serving.binding.bundles[bundle])
+            return serving.binding.take_moved()
         case SplitBundle(_, bundle):
-            serving.split(serving.bundles[bundle])
-            return [action for action in serving.moved() if isinstance(action, Split)]
+            serving.binding.split(serving.binding.bundles[bundle])
+            return [action for action in serving.binding.take_moved() if isinstance(action, Split)]
         case RestorePiece():
             return _create(serving, message, payload)
         case RestoreSetting(_, optimizer, since, generation, asked):
@@ -410,7 +410,7 @@ def follow(serving: Serving, entry: Entry, payload: object, now: float) -> list[
         case RestoreWorkers():
             serving.workers.restore(message)
         case Bind():
-            serving.bind(message)
+            serving.binding.bind(message)
         case Departed() if message.reason:
             serving.lost(message.rank, message.reason, message.on_loss, message.incarnation, now)
         case Departed():
@@ -431,11 +431,10 @@ def _update(serving: Serving, message: Updated, payload: object) -> Apply:
     piece_id = (message.key, message.piece)
     piece = serving.pieces[piece_id]
     piece.accepted.update(message.contributions)
-    piece.level.follow(Update(message.round, message.contributions))
-    rule, generation = serving.settings.at(serving.key_of(piece_id), message.round)
-    if rule is not None:
-        piece.count_update(generation)
-    return Apply(piece_id, message.round, (payload,), rule, generation, message.contributions)
+    update = Update(message.round, message.contributions)
+    piece.level.follow(update)
+    action = serving.apply(piece_id, piece, update, (payload,), message.samples)
+    return action if action.rule is not None else replace(action, factor=1.0)  # the frame is the value already
 
 
 def _create(serving: Serving, message: RestorePiece, payload: Any) -> list[Action]:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from kvstore.errors import FencedError
+from kvstore.protocol.actions import Apply, Create, StoreState
 from kvstore.protocol.messages import (
     Bind,
     Drop,
@@ -23,7 +24,7 @@ from kvstore.protocol.messages import (
 )
 from kvstore.protocol.pieces import bundle_id
 from kvstore.protocol.replicating import FIRST, RESEND_S, Copy, Log, Replica, follow, forget_uncommitted
-from kvstore.protocol.serving import Apply, Create, Serving, StoreState
+from kvstore.protocol.serving import Serving
 from kvstore.protocol.wire import Sender, decode, encode
 from tests.protocol.conversation import Rule, spec
 from tests.protocol.shell import Shell
@@ -158,7 +159,7 @@ class Chain:
                 first, second = one.shell.stored[piece_id], other.shell.stored[piece_id]
                 assert (first.value, first.generation, first.step) == (second.value, second.generation, second.step)
             assert one.core.workers.described() == other.core.workers.described()
-            united = [{b.id: b.united for b in server.core.bundles.values()} for server in (one, other)]
+            united = [{b.id: b.united for b in server.core.binding.bundles.values()} for server in (one, other)]
             assert united[0] == united[1]
 
 
@@ -215,7 +216,7 @@ def test_bundles_are_united_and_split_on_both(late):
     chain.say(0, push(bundle, 2), WHAT * 2)
     if late:
         chain.attach()
-    assert chain.servers[0].core.bundles[bundle].united
+    assert chain.servers[0].core.binding.bundles[bundle].united
     chain.catch_up()
     chain.check()
     chain.say(1, push("b", 2), WHAT)  # which splits it, with a push that waits

@@ -1,12 +1,13 @@
-"""Clusters with replication whose servers crash, stop and are cut off: is every push in the values, once?
+"""Clusters with replication whose servers crash, stop and are cut off, and their scheduler too: is every push in the
+values, once?
 
 The servers, stores and the scheduler are the real ones, in the failure laboratory (:mod:`kvstore.testing`). A value
 has one element per push of the whole run, (rank, round); a push adds 1 to its own element. So a push that is lost or
 applied twice stays visible for ever, and a pull shows what its model promises.
 
-Servers fail only when every shard has all its replicas in step, and then no more at once than there are replicas.
-``python -m tests.testing.replicated --seed 17`` replays one run, ``--seeds 1000`` runs many, ``--servers 4
---replication 2`` runs them in such clusters only.
+Servers fail only when every shard has all its replicas in step, and then no more at once than there are replicas; the
+scheduler dies at any time, also just before, after and while servers do. ``python -m tests.testing.replicated --seed
+17`` replays one run, ``--seeds 1000`` runs many, ``--servers 4 --replication 2`` runs them in such clusters only.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import numpy as np
 
 import kvstore
 from kvstore import KVStore
+from kvstore.cluster.scheduler import RETURN_S
 from kvstore.protocol.placement import Placing
 from kvstore.testing import Cluster
 
@@ -53,6 +55,7 @@ class Plan:
     repetition: float
     delay_s: float
     pause_s: float  # of a worker between its rounds
+    alone: tuple[float, ...]  # when the scheduler dies, whatever else happens
 
     @classmethod
     def of(cls, chance: random.Random, size: tuple[int, int] | None) -> Plan:
@@ -74,6 +77,7 @@ class Plan:
             repetition=chance.choice((0.0, 0.1)) if bad else 0.0,
             delay_s=chance.choice((0.001, 0.05, 0.3)),
             pause_s=chance.choice((0.0, 0.3, 1.0)),
+            alone=tuple(chance.choice(((), (), (chance.uniform(0.0, 1.0),), (chance.uniform(0.0, 60.0),)))),
         )
 
 
@@ -120,6 +124,8 @@ class Run:
         """Run to the end and check everything; raises :class:`Violation`."""
         with self.cluster as cluster:
             cluster.at(0.5 + self.chance.random(), self._next_fault)
+            for at in self.plan.alone:
+                cluster.at(at, self._crash_scheduler)
             finals = cluster.run(self._train, limit_s=END_S)
             for values in finals:
                 for key, value in zip(self.plan.keys, values, strict=True):
@@ -153,16 +159,38 @@ class Run:
         if not self._faults:
             return
         placing = self.placing
-        if not (placing.shards and all(placing.settled(number) for number in range(self.plan.servers))):
+        calm = placing.shards and all(placing.settled(number) for number in range(self.plan.servers))
+        if not calm or cluster.now < self._calm_at or not self._scheduled:
             cluster.at(cluster.now + LOOK_S, self._next_fault)
             return
-        fault = self._faults.pop()
+        self._fault(self._faults.pop())
+        if chance.random() < 0.5:
+            cluster.at(cluster.now + chance.choice((0.0, 0.3, 1.0, 4.0, 8.0, 12.0)), self._crash_scheduler)
+        cluster.at(self._calm_at + chance.choice((0.2, 3.0, 10.0)), self._next_fault)
+
+    @property
+    def _scheduled(self) -> bool:
+        """Is there a scheduler?"""
+        return self.cluster._processes["scheduler", 0].alive
+
+    def _crash_scheduler(self) -> None:
+        if not self._scheduled:
+            return
+        self.done["scheduler"] += 1
+        self.cluster.crash("scheduler")
+        length = self.chance.choice((0.2, 2.0, 6.0, 20.0))
+        back = self.cluster.now + length
+        self._calm_at = max(self._calm_at, back + RETURN_S + NOTICED_S)
+        self.cluster.at(back, lambda: self.cluster.restart("scheduler"))
+
+    def _fault(self, fault: str) -> None:
+        """Servers fail now."""
+        cluster, chance = self.cluster, self.chance
         self.done[fault] += 1
         length = chance.choice((2.0, 4.0, 8.0))
-        self._calm_at = cluster.now + max(NOTICED_S, length)
+        self._calm_at = max(self._calm_at, cluster.now + max(NOTICED_S, length))
         for server in chance.sample(range(self.plan.servers), chance.randint(1, self.plan.replication)):
             self._strike(fault, server, length)
-        cluster.at(self._calm_at + chance.choice((0.2, 3.0, 10.0)), self._next_fault)
 
     def _strike(self, fault: str, server: int, length: float) -> None:
         cluster, chance = self.cluster, self.chance
@@ -188,12 +216,16 @@ class Run:
 
     def _begin_again(self, server: int) -> None:
         """A server that lost its place has stepped back by now; its supervisor starts it again."""
+        if not self._scheduled:
+            self.cluster.at(self.cluster.now + LOOK_S, lambda: self._begin_again(server))
+            return
         daemon: Any = self.cluster._daemons["server", server]
         placed = self.placing
         if server not in placed.servers:
             if any(not shard._closed for shard in daemon.shards.values()) and placed.awaits(server):
                 self.done["did not step back"] += 1
             self._restart(server)
+            self._calm_at = self.cluster.now + NOTICED_S
 
     def _restart(self, server: int) -> None:
         if self.cluster._processes["server", server].alive:
@@ -222,6 +254,8 @@ class Run:
 
     def _check_replicas(self) -> None:
         """Where a replica is in step it holds what its primary holds, once all entries have come."""
+        if not self._scheduled:
+            return
         daemons: Any = self.cluster._daemons
         for number, placed in enumerate(self.placing.shards):
             for replica in placed.replicas:
