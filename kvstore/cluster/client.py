@@ -202,7 +202,7 @@ class ClusterHome(Home):
         return self._remotes[key].staging.lend(timeout_s, f"staging of key {key!r}")
 
     def _push(self, exchange: Exchange, gradient: Gradient, arrivals: Arrivals | None) -> None:
-        """Stage ``gradient`` and send it, in this key's order of calls. ``arrivals``: of the pull that comes with it."""
+        """Stage ``gradient`` and send it, in this key's order of calls. ``arrivals``: of the pull beside it, if any."""
         remote, arrays = exchange.remote, gradient.arrays
         reads = gradient.reads
         unwritten: Gradient | None = gradient  # what is still to be written to what is sent
