@@ -44,12 +44,14 @@ from kvstore.errors import (
 )
 from kvstore.handle import Handle, countdown, gather
 from kvstore.home import Home, Reading, Updater
+from kvstore.kernels import HALVES
 from kvstore.lists import Arrays, EntryBundle, Lists, Plan
 from kvstore.local import LocalHome
 from kvstore.optim import Optimizer
 from kvstore.protocol import wire
-from kvstore.protocol.messages import Spec
+from kvstore.protocol.messages import SAMPLES_MAX, Spec
 from kvstore.protocol.pieces import PIECE_BYTES, Cut, Key
+from kvstore.protocol.sampling import check_model
 
 Keys = Key | Sequence[Key]
 _Push = tuple[Entry, dict[int, list[Array]]]  # by device the arrays whose sum it pushes; none: it is only pulled
@@ -81,9 +83,11 @@ class KVStore:
         device_model: Model,
         cluster_model: Model,
         timeout: float,
+        samples_per_round: int | None = None,
     ) -> None:
         self.type = type
         self.timeout = timeout
+        self.samples_per_round = samples_per_round
         self._home = home
         self._engine = runtime
         self._devices = devices
@@ -177,9 +181,10 @@ class KVStore:
             raise DuplicateKeyError(
                 f"init of key {twice!r}: expected each key once, it comes {keys.count(twice)} times"
             )
-        if self._optimizer is not None:
-            for array in arrays:
+        for k, array in zip(keys, arrays, strict=True):
+            if self._optimizer is not None:
                 self._optimizer.check_dtype(array.dtype)
+            self._check_samples_fit(k, array.dtype, device_model, cluster_model)
         if self._engine.uses_arrays():
             for array in arrays:
                 self._engine.wait(array, timeout=self._limit(None))
@@ -189,8 +194,9 @@ class KVStore:
             for k, array in zip(keys, arrays, strict=True):
                 cut = Cut.of(array.size, array.dtype.itemsize, whole=whole, piece_bytes=PIECE_BYTES)
                 spec = Spec(
-                    array.shape, array.dtype.name, cut.piece_items, str(device_model), str(cluster_model), ranks
-                )
+                    array.shape, array.dtype.name, cut.piece_items, str(device_model), str(cluster_model), ranks,
+                    self.samples_per_round,
+                )  # fmt: skip
                 waiting.append(self._home.init(k, spec, np.ascontiguousarray(array).reshape(-1)))
             first_error: KVStoreError | None = None
             for k, array, created in zip(keys, arrays, waiting, strict=True):
@@ -207,6 +213,18 @@ class KVStore:
                     self._kind = type_of(k)
             if first_error is not None:
                 raise first_error
+
+    def _check_samples_fit(self, key: Key, dtype: np.dtype[Any], device_model: Model, cluster_model: Model) -> None:
+        """With samples_per_round: can the key's sums be multiplied, and is there one for each round?"""
+        if self.samples_per_round is None:
+            return
+        check_model(self.samples_per_round, device_model, f"init of key {key!r}, device level")
+        check_model(self.samples_per_round, cluster_model, f"init of key {key!r}, cluster level")
+        if not (np.issubdtype(dtype, np.inexact) or dtype in HALVES):
+            raise DtypeError(
+                f"init of key {key!r}: expected a floating-point dtype, as sums are multiplied with samples_per_round; "
+                f"got {dtype.name}"
+            )
 
     @contextmanager
     def _being_initialised(self, keys: list[Key]) -> Iterator[None]:
@@ -247,7 +265,9 @@ class KVStore:
 
     # --- push and pull ------------------------------------------------------------------------
 
-    def push(self, key: Keys, value: Any, priority: int = 0, *, device: int | None = None) -> Handle:
+    def push(
+        self, key: Keys, value: Any, priority: int = 0, *, device: int | None = None, samples: int | None = None
+    ) -> Handle:
         """Push gradients (or values). They have been read when this returns.
 
         Args:
@@ -255,6 +275,8 @@ class KVStore:
             value: an array, or a list with one per device; for a list of keys a list of those.
             priority: larger goes sooner; never reorders one key.
             device: this is one device's own push.
+            samples: how many samples these arrays are the sum over, those of all devices together; needed in a store
+                with ``samples_per_round``. 0 if this worker has none for this round.
 
         Returns:
             A handle that is done when the push is committed: merged and applied. Its result is None.
@@ -264,12 +286,17 @@ class KVStore:
         """
         priority = _priority(priority)
         self._check_takes_part("push")
+        samples = self._samples(samples, "push")
         many = isinstance(key, list | tuple)
-        if many and device is None and (whole := self._together("push", key, value, None, priority)) is not None:
-            return whole
+        if many and device is None:
+            whole = self._together("push", key, value, None, priority, samples)
+            if whole is not None:
+                return whole
         keys = self._keys(key)
         pushes = self._check_push(keys, self._as_many(keys, value, "values") if many else [value], device)
-        return self._one_or_all(key, self._each("push", pushes, [None] * len(pushes), priority, device), "push")
+        return self._one_or_all(
+            key, self._each("push", pushes, [None] * len(pushes), priority, device, samples), "push"
+        )
 
     def pull(self, key: Keys, out: Any = None, priority: int = 0, *, device: int | None = None) -> Handle:
         """Read values.
@@ -298,7 +325,14 @@ class KVStore:
         return self._one_or_all(key, self._each("pull", pulls, targets, priority, device), "pull")
 
     def pushpull(
-        self, key: Keys, value: Any, out: Any = None, priority: int = 0, *, device: int | None = None
+        self,
+        key: Keys,
+        value: Any,
+        out: Any = None,
+        priority: int = 0,
+        *,
+        device: int | None = None,
+        samples: int | None = None,
     ) -> Handle:
         """A push and the pull right after it, as one exchange where possible.
 
@@ -306,12 +340,16 @@ class KVStore:
             out: as in :meth:`pull`; it defaults to ``value``, in place. An immutable value is answered
                 with a new array, what :meth:`staging` gave with :meth:`view`. A value that is also out
                 belongs to the store until the handle is done.
+            samples: as in :meth:`push`.
         """
         priority = _priority(priority)
         self._check_takes_part("pushpull")
+        samples = self._samples(samples, "pushpull")
         many = isinstance(key, list | tuple)
-        if many and device is None and (whole := self._together("pushpull", key, value, out, priority)) is not None:
-            return whole
+        if many and device is None:
+            whole = self._together("pushpull", key, value, out, priority, samples)
+            if whole is not None:
+                return whole
         keys = self._keys(key)
         if many and len(set(keys)) != len(keys):
             raise DuplicateKeyError("pushpull: expected each key once in a call")
@@ -322,7 +360,7 @@ class KVStore:
             outs = self._as_many(keys, out, "outs") if many else [out]
         pushes = self._check_push(keys, values, device)
         targets = [self._check_out(entry, o, device) for (entry, _), o in zip(pushes, outs, strict=True)]
-        return self._one_or_all(key, self._each("pushpull", pushes, targets, priority, device), "pushpull")
+        return self._one_or_all(key, self._each("pushpull", pushes, targets, priority, device, samples), "pushpull")
 
     def _each(
         self,
@@ -331,6 +369,7 @@ class KVStore:
         targets: Sequence[_Target | None],
         priority: int,
         device: int | None,
+        samples: int | None = None,
     ) -> list[Handle]:
         """Push, pull or both, key by key. ``targets``: None for a push alone."""
         handles, reading = [], []
@@ -338,14 +377,16 @@ class KVStore:
             handle = pushed = self._handle_of(entry, what)
             try:
                 if target is None:
-                    reading += self._level.push(entry, per_device, priority, countdown(pushed, len(per_device)))
+                    ended = countdown(pushed, len(per_device))
+                    reading += self._level.push(entry, per_device, priority, ended, samples)
                 elif not per_device:
                     self._level.pull(entry, Request(handle, *target, priority, device))
                 else:
                     pushed = self._handle_of(entry, "push")
                     pushed.observed = True  # the pull's handle fails with it
                     request = Request(handle, *target, priority, device)
-                    reading += self._level.pushpull(entry, per_device, countdown(pushed, len(per_device)), request)
+                    ended = countdown(pushed, len(per_device))
+                    reading += self._level.pushpull(entry, per_device, ended, request, samples)
             except BaseException as error:
                 _interrupted(error, pushed, handle)
                 raise
@@ -365,7 +406,9 @@ class KVStore:
     # They make no tuple or list per key that lives longer than a moment: ten thousand of them make the garbage
     # collector look at everything.
 
-    def _together(self, what: str, key: Keys, value: Any, out: Any, priority: int) -> Handle | None:
+    def _together(
+        self, what: str, key: Keys, value: Any, out: Any, priority: int, samples: int | None = None
+    ) -> Handle | None:
         """A list call some of whose keys are moved together: checked whole, then bundle by bundle, the rest one by one.
 
         Returns:
@@ -396,13 +439,13 @@ class KVStore:
             if not alive:
                 return None
             parts = [
-                self._move(what, bundle, _at(some, arrays), _at(some, targets), _at(some, results), priority)
+                self._move(what, bundle, _at(some, arrays), _at(some, targets), _at(some, results), priority, samples)
                 for bundle, some in plan.bundles
             ]
         positions, rest = [some for _, some in plan.bundles], plan.singles
         if rest:
             singles = self._one_by_one(
-                what, _at(rest, entries), _at(rest, arrays), _at(rest, targets), _at(rest, results), priority
+                what, _at(rest, entries), _at(rest, arrays), _at(rest, targets), _at(rest, results), priority, samples
             )
             parts.append(gather(f"{what} of {len(rest)} keys", self.timeout, singles, self._home.drive))
             positions.append(rest)
@@ -442,6 +485,7 @@ class KVStore:
         targets: list[Arrays | None],
         results: list[Any],
         priority: int,
+        samples: int | None,
     ) -> Handle:
         """Push, pull or both, the bundle's lock being held."""
         handle = self._handle(bundle.entries, what, bundle.explain)
@@ -449,13 +493,13 @@ class KVStore:
         outs = [target for target in targets if target is not None]  # a key of a bundle is never read in place
         try:
             if what == "push":
-                bundle.push(arrays, priority, countdown(handle, 1))
+                bundle.push(arrays, priority, countdown(handle, 1), samples)
             elif what == "pull":
                 bundle.pull(outs, results, priority, handle)
             else:
                 pushed = self._handle(bundle.entries, "push", bundle.explain)
                 pushed.observed = True  # the pull's handle fails with it
-                bundle.pushpull(arrays, countdown(pushed, 1), outs, results, priority, handle)
+                bundle.pushpull(arrays, countdown(pushed, 1), outs, results, priority, handle, samples)
         except BaseException as error:
             _interrupted(error, pushed, handle)
             raise
@@ -469,6 +513,7 @@ class KVStore:
         targets: list[Arrays | None],
         results: list[Any],
         priority: int,
+        samples: int | None,
     ) -> list[Handle]:
         pushes: list[_Push] = [
             (entry, {d: [array] for d, array in enumerate(_listed(some))})
@@ -477,7 +522,7 @@ class KVStore:
         wanted: Sequence[_Target | None] = [None] * len(entries)
         if what != "push":
             wanted = [(None if t is None else _listed(t), result) for t, result in zip(targets, results, strict=True)]
-        return self._each(what, pushes, wanted, priority, None)
+        return self._each(what, pushes, wanted, priority, None, samples)
 
     # --- memory of the store's own ----------------------------------------------------------------
 
@@ -544,6 +589,23 @@ class KVStore:
                 f"participants: expected a list of ranks among {list(self._home.workers)}, got {participants!r}"
             )
         return tuple(sorted(rank for rank in ranks if rank is not None))
+
+    def _samples(self, samples: int | None, what: str) -> int | None:
+        """How many samples a push says that it holds, checked."""
+        per_round = self.samples_per_round
+        if per_round is None:
+            if samples is not None:
+                raise OptionError(
+                    f"{what}: expected no samples, which are for stores with samples_per_round; got {samples!r}"
+                )
+            return None
+        number = plain.whole(samples)
+        if number is None or not 0 <= number <= SAMPLES_MAX:
+            raise OptionError(
+                f"{what}: expected samples, a whole number 0..{SAMPLES_MAX}, as this store has samples_per_round="
+                f"{per_round}; got {samples!r}"
+            )
+        return number
 
     def _model(self, chosen: str | Model | None, default: Model) -> Model:
         return default if chosen is None else consistency.parse(chosen)

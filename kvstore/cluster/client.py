@@ -229,7 +229,8 @@ class ClusterHome(Home):
 
         def submit() -> None:
             remote.round += 1
-            self._stage_and_send(exchange, unwritten, sent, arrivals is not None, gradient.priority)
+            is_pull = arrivals is not None
+            self._stage_and_send(exchange, unwritten, sent, is_pull, gradient.priority, gradient.samples)
 
         def begin() -> None:
             if arrivals is not None and gradient.outs and len(remote.cut) > 1:
@@ -238,7 +239,13 @@ class ClusterHome(Home):
         self._in_order(exchange, submit, reads, "push", sent.nbytes, gradient.priority, begin)
 
     def _stage_and_send(
-        self, exchange: Exchange, gradient: Gradient | None, flat: Array, pull: bool, priority: int
+        self,
+        exchange: Exchange,
+        gradient: Gradient | None,
+        flat: Array,
+        pull: bool,
+        priority: int,
+        samples: int | None,
     ) -> None:
         """Send ``flat`` as the next round; before that, part by part, write the gradient to it, if there is one."""
         remote = exchange.remote
@@ -255,10 +262,12 @@ class ClusterHome(Home):
             if sources:
                 start, stop = cut.span(some[0])[0], cut.span(some[-1])[1]
                 comm.merge([source[start:stop] for source in sources], flat[start:stop])
-            requests = [self._push_request(exchange, flat, piece, pull, priority) for piece in some]
+            requests = [self._push_request(exchange, flat, piece, pull, priority, samples) for piece in some]
             self._submit(exchange, requests)
 
-    def _push_request(self, exchange: Exchange, flat: Array, piece: int, pull: bool, priority: int) -> Request:
+    def _push_request(
+        self, exchange: Exchange, flat: Array, piece: int, pull: bool, priority: int, samples: int | None
+    ) -> Request:
         remote = exchange.remote
         request_id = self._session.next_id()
         near, held = remote.hold(piece, request_id, pull=pull)
@@ -270,7 +279,7 @@ class ClusterHome(Home):
         nbytes = payload.nbytes if place is None else 0
         message = Push(
             request_id, remote.key, piece, remote.round, pull, nbytes > CREDIT_FREE_BYTES,
-            _clamped(priority), near, held, place,
+            _clamped(priority), near, held, place, samples,
         )  # fmt: skip
         return Request(
             remote.owners[piece], message, payload, nbytes, priority, remote.channel(piece), is_push=True, is_pull=pull

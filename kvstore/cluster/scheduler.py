@@ -89,7 +89,7 @@ class Scheduler:
         membership = self._journal.recover(new)
         if membership.members:
             log.warning("%s: going on with %d members", self._journal, len(membership.members))
-            self._reactor.call_later(RETURN_S, lambda: self._send(membership.absent()))
+            self._reactor.call_later(RETURN_S, lambda: self._send(membership.absent(self._reactor.now())))
         return membership
 
     def start(self) -> None:

@@ -166,7 +166,6 @@ class Session:
         assert isinstance(roster, Roster)
         self.num_workers, self.servers = roster.num_workers, self.servers or roster.servers
         self.joins = roster.joins
-        self.sender = Sender(self.sender.cluster, self.sender.epoch, roster.rank, roster.incarnation)
 
     def no_answer(self, waited_s: float) -> UnreachableError:
         """The scheduler has said nothing for so long, and why that may be."""
@@ -441,7 +440,8 @@ class Session:
                     self._connections[server].shorten(message.line)
                 self._moved(server, near)
                 continue
-            if isinstance(message, Roster):
+            if isinstance(message, Roster):  # a member from here on: should the connection end now, it says so
+                self.sender = Sender(self.sender.cluster, self.sender.epoch, message.rank, message.incarnation)
                 self.workers = set(message.workers)
             if isinstance(message, Halt):
                 if self.on_halt is not None:

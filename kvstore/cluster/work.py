@@ -74,6 +74,10 @@ class Work:
 
     def apply(self, action: Apply, priority: int, mark: Mark | None) -> None:
         """Pushes take effect, as one update."""
+        if not action.payloads:
+            if mark is not None:
+                self._complete(mark, [])
+            return
         stored = self.stored[action.piece]
         pushes = [_elements(payload) for payload in action.payloads]
         rule: Any = action.rule
@@ -85,16 +89,17 @@ class Work:
             name, reads = "merge, log, update", (stored.var,)
             work = partial(self._update_and_log, stored, pushes, action, mark)
         elif rule is None:
-            name, reads, work = "merge", (), lambda: stored.assign(pushes, owned=True)
+            name, reads, work = "merge", (), partial(stored.assign, pushes, owned=True, factor=action.factor)
         else:
-            name, reads, work = "merge+update", (stored.var,), lambda: stored.update(pushes, rule, action.generation)
+            name, reads = "merge+update", (stored.var,)
+            work = partial(stored.update, pushes, rule, action.generation, action.factor)
         self.do(stored, work, name, priority, reads, (stored.var,), info, far=far)
 
     def _update_and_log(self, stored: Stored, pushes: list[Array], action: Apply, mark: Mark) -> None:
         """An update whose merged payload goes to the replica; it gives the same bits as one without."""
         rule: Any = action.rule
         if rule is None:
-            stored.assign(pushes, owned=True)
+            stored.assign(pushes, owned=True, factor=action.factor)
             value = stored.lend(mark)
             self._complete(mark, [value])
             self._loop.post(lambda: mark.then(lambda: stored.give_back(mark)))
@@ -104,7 +109,7 @@ class Work:
             merged = merged if merged.flags.writeable else np.empty_like(merged)
             kernels.merge(pushes, merged)
         self._complete(mark, [merged])
-        stored.update([merged], rule, action.generation)
+        stored.update([merged], rule, action.generation, action.factor)
 
     def forget(self, piece: PieceId) -> None:
         """The piece is no more."""

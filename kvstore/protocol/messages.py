@@ -29,6 +29,7 @@ PRIORITY_MAX = (1 << 31) - 1
 HELD_MAX = 1024
 BUNDLE_KEYS_MAX = 1 << 20
 PIECES_MAX = 1024  # of a cut in one message
+SAMPLES_MAX = 1 << 40  # of a round, and of a push
 
 SMALL_HEADER_BYTES = 64 << 10  # up to this size its lists and maps need not be counted
 
@@ -55,6 +56,7 @@ class Spec:
     device_model: str
     cluster_model: str
     participants: tuple[int, ...] | None  # None: every worker
+    samples_per_round: int | None = None  # None: a round's sum is what it is, however many samples are in it
 
     @property
     def cut(self) -> Cut:
@@ -63,9 +65,10 @@ class Spec:
 
     def __str__(self) -> str:
         who = "every worker" if self.participants is None else f"workers {list(self.participants)}"
+        samples = "" if self.samples_per_round is None else f", {self.samples_per_round} samples per round"
         return (
             f"shape {self.shape}, dtype {self.dtype}, pieces of {self.piece_items} elements, "
-            f"device level {self.device_model}, cluster level {self.cluster_model}, participants: {who}"
+            f"device level {self.device_model}, cluster level {self.cluster_model}, participants: {who}{samples}"
         )
 
 
@@ -110,6 +113,7 @@ class Push(Message):
     near: bool = False  # the value asked for may stay where it is: answer with its place
     held: tuple[int, ...] = ()  # earlier requests for this piece whose places are still being read
     place: Place | None = None
+    samples: int | None = None  # that it holds, if the key's rounds are of so many samples
 
 
 @dataclass(frozen=True, slots=True)
@@ -560,12 +564,17 @@ class Taken(Message):
 
 @dataclass(frozen=True, slots=True)
 class Updated(Message):
-    """In an entry: these pushes (rank, round) have taken effect as one update. Its frame is their sum."""
+    """In an entry: these pushes (rank, round) have taken effect as one update.
+
+    Its frame is their sum, or without an optimizer the value that they make. ``samples`` are in them, if the key's
+    rounds are of so many; of 0 there is no frame, for they change nothing.
+    """
 
     key: Key | BundleId
     piece: int
     round: int
     contributions: tuple[tuple[int, int], ...]
+    samples: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -150,8 +150,8 @@ class Log:
                     continue
                 case Create(piece, spec):
                     number = self._latest[piece] = self._add(Init(0, *piece, spec), ready=False)  # type: ignore[arg-type]
-                case Apply(piece, round, _, _, _, contributions):
-                    update = Updated(0, *piece, round, contributions)
+                case Apply(piece, round, _, _, _, contributions, samples):
+                    update = Updated(0, *piece, round, contributions, samples)
                     number = self._latest[piece] = self._add(update, ready=False)
                 case StoreState(_, written, _, _):
                     number = self._add(written, rank, incarnation, ready=False)
@@ -334,11 +334,10 @@ def _update(serving: Serving, message: Updated, payload: object) -> Apply:
     piece_id = (message.key, message.piece)
     piece = serving.pieces[piece_id]
     piece.accepted.update(message.contributions)
-    piece.level.follow(Update(message.round, message.contributions))
-    rule, generation = serving.settings.at(serving.binding.key_of(piece_id), message.round)
-    if rule is not None:
-        piece.count_update(generation)
-    return Apply(piece_id, message.round, (payload,), rule, generation, message.contributions)
+    update = Update(message.round, message.contributions)
+    piece.level.follow(update)
+    action = serving.apply(piece_id, piece, update, (payload,), message.samples)
+    return action if action.rule is not None else replace(action, factor=1.0)  # the frame is the value already
 
 
 def _create(serving: Serving, message: RestorePiece, payload: Any) -> list[Action]:

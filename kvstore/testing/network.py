@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from kvstore.errors import OptionError
-from kvstore.testing.world import Awaited, Process, World
+from kvstore.testing.world import Awaited, Process, Program, World
 from kvstore.transport.network import BULK_HEARTBEAT_S, Frames
 
 TICK_S = 0.5
@@ -166,6 +166,9 @@ class SimulatedLoop:
     def drive(self, awaited: Future[Any], timeout_s: float) -> bool:
         self.process.world.wait(awaited, timeout_s)
         return True
+
+    def aside(self, work: Callable[[], None]) -> None:
+        self.process.later(0.0, Program(self.process, work).start)
 
     def stop(self, linger_s: float = 1.0) -> None:
         if not self._stopped:

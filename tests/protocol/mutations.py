@@ -36,7 +36,8 @@ def _spec(rng: random.Random) -> Spec:
     whole = max(1, math.prod(shape))
     people = rng.choice([None, None, (0, 1), (1,)])
     model = rng.choice(["sequential", "bounded(2)", "eventual"])
-    return Spec(shape, rng.choice(DTYPES), rng.choice([whole, 4]), "sequential", model, people)
+    samples = rng.choice([None, None, 8])
+    return Spec(shape, rng.choice(DTYPES), rng.choice([whole, 4]), "sequential", model, people, samples)
 
 
 def _piece(rng: random.Random) -> PieceRecord:
@@ -75,6 +76,8 @@ _VALUES: dict[Any, Any] = {
     wire._logged: lambda rng: rng.choice([Bind(0, bundle_id(KEYS[:2]), KEYS[:2]), Drop(0, rng.choice(KEYS))]),
     wire._held: lambda rng: tuple(range(rng.randrange(4))),
     wire._place: lambda rng: Place(f"{rng.randrange(1, 1 << 20)}.9.{'0' * 16}", rng.randrange(99)),
+    wire._maybe_natural: lambda rng: None if rng.random() < 0.7 else rng.randrange(9),
+    wire._maybe_samples: lambda rng: None if rng.random() < 0.7 else rng.randrange(99),
     wire._maybe_place: lambda rng: None if rng.random() < 0.7 else _VALUES[wire._place](rng),
 }  # fmt: skip
 

@@ -1,10 +1,12 @@
-"""Clusters with replication whose servers crash, stop and are cut off: is every push in the values, once?
+"""Clusters with replication whose servers crash, stop and are cut off, and their scheduler too: is every push in the
+values, once?
 
 The servers, stores and the scheduler are the real ones, in the failure laboratory (:mod:`kvstore.testing`). A value
 has one element per push of the whole run, (rank, round); a push adds 1 to its own element. So a push that is lost or
 applied twice stays visible for ever, and a pull shows what its model promises.
 
-A server fails only when every shard is in step on two servers. ``python -m tests.testing.replicated --seed 17``
+A server fails only when every shard is in step on two servers; the scheduler dies at any time, also just before, after
+and while a server does. ``python -m tests.testing.replicated --seed 17``
 replays one run, ``--seeds 1000`` runs many.
 """
 
@@ -23,6 +25,7 @@ import numpy as np
 
 import kvstore
 from kvstore import KVStore
+from kvstore.cluster.scheduler import RETURN_S
 from kvstore.protocol.messages import NOBODY, Shard
 from kvstore.testing import Cluster
 
@@ -51,6 +54,7 @@ class Plan:
     repetition: float
     delay_s: float
     pause_s: float  # of a worker between its rounds
+    alone: tuple[float, ...]  # when the scheduler dies, whatever else happens
 
     @classmethod
     def of(cls, chance: random.Random) -> Plan:
@@ -66,6 +70,7 @@ class Plan:
             repetition=chance.choice((0.0, 0.1)) if bad else 0.0,
             delay_s=chance.choice((0.001, 0.05, 0.3)),
             pause_s=chance.choice((0.0, 0.3, 1.0)),
+            alone=tuple(chance.choice(((), (), (chance.uniform(0.0, 1.0),), (chance.uniform(0.0, 60.0),)))),
         )
 
 
@@ -112,6 +117,8 @@ class Run:
         """Run to the end and check everything; raises :class:`Violation`."""
         with self.cluster as cluster:
             cluster.at(0.5 + self.chance.random(), self._next_fault)
+            for at in self.plan.alone:
+                cluster.at(at, self._crash_scheduler)
             finals = cluster.run(self._train, limit_s=END_S)
             for values in finals:
                 for key, value in zip(self.plan.keys, values, strict=True):
@@ -145,14 +152,36 @@ class Run:
         if not self._faults:
             return
         calm = self.shards and all(s.primary != NOBODY and s.in_step and not s.moving for s in self.shards)
-        if not calm:
+        if not calm or cluster.now < self._calm_at or not self._scheduled:
             cluster.at(cluster.now + LOOK_S, self._next_fault)
             return
-        fault = self._faults.pop()
+        self._fault(self._faults.pop())
+        if chance.random() < 0.5:
+            cluster.at(cluster.now + chance.choice((0.0, 0.3, 1.0, 4.0, 8.0, 12.0)), self._crash_scheduler)
+        cluster.at(self._calm_at + chance.choice((0.2, 3.0, 10.0)), self._next_fault)
+
+    @property
+    def _scheduled(self) -> bool:
+        """Is there a scheduler?"""
+        return self.cluster._processes["scheduler", 0].alive
+
+    def _crash_scheduler(self) -> None:
+        if not self._scheduled:
+            return
+        self.done["scheduler"] += 1
+        self.cluster.crash("scheduler")
+        length = self.chance.choice((0.2, 2.0, 6.0, 20.0))
+        back = self.cluster.now + length
+        self._calm_at = max(self._calm_at, back + RETURN_S + NOTICED_S)
+        self.cluster.at(back, lambda: self.cluster.restart("scheduler"))
+
+    def _fault(self, fault: str) -> None:
+        """One server fails now."""
+        cluster, chance = self.cluster, self.chance
         self.done[fault] += 1
         server = chance.randrange(self.plan.servers)
         length = chance.choice((2.0, 4.0, 8.0))
-        self._calm_at = cluster.now + max(NOTICED_S, length)
+        self._calm_at = max(self._calm_at, cluster.now + max(NOTICED_S, length))
         if fault == "crash":
             cluster.crash("server", server)
             cluster.at(cluster.now + length, lambda: self._restart(server))
@@ -164,7 +193,6 @@ class Run:
             others = [member for member in members if member != ("server", server)]
             cluster.partition([("server", server)], chance.sample(others, chance.randint(1, len(others))))
             cluster.at(cluster.now + length, lambda: self._heal(server))
-        cluster.at(self._calm_at + chance.choice((0.2, 3.0, 10.0)), self._next_fault)
 
     def _resume(self, server: int) -> None:
         self.cluster.resume("server", server)
@@ -179,8 +207,8 @@ class Run:
 
         Not while another is down: to take its shards back it becomes their replica, in the place of another.
         """
-        if self.cluster.now < self._calm_at:
-            self.cluster.at(self._calm_at, lambda: self._begin_again(server))
+        if self.cluster.now < self._calm_at or not self._scheduled:
+            self.cluster.at(max(self._calm_at, self.cluster.now + LOOK_S), lambda: self._begin_again(server))
             return
         daemon: Any = self.cluster._daemons["server", server]
         placed = self.cluster._daemons["scheduler", 0].membership.placing  # type: ignore[union-attr]
@@ -188,6 +216,7 @@ class Run:
             if any(not shard._closed for shard in daemon.shards.values()) and placed.awaits(server):
                 self.done["did not step back"] += 1
             self._restart(server)
+            self._calm_at = self.cluster.now + NOTICED_S
 
     def _restart(self, server: int) -> None:
         if self.cluster._processes["server", server].alive:
@@ -216,6 +245,8 @@ class Run:
 
     def _check_replicas(self) -> None:
         """Where a replica is in step it holds what its primary holds, once all entries have come."""
+        if not self._scheduled:
+            return
         daemons: Any = self.cluster._daemons
         for number, placed in enumerate(self.shards):
             if not placed.in_step:
