@@ -86,7 +86,7 @@ class Scheduler:
 
         if self._journal is None:
             return new()
-        membership = self._journal.recover(new)
+        membership = self._journal.recover(new, self._reactor.now())
         if membership.members:
             log.warning("%s: going on with %d members", self._journal, len(membership.members))
             self._reactor.call_later(RETURN_S, lambda: self._send(membership.absent(self._reactor.now())))

@@ -104,6 +104,42 @@ def test_words_about_an_older_epoch_are_ignored():
     assert not one.handed_over(0, 0, old.epoch)
 
 
+def recovered(one: Placing) -> Placing:
+    """Another one that goes on from what this one would have kept."""
+    other = Placing(one.num_servers, one.replication)
+    other.recover(one.records(), one.servers)
+    return other
+
+
+def test_what_is_kept_is_all_that_decides():
+    """A placing that is replaced at every step by one that goes on from its records decides the same."""
+    for seed in range(200):
+        chance = random.Random(seed)
+        servers = chance.randint(2, 5)
+        one = Placing(servers, chance.choice((0, 1)))
+        other = recovered(one)
+        for _ in range(60):
+            rank, number = chance.randrange(servers), chance.randrange(servers)
+            epoch = one.shards[number].epoch if one.begun else 1
+            name, *arguments = chance.choice(
+                [
+                    ("arrived", rank, f"tcp://{rank}"),
+                    ("arrived", rank, f"tcp://{rank}"),
+                    ("gone", rank),
+                    ("drain", rank),
+                    ("standby", rank, number, epoch, f"tcp://{rank}/{number}"),
+                    ("in_step", rank, number, epoch),
+                    ("handed_over", rank, number, epoch),
+                ]
+            )
+            if name in ("drain", "gone") and rank not in one.servers:
+                continue
+            assert getattr(other, name)(*arguments) == getattr(one, name)(*arguments)
+            other = recovered(other)
+            assert (other.shards, other.epoch, other.servers) == (one.shards, one.epoch, one.servers), seed
+            assert other.draining == one.draining
+
+
 def test_random_changes():
     """With one loss at a time no shard is ever lost, and in the end all are at home with a replica."""
     for seed in range(200):
