@@ -167,7 +167,7 @@ class Membership:
     def absent(self, now: float) -> Actions:
         """Whoever has not come back to a scheduler that recovered is lost; those who want its rank may have it."""
         actions: Actions = []
-        for member in [m for m in self.members.values() if m.peer is None and not m.gone]:
+        for member in [m for m in self.members.values() if self._away(m)]:
             actions += self._depart(member, f"it did not come back to the scheduler (pid {member.pid})")
         newcomers, self._newcomers = self._newcomers, {}
         for peer, message in newcomers.values():
@@ -213,7 +213,7 @@ class Membership:
                 "address": member.address,
                 "host": member.host,
                 "pid": member.pid,
-                "state": member.state,
+                "state": "away" if self._away(member) else member.state,
                 "incarnation": member.incarnation,
                 "heard_s": round(now - member.heard, 3),
             }
@@ -231,8 +231,13 @@ class Membership:
             "workers": [row(m) for m in everybody if m.role == "worker"],
             "servers": [held(m) for m in everybody if m.role == "server"],
             "shards": [
-                {"primary": shard.primary, "address": shard.address, "replica": shard.replica, "in_step": shard.in_step}
-                for shard in self.placing.shards
+                {
+                    "primary": shard.primary,
+                    "address": shard.address,
+                    "replicas": [replica.server for replica in shard.replicas],
+                    "settled": self.placing.settled(number),
+                }
+                for number, shard in enumerate(self.placing.shards)
             ],
         }
 
@@ -275,8 +280,12 @@ class Membership:
 
     def _may_return(self, role: str, rank: int) -> bool:
         """May whoever has that rank come back yet to a scheduler that recovered? Until then newcomers wait."""
-        away = (m.rank for m in self.members.values() if m.role == role and m.peer is None and not m.gone)
-        return any(rank in (NOBODY, other) for other in away)
+        return any(m.role == role and rank in (NOBODY, m.rank) and self._away(m) for m in self.members.values())
+
+    @staticmethod
+    def _away(member: Member) -> bool:
+        """Has it not come back yet to a scheduler that recovered?"""
+        return member.peer is None and not member.gone
 
     def _agree(self, message: Register) -> None:
         """All workers name the same policy."""

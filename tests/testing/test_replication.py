@@ -9,10 +9,13 @@ import pytest
 
 import kvstore
 from kvstore import KVStore
+from kvstore.cluster.journal import Journal
 from kvstore.errors import DeadlineError, OptionError, ServerLostError
 from kvstore.protocol import replicating
 from kvstore.protocol.actions import ReplyValue
+from kvstore.protocol.placement import Placing
 from kvstore.protocol.replicating import Log
+from kvstore.protocol.roster import Membership
 from kvstore.testing import Cluster
 from tests.testing.replicated import Run, Violation
 
@@ -72,6 +75,14 @@ def test_a_crashed_scheduler_changes_no_bit(server_dies_at: float | None) -> Non
         if server_dies_at is not None:
             cluster.at(server_dies_at, lambda: cluster.crash("server", 1))
             cluster.at(server_dies_at + 0.5, lambda: cluster.restart("server", 1))
+        assert all(same(values, undisturbed()) for values in cluster.run(train))
+
+
+def test_two_crash_at_once_and_come_back() -> None:
+    with Cluster(3, 4, replication=2, delay_s=(0.05, 0.1)) as cluster:
+        for server in (1, 2):
+            cluster.at(2.0, lambda server=server: cluster.crash("server", server))
+            cluster.at(4.0, lambda server=server: cluster.restart("server", server))
         assert all(same(values, undisturbed()) for values in cluster.run(train))
 
 
@@ -148,13 +159,43 @@ def test_finds_that_a_takeover_applies_a_push_again(monkeypatch: pytest.MonkeyPa
     assert found(Violation)
 
 
+def test_finds_a_journal_that_forgets_the_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the restarted scheduler says about shards looks old to everybody."""
+    right = Journal.recover
+
+    def forgets(self: Journal, *arguments: Any) -> Any:
+        membership = right(self, *arguments)
+        membership.epoch = 1
+        return membership
+
+    monkeypatch.setattr(Journal, "recover", forgets)
+    assert found(DeadlineError)
+
+
+def test_finds_a_journal_that_forgets_the_placement(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The restarted scheduler believes that every shard is where it was at the very beginning."""
+
+    def forgets(self: Placing, records: Any, servers: dict[int, str]) -> None:
+        for rank, address in servers.items():
+            self.arrived(rank, address)
+
+    monkeypatch.setattr(Placing, "recover", forgets)
+    assert found()
+
+
+def test_finds_a_journal_that_is_not_told_of_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is written when members come and go only."""
+    monkeypatch.setattr(Membership, "has_news", property(lambda self: bool(self._changed)))
+    assert found()
+
+
 def test_finds_a_reply_before_the_ack(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Log, "may_tell", lambda self, number: True)
     assert found()
 
 
 def test_finds_a_lost_ack(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the replica has not taken is not sent again."""
+    """What a replica has not taken is not sent again."""
     monkeypatch.setattr(Log, "tick", lambda self, now: None)
     assert found(DeadlineError)
 
