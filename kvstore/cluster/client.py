@@ -170,7 +170,7 @@ class ClusterHome(Home):
 
     def push_remote(self, remote: Remote, gradient: Gradient, ended: Ended) -> Reading:
         """:meth:`push` of a key or a bundle."""
-        self._push(Exchange(self._session, remote, None, ended), gradient, pull=False)
+        self._push(Exchange(self._session, remote, None, ended), gradient, None)
         return None
 
     def pull_remote(self, remote: Remote, priority: int) -> Source:
@@ -195,14 +195,14 @@ class ClusterHome(Home):
     def pushpull_remote(self, remote: Remote, gradient: Gradient, ended: Ended) -> tuple[Reading, Source]:
         """:meth:`pushpull` of a key or a bundle."""
         arrivals = Arrivals(remote, self._engine, self._session.neighbourhood)
-        self._push(Exchange(self._session, remote, arrivals, ended), gradient, pull=True)
+        self._push(Exchange(self._session, remote, arrivals, ended), gradient, arrivals)
         return None, arrivals
 
     def staging(self, key: Key, timeout_s: float) -> Array:
         return self._remotes[key].staging.lend(timeout_s, f"staging of key {key!r}")
 
-    def _push(self, exchange: Exchange, gradient: Gradient, pull: bool) -> None:
-        """Stage ``gradient`` and send it, in this key's order of calls."""
+    def _push(self, exchange: Exchange, gradient: Gradient, arrivals: Arrivals | None) -> None:
+        """Stage ``gradient`` and send it, in this key's order of calls. ``arrivals``: of the pull beside it, if any."""
         remote, arrays = exchange.remote, gradient.arrays
         reads = gradient.reads
         unwritten: Gradient | None = gradient  # what is still to be written to what is sent
@@ -229,9 +229,14 @@ class ClusterHome(Home):
 
         def submit() -> None:
             remote.round += 1
-            self._stage_and_send(exchange, unwritten, sent, pull, gradient.priority, gradient.samples)
+            is_pull = arrivals is not None
+            self._stage_and_send(exchange, unwritten, sent, is_pull, gradient.priority, gradient.samples)
 
-        self._in_order(exchange, submit, reads, "push", sent.nbytes, gradient.priority)
+        def begin() -> None:
+            if arrivals is not None and gradient.outs and len(remote.cut) > 1:
+                arrivals.begin(gradient.outs, gradient.priority)  # what comes while the rest is staged
+
+        self._in_order(exchange, submit, reads, "push", sent.nbytes, gradient.priority, begin)
 
     def _stage_and_send(
         self,
@@ -289,18 +294,29 @@ class ClusterHome(Home):
         exchange.sent += len(requests)
 
     def _in_order(
-        self, exchange: Exchange, submit: Callable[[], None], reads: list[Any], name: str, nbytes: int, priority: int
+        self,
+        exchange: Exchange,
+        submit: Callable[[], None],
+        reads: list[Any],
+        name: str,
+        nbytes: int,
+        priority: int,
+        before: Callable[[], None] | None = None,
     ) -> None:
-        """Run ``submit`` when ``reads`` are written, in this key's order of calls."""
+        """Run ``submit`` when ``reads`` are written, in this key's order of calls; ``before`` it, if that is now."""
         remote, runtime = exchange.remote, self._engine
         self._bundles.take_over(remote)
         order = exchange.counted.order
         if runtime.free(order) and not (reads and runtime.uses_arrays()) and not runtime.profiling:
             # Nothing is in the way, and nobody else submits meanwhile: an op would cost a sixth of a small round.
             try:
+                if before is not None:
+                    before()
                 submit()
-            except Exception as error:
+            except BaseException as error:
                 exchange.give_up(error)
+                if not isinstance(error, Exception):  # Ctrl-C
+                    raise
             return
         handle = runtime.push(
             submit, reads=reads, writes=[order], priority=priority, name=f"{name} {remote.key!r}", inline=True,

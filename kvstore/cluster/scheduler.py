@@ -37,7 +37,7 @@ class Scheduler:
             ended.
         heartbeat: seconds after which a member that shows no life is lost.
         network: how it is reached.
-        replication: on how many servers beside its primary a shard is kept: 0 or 1.
+        replication: on how many servers beside its primary a shard is kept.
 
     Raises:
         OptionError: an address that cannot be bound, a wrong number, or a file that is no journal of such a cluster.

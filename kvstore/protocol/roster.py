@@ -231,8 +231,13 @@ class Membership:
             "workers": [row(m) for m in everybody if m.role == "worker"],
             "servers": [held(m) for m in everybody if m.role == "server"],
             "shards": [
-                {"primary": shard.primary, "address": shard.address, "replica": shard.replica, "in_step": shard.in_step}
-                for shard in self.placing.shards
+                {
+                    "primary": shard.primary,
+                    "address": shard.address,
+                    "replicas": [replica.server for replica in shard.replicas],
+                    "settled": self.placing.settled(number),
+                }
+                for number, shard in enumerate(self.placing.shards)
             ],
         }
 

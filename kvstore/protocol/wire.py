@@ -87,6 +87,7 @@ from kvstore.protocol.messages import (
     ReadState,
     ReadStatus,
     Register,
+    Replica,
     Restore,
     RestorePiece,
     RestoreSetting,
@@ -293,10 +294,9 @@ _missed = _listed("a rank and a reason", _tuple, _natural, _text)
 _piece_record = _listed(
     "a piece of a cut", PieceRecord, key, _natural, _spec, _natural, _natural, _rounds, _name_list, _name_list
 )
+_replica = _listed("epoch, server, address and a boolean", Replica, _natural, _natural, _text, _flag)
 _shard = _listed(
-    "epoch, primary, address, replica, its address, and two booleans",
-    Shard,
-    *(_natural, _rank, _text, _rank, _text, _flag, _flag),
+    "epoch, primary, address, replicas and a boolean", Shard, _natural, _rank, _text, _many(_replica, 1 << 16), _flag
 )
 _shard_list = _many(_shard, 1 << 16)
 _pairs = _many(_pair, 1 << 20)
@@ -360,7 +360,7 @@ FORMS: dict[int, tuple[type[Message], tuple[Check, ...]]] = {
     81: (Halt, (_natural,)),
     82: (Passed, (_natural, _natural, _flag)),
     83: (Named, (_natural, _natural, _rank_list)),
-    96: (Entry, (_natural, _rank, _rank, _logged)),
+    96: (Entry, (_natural, _natural, _rank, _rank, _logged)),
     97: (Taken, (_natural,)),
     98: (Updated, (_target, _natural, _natural, _pairs, _maybe_natural)),
     99: (UniteBundle, (_bundle,)),

@@ -13,7 +13,7 @@ from typing import Any
 import msgpack
 
 from kvstore.protocol import wire
-from kvstore.protocol.messages import Bind, Drop, Message, PieceRecord, Place, Shard, Spec
+from kvstore.protocol.messages import Bind, Drop, Message, PieceRecord, Place, Replica, Shard, Spec
 from kvstore.protocol.pieces import bundle_id
 from kvstore.protocol.wire import FORMS, Sender
 
@@ -46,7 +46,8 @@ def _piece(rng: random.Random) -> PieceRecord:
 
 
 def _shard(rng: random.Random) -> Shard:
-    return Shard(rng.randrange(9), rng.randrange(3), "tcp://127.0.0.1:9", rng.randrange(-1, 3), "", True, False)
+    replicas = tuple(Replica(rng.randrange(9), n, "tcp://127.0.0.1:9", True) for n in range(rng.randrange(3)))
+    return Shard(rng.randrange(9), rng.randrange(-1, 3), "tcp://127.0.0.1:9", replicas, False)
 
 
 _VALUES: dict[Any, Any] = {
