@@ -295,7 +295,12 @@ def kernels(options: Options) -> list[Step]:
 def memory(options: Options) -> list[Step]:
     """What a round needs beside time."""
     size = options.some(1 << 20, 64 << 20)[-1]
-    return [lambda driver: footprint.measure(driver, one(size), size_name(size), ROUND_SYSTEMS, PYZMQ)]
+    smaller = min(size, 16 << 20)
+    own = {"shared memory": KVSTORE, "tcp": TCP}
+    return [
+        lambda driver: footprint.measure(driver, one(size), size_name(size), ROUND_SYSTEMS, PYZMQ),
+        lambda driver: footprint.measure_steady(driver, one(smaller), size_name(smaller), own),
+    ]
 
 
 def start(options: Options) -> list[Step]:
