@@ -16,8 +16,6 @@ from kvstore.errors import KVStoreError
 
 LOOK_EVERY_S = 0.02
 ROUNDS = 10
-MANY_WORKERS = 8
-STEADY = (100, 1_000)  # rounds after which is looked
 WHAT = {
     "worker": "private memory of a worker",
     "server": "private memory of the server",
@@ -28,12 +26,14 @@ LATE = {"worker": "private memory of a worker", "server": "private memory of the
 OWN = {"worker": 2.0, "server": 1.0, "held": 1.0}  # values that a role has in any case: gradient and result; the value
 
 
-def measure(driver: Driver, shapes: Shapes, label: str, systems: dict[str, System], loop: System) -> Rows:
+def measure(
+    driver: Driver, shapes: Shapes, label: str, systems: dict[str, System], loop: System, many_workers: int
+) -> Rows:
     """Rows per role: memory that was added by a value and its rounds, at the peak; and processor time."""
     samples: dict[str, list[float]] = {}
     errors: dict[str, str] = {}
     able = {name: system for name, system in systems.items() if driver.interpreters.has(system)} | {"loop": loop}
-    many = replace(systems["shared memory"], workers=MANY_WORKERS)
+    many = replace(systems["shared memory"], workers=many_workers)
     for _ in range(driver.repeats):
         for name, system in able.items():
             try:
@@ -66,7 +66,7 @@ def measure(driver: Driver, shapes: Shapes, label: str, systems: dict[str, Syste
         lines.append(
             Line(f"{title}, {label}, tcp, one worker late", f"tcp late {role}", limit, "values it has to hold")
         )
-    title = f"what the server holds, {label}, shared memory, {MANY_WORKERS} workers"
+    title = f"what the server holds, {label}, shared memory, {many_workers} workers"
     lines.append(Line(title, "shared memory many", "values of a held", "values it has to hold"))
     rows = [row("memory", one, samples, errors, "x") for one in lines]
     for name in ("shared memory", "tcp"):
@@ -76,19 +76,21 @@ def measure(driver: Driver, shapes: Shapes, label: str, systems: dict[str, Syste
     return rows
 
 
-def measure_steady(driver: Driver, shapes: Shapes, label: str, systems: dict[str, System]) -> Rows:
+def measure_steady(
+    driver: Driver, shapes: Shapes, label: str, systems: dict[str, System], rounds: tuple[int, int]
+) -> Rows:
     """Rows per role: its memory after many rounds over that after some."""
-    samples: dict[str, list[float]] = {}
+    samples: dict[str, list[float]] = {"no growth": [1.0]}
     errors: dict[str, str] = {}
     for name, system in systems.items():
         try:
-            for role, ratio in _steady(driver, Case(system, "pushpull", shapes)).items():
+            for role, ratio in _steady(driver, Case(system, "pushpull", shapes), rounds).items():
                 samples[f"{name} {role}"] = [ratio]
         except KVStoreError as error:
             errors |= {f"{name} {role}": str(error) for role in ("worker", "server", "shared")}
-    title = f"after {STEADY[1]:,} rounds over after {STEADY[0]}, {label}"
+    title = f"after {rounds[1]:,} rounds over after {rounds[0]}, {label}"
     lines = [
-        Line(f"{WHAT[role]}, {title}, {name}", f"{name} {role}")
+        Line(f"{WHAT[role]}, {title}, {name}", f"{name} {role}", "no growth")
         for name in systems
         for role in ("worker", "server", "shared")
         if role != "shared" or name == "shared memory"
@@ -113,13 +115,13 @@ def _once(driver: Driver, system: System, shapes: Shapes, operation: str = "push
     return found
 
 
-def _steady(driver: Driver, case: Case) -> dict[str, float]:
+def _steady(driver: Driver, case: Case, rounds: tuple[int, int]) -> dict[str, float]:
     with driver.fresh(case.system) as running:
-        driver.tell(f"memory: {STEADY[1]} rounds of {case.system.kind}")
+        driver.tell(f"memory: {rounds[1]} rounds of {case.system.kind}")
         running.prepare("memory", case, "memory")
-        running.rounds("memory", case, STEADY[0])
+        running.rounds("memory", case, rounds[0])
         before = _look(running.pids())
-        running.rounds("memory", case, STEADY[1] - STEADY[0])
+        running.rounds("memory", case, rounds[1] - rounds[0])
         after = _look(running.pids())
     return {role: after[role] / before[role] for role in before if before[role]}
 
