@@ -30,6 +30,7 @@ HELD_MAX = 1024
 BUNDLE_KEYS_MAX = 1 << 20
 PIECES_MAX = 1024  # of a cut in one message
 SAMPLES_MAX = 1 << 40  # of a round, and of a push
+HISTORY_MAX = 64  # cut points of a worker in one message
 
 SMALL_HEADER_BYTES = 64 << 10  # up to this size its lists and maps need not be counted
 
@@ -456,16 +457,28 @@ class Halt(Message):
 
 @dataclass(frozen=True, slots=True)
 class Passed(Message):
-    """A worker has passed ``count`` cut points. ``coupled``: it may have to wait for others' pushes."""
+    """A worker has passed ``count`` cut points. ``coupled``: it may have to wait for others' pushes.
+
+    ``joined``: it counts from when it came to a running job. Where that was its ``history`` tells: of its latest cut
+    points, also of the one at which it waits for others, the number, its round of the key ``clock`` there, and
+    whether it was a barrier (1) or not (0).
+    """
 
     cut: int
     count: int
     coupled: bool
+    joined: bool = False
+    clock: Key | None = None
+    history: tuple[tuple[int, int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Named(Message):
-    """The answer to :class:`Passed` and :class:`AskCut`: at which cut point these workers mark the cut."""
+    """The answer to :class:`Passed` and :class:`AskCut`: at which cut point these workers mark the cut.
+
+    ``at`` is a number as the receiver counts, for who asked as those count who were here from the beginning. 0: go on,
+    you will be asked again.
+    """
 
     cut: int
     at: int
@@ -485,16 +498,29 @@ class Status(Message):
 
 
 @dataclass(frozen=True, slots=True)
-class Shard:
-    """Which servers have one shard. No ``primary`` (-1): it is lost; no ``replica`` (-1): its primary is alone."""
+class Replica:
+    """A server that follows a shard's log, as it gets it from the one before it."""
 
-    epoch: int  # in which the two were appointed
+    epoch: int  # in which it was appointed to follow that one
+    server: int
+    address: str  # where the log may be sent; "" as long as it has not said
+    in_step: bool  # it has all that anybody was told of: it may take over
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Which servers have one shard: a chain. No ``primary`` (-1): it is lost; no ``replicas``: its primary is alone."""
+
+    epoch: int  # in which the chain became what it is
     primary: int
     address: str
-    replica: int
-    replica_address: str  # "" as long as it has not said where
-    in_step: bool  # the replica has all that is committed: it may take over
-    moving: bool  # the replica is to take over now: the primary hands over
+    replicas: tuple[Replica, ...]  # the first of them takes over
+    moving: bool  # one of them is to take over now: the primary hands over
+
+    @property
+    def in_step(self) -> bool:
+        """Has it replicas, which may all take over?"""
+        return bool(self.replicas) and all(replica.in_step for replica in self.replicas)
 
 
 @dataclass(frozen=True, slots=True)
@@ -521,7 +547,7 @@ class Standby(Message):
 
 @dataclass(frozen=True, slots=True)
 class InStep(Message):
-    """From a primary to the scheduler: nothing is committed any more that its replica has not."""
+    """From a server to the scheduler: nothing is told any more that the replica after it has not, and all behind."""
 
     shard: int
     epoch: int
@@ -529,7 +555,7 @@ class InStep(Message):
 
 @dataclass(frozen=True, slots=True)
 class HandedOver(Message):
-    """From a primary to the scheduler: its replica has everything, and it takes in nothing more."""
+    """From a primary to the scheduler: its replicas have everything, and it takes in nothing more."""
 
     shard: int
     epoch: int
@@ -542,14 +568,18 @@ class Drain(Message):
     rank: int
 
 
-# --- from a primary to its replica ----------------------------------------------------------------
+# --- from a server to the replica after it ----------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Entry(Message):
-    """The log's entry of this number (its ``request_id``): what a worker, or nobody (-1), has brought about."""
+    """The log's entry of this number (its ``request_id``): what a worker, or nobody (-1), has brought about.
+
+    ``first``: the number of the first entry that a new replica gets.
+    """
 
     epoch: int
+    first: int
     rank: int
     incarnation: int
     message: Message
@@ -557,7 +587,7 @@ class Entry(Message):
 
 @dataclass(frozen=True, slots=True)
 class Taken(Message):
-    """All entries up to this number (its ``request_id``) have been taken."""
+    """All entries up to this number (its ``request_id``) have been taken, by the replicas behind the sender, too."""
 
     epoch: int
 

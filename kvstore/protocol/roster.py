@@ -127,7 +127,7 @@ class Membership:
             if isinstance(message, AskCut):
                 return self.naming.ask(peer, message, self._workers_here(), now)
             if member is not None and isinstance(message, Passed):
-                return self.naming.passed(peer, member.rank, message)
+                return self.naming.passed(peer, member.rank, message, now)
             if isinstance(message, Drain):
                 return self._drain(peer, message)
             if member is not None and member.role == "server" and isinstance(message, Standby | InStep | HandedOver):
@@ -231,8 +231,13 @@ class Membership:
             "workers": [row(m) for m in everybody if m.role == "worker"],
             "servers": [held(m) for m in everybody if m.role == "server"],
             "shards": [
-                {"primary": shard.primary, "address": shard.address, "replica": shard.replica, "in_step": shard.in_step}
-                for shard in self.placing.shards
+                {
+                    "primary": shard.primary,
+                    "address": shard.address,
+                    "replicas": [replica.server for replica in shard.replicas],
+                    "settled": self.placing.settled(number),
+                }
+                for number, shard in enumerate(self.placing.shards)
             ],
         }
 

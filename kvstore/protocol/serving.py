@@ -533,7 +533,9 @@ class Serving:
             if key not in self.binding.bundles:
                 return False
             key = self.binding.bundles[key].keys[0]
-        return self.cutting.hold_back(Held(rank, self.workers.incarnations[rank], message, payload, key))
+        piece = self.pieces.get((key, message.piece))
+        in_step = piece is not None and piece.level.model.updates_per_round(2) == 1
+        return self.cutting.hold_back(Held(rank, self.workers.incarnations[rank], message, payload, key, in_step))
 
     def _take_cuts(self, now: float) -> list[Action]:
         """Take the cuts that are due, then let the pushes go on that waited for them."""

@@ -25,6 +25,7 @@ from kvstore.protocol.messages import (
     FRAMES_MAX,
     HEADER_BYTES_MAX,
     HELD_MAX,
+    HISTORY_MAX,
     ITEMS_MAX,
     KEY_BYTES_MAX,
     MESSAGES_MAX,
@@ -87,6 +88,7 @@ from kvstore.protocol.messages import (
     ReadState,
     ReadStatus,
     Register,
+    Replica,
     Restore,
     RestorePiece,
     RestoreSetting,
@@ -181,6 +183,10 @@ def key(value: Any) -> Key:
     elif type(value) is int and -(1 << 63) <= value < 1 << 63:
         return value
     raise ValueError(f"a str of 1-{KEY_BYTES_MAX} UTF-8 bytes or an int64")
+
+
+def _maybe_key(value: Any) -> Key | None:
+    return None if value is None else key(value)
 
 
 def _bundle(value: Any) -> BundleId:
@@ -293,13 +299,14 @@ _missed = _listed("a rank and a reason", _tuple, _natural, _text)
 _piece_record = _listed(
     "a piece of a cut", PieceRecord, key, _natural, _spec, _natural, _natural, _rounds, _name_list, _name_list
 )
+_replica = _listed("epoch, server, address and a boolean", Replica, _natural, _natural, _text, _flag)
 _shard = _listed(
-    "epoch, primary, address, replica, its address, and two booleans",
-    Shard,
-    *(_natural, _rank, _text, _rank, _text, _flag, _flag),
+    "epoch, primary, address, replicas and a boolean", Shard, _natural, _rank, _text, _many(_replica, 1 << 16), _flag
 )
 _shard_list = _many(_shard, 1 << 16)
 _pairs = _many(_pair, 1 << 20)
+_cut_point = _listed("a cut point's number, round and kind", _tuple, _natural, _natural, _natural)
+_history = _many(_cut_point, HISTORY_MAX)
 _absences = _many(_absence, 1 << 20)
 _reasons = _many(_missed, 1 << 20)
 _rank_list = _many(_natural, PARTICIPANTS_MAX)
@@ -358,9 +365,9 @@ FORMS: dict[int, tuple[type[Message], tuple[Check, ...]]] = {
     77: (ReadPlacement, ()),
     80: (AskCut, (_natural,)),
     81: (Halt, (_natural,)),
-    82: (Passed, (_natural, _natural, _flag)),
+    82: (Passed, (_natural, _natural, _flag, _flag, _maybe_key, _history)),
     83: (Named, (_natural, _natural, _rank_list)),
-    96: (Entry, (_natural, _rank, _rank, _logged)),
+    96: (Entry, (_natural, _natural, _rank, _rank, _logged)),
     97: (Taken, (_natural,)),
     98: (Updated, (_target, _natural, _natural, _pairs, _maybe_natural)),
     99: (UniteBundle, (_bundle,)),

@@ -13,7 +13,7 @@ from typing import Any
 import msgpack
 
 from kvstore.protocol import wire
-from kvstore.protocol.messages import Bind, Drop, Message, PieceRecord, Place, Shard, Spec
+from kvstore.protocol.messages import Bind, Drop, Message, PieceRecord, Place, Replica, Shard, Spec
 from kvstore.protocol.pieces import bundle_id
 from kvstore.protocol.wire import FORMS, Sender
 
@@ -46,7 +46,8 @@ def _piece(rng: random.Random) -> PieceRecord:
 
 
 def _shard(rng: random.Random) -> Shard:
-    return Shard(rng.randrange(9), rng.randrange(3), "tcp://127.0.0.1:9", rng.randrange(-1, 3), "", True, False)
+    replicas = tuple(Replica(rng.randrange(9), n, "tcp://127.0.0.1:9", True) for n in range(rng.randrange(3)))
+    return Shard(rng.randrange(9), rng.randrange(-1, 3), "tcp://127.0.0.1:9", replicas, False)
 
 
 _VALUES: dict[Any, Any] = {
@@ -78,6 +79,8 @@ _VALUES: dict[Any, Any] = {
     wire._place: lambda rng: Place(f"{rng.randrange(1, 1 << 20)}.9.{'0' * 16}", rng.randrange(99)),
     wire._maybe_natural: lambda rng: None if rng.random() < 0.7 else rng.randrange(9),
     wire._maybe_samples: lambda rng: None if rng.random() < 0.7 else rng.randrange(99),
+    wire._maybe_key: lambda rng: rng.choice([None, *KEYS]),
+    wire._history: lambda rng: tuple((n, 2, rng.randrange(2)) for n in range(rng.randrange(3))),
     wire._maybe_place: lambda rng: None if rng.random() < 0.7 else _VALUES[wire._place](rng),
 }  # fmt: skip
 

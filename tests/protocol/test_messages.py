@@ -43,6 +43,7 @@ spec = st.builds(
 texts = st.lists(text, max_size=4).map(tuple)
 place = st.builds(Place, text, natural)
 bundle = st.binary(min_size=BUNDLE_ID_BYTES, max_size=BUNDLE_ID_BYTES)
+replicas = st.lists(st.builds(messages.Replica, natural, natural, text, st.booleans()), max_size=3).map(tuple)
 piece_record = st.builds(
     PieceRecord, key, natural, spec, natural, natural, st.dictionaries(natural, natural, max_size=3), texts, texts
 )
@@ -69,12 +70,14 @@ FIELDS = {
     wire._rank_list: st.lists(natural, max_size=4).map(tuple),
     wire._pieces: st.lists(piece_record, max_size=3).map(tuple),
     wire._place: place,
+    wire._maybe_key: st.one_of(st.none(), key),
+    wire._history: st.lists(st.tuples(natural, natural, natural), max_size=3).map(tuple),
     wire._maybe_place: st.one_of(st.none(), place),
     wire._maybe_natural: st.one_of(st.none(), natural),
     wire._maybe_samples: st.one_of(st.none(), st.integers(0, messages.SAMPLES_MAX)),
-    wire._shard_list: st.lists(
-        st.builds(messages.Shard, natural, rank, text, rank, text, st.booleans(), st.booleans()), max_size=3
-    ).map(tuple),
+    wire._shard_list: st.lists(st.builds(messages.Shard, natural, rank, text, replicas, st.booleans()), max_size=3).map(
+        tuple
+    ),
     wire._pairs: st.lists(st.tuples(natural, natural), max_size=3).map(tuple),
     wire._absences: st.lists(st.tuples(natural, natural, natural), max_size=3).map(tuple),
     wire._reasons: st.lists(st.tuples(natural, text), max_size=3).map(tuple),

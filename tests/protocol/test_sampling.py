@@ -14,7 +14,7 @@ from kvstore.protocol.pieces import bundle_id
 from kvstore.protocol.replicating import follow
 from tests.consistency.oracle import Oracle
 from tests.protocol.conversation import Conversation, spec
-from tests.protocol.test_replicating import WHAT, Pair
+from tests.protocol.test_replicating import WHAT, Chain
 
 PER_ROUND = 64
 
@@ -121,29 +121,31 @@ def test_a_bundle_counts_samples_before_and_after_it_is_split():
 @pytest.mark.parametrize("optimizer", [True, False])
 @pytest.mark.parametrize("numbers", [(5, 6), (32, 32), (0, 0), (0, 9)])
 def test_the_replica_does_the_same(numbers, optimizer):
-    pair = Pair()
-    pair.say(0, Init(1, "w", 0, of_samples()), ((),) * 4)
-    pair.say(1, Init(1, "w", 0, of_samples()))
+    chain = Chain()
+    chain.say(0, Init(1, "w", 0, of_samples()), ((),) * 4)
+    chain.say(1, Init(1, "w", 0, of_samples()))
     if optimizer:
-        pair.say(0, SetOptimizer(2, {"name": "sgd"}, False, {}))
-    pair.catch_up()
+        chain.say(0, SetOptimizer(2, {"name": "sgd"}, False, {}))
+    chain.catch_up()
     there: list[Apply] = []
     for rank, samples in enumerate(numbers):
-        actions = pair.cores[0].handle(rank, 1, push(1, samples), WHAT, 0.0)
-        for _, number in pair.log.conclude(rank, 1, push(1, samples), actions):
-            if number and not pair.log._waiting[number].ready:
-                pair.log.complete(number, WHAT)
+        actions = chain.servers[0].core.handle(rank, 1, push(1, samples), WHAT, 0.0)
+        for _, number in chain.log.conclude(rank, 1, push(1, samples), actions):
+            if number and not chain.log._waiting[number].ready:
+                chain.log.complete(number, WHAT)
         there += [action for action in actions if isinstance(action, Apply)]
     here: list[Apply] = []
-    for entry, payload in pair.log.outgoing():
-        for due, frames in pair.replica.take(entry, payload):
-            here += [action for action in follow(pair.cores[1], due, frames, 0.0) if isinstance(action, Apply)]
+    replica = chain.servers[1].replica
+    assert replica is not None
+    for entry, payload in chain.log.outgoing():
+        for due, frames in replica.take(entry, payload):
+            here += [action for action in follow(chain.servers[1].core, due, frames, 0.0) if isinstance(action, Apply)]
     ((one,), (other,)) = there, here
     assert one.samples == other.samples == sum(numbers)
     assert bool(one.payloads) == bool(other.payloads) == any(numbers)
     assert other.factor == (one.factor if optimizer else 1.0)  # what is assigned comes as the value that it becomes
-    assert pair.cores[0].pieces["w", 0].steps == pair.cores[1].pieces["w", 0].steps
-    assert pair.cores[1].pieces["w", 0].level.version == 1
+    assert chain.servers[0].core.pieces["w", 0].steps == chain.servers[1].core.pieces["w", 0].steps
+    assert chain.servers[1].core.pieces["w", 0].level.version == 1
 
 
 @pytest.mark.parametrize("seed", range(60))

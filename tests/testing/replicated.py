@@ -5,9 +5,9 @@ The servers, stores and the scheduler are the real ones, in the failure laborato
 has one element per push of the whole run, (rank, round); a push adds 1 to its own element. So a push that is lost or
 applied twice stays visible for ever, and a pull shows what its model promises.
 
-A server fails only when every shard is in step on two servers; the scheduler dies at any time, also just before, after
-and while a server does. ``python -m tests.testing.replicated --seed 17``
-replays one run, ``--seeds 1000`` runs many.
+Servers fail only when every shard has all its replicas in step, and then no more at once than there are replicas; the
+scheduler dies at any time, also just before, after and while servers do. ``python -m tests.testing.replicated --seed
+17`` replays one run, ``--seeds 1000`` runs many, ``--servers 4 --replication 2`` runs them in such clusters only.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import numpy as np
 import kvstore
 from kvstore import KVStore
 from kvstore.cluster.scheduler import RETURN_S
-from kvstore.protocol.messages import NOBODY, Shard
+from kvstore.protocol.placement import Placing
 from kvstore.testing import Cluster
 
 MODELS = ("sequential", "bounded(0)", "bounded(2)", "eventual")
@@ -47,6 +47,7 @@ class Plan:
     model: str
     workers: int
     servers: int
+    replication: int
     keys: tuple[str, ...]
     together: bool  # all keys in one call, so that they travel as bundles
     faults: tuple[str, ...]
@@ -57,12 +58,18 @@ class Plan:
     alone: tuple[float, ...]  # when the scheduler dies, whatever else happens
 
     @classmethod
-    def of(cls, chance: random.Random) -> Plan:
+    def of(cls, chance: random.Random, size: tuple[int, int] | None) -> Plan:
+        """``size``: servers and replication; None: any."""
         bad = chance.random() < 0.7
+        servers = chance.choice((2, 2, 3, 4))
+        replication = chance.randint(1, min(2, servers - 1))
+        if size is not None:
+            servers, replication = size
         return cls(
             model=chance.choice(MODELS),
             workers=chance.randint(1, 3),
-            servers=chance.choice((2, 2, 3)),
+            servers=servers,
+            replication=replication,
             keys=tuple(f"key{i}" for i in range(chance.choice((1, 2, 4)))),
             together=chance.random() < 0.5,
             faults=tuple(chance.choice(("crash", "crash", "pause", "cut")) for _ in range(chance.randint(1, 3))),
@@ -77,18 +84,18 @@ class Plan:
 class Run:
     """One seed."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, size: tuple[int, int] | None = None) -> None:
         self.seed = seed
         self.chance = random.Random(seed)
-        self.plan = plan = Plan.of(self.chance)
+        self.plan = plan = Plan.of(self.chance, size)
         self.done: Counter[str] = Counter()  # faults
         self.took_over = 0
         self.pulls = 0
         self._faults = list(plan.faults)
         self._calm_at = 0.0  # nothing is down from here on
         self.cluster = Cluster(
-            plan.workers, plan.servers, seed=seed, replication=1, loss=plan.loss, repetition=plan.repetition,
-            delay_s=(0.0005, plan.delay_s), cluster_consistency=plan.model,
+            plan.workers, plan.servers, seed=seed, replication=plan.replication, loss=plan.loss,
+            repetition=plan.repetition, delay_s=(0.0005, plan.delay_s), cluster_consistency=plan.model,
             timeout=END_S,
         )  # fmt: skip
 
@@ -106,10 +113,10 @@ class Run:
         )
 
     @property
-    def shards(self) -> list[Shard]:
+    def placing(self) -> Placing:
         scheduler: Any = self.cluster._daemons["scheduler", 0]
-        shards: list[Shard] = scheduler.membership.placing.shards
-        return shards
+        placing: Placing = scheduler.membership.placing
+        return placing
 
     # --- the run ------------------------------------------------------------------------------
 
@@ -151,7 +158,8 @@ class Run:
         cluster, chance = self.cluster, self.chance
         if not self._faults:
             return
-        calm = self.shards and all(s.primary != NOBODY and s.in_step and not s.moving for s in self.shards)
+        placing = self.placing
+        calm = placing.shards and all(placing.settled(number) for number in range(self.plan.servers))
         if not calm or cluster.now < self._calm_at or not self._scheduled:
             cluster.at(cluster.now + LOOK_S, self._next_fault)
             return
@@ -176,12 +184,16 @@ class Run:
         self.cluster.at(back, lambda: self.cluster.restart("scheduler"))
 
     def _fault(self, fault: str) -> None:
-        """One server fails now."""
+        """Servers fail now."""
         cluster, chance = self.cluster, self.chance
         self.done[fault] += 1
-        server = chance.randrange(self.plan.servers)
         length = chance.choice((2.0, 4.0, 8.0))
         self._calm_at = max(self._calm_at, cluster.now + max(NOTICED_S, length))
+        for server in chance.sample(range(self.plan.servers), chance.randint(1, self.plan.replication)):
+            self._strike(fault, server, length)
+
+    def _strike(self, fault: str, server: int, length: float) -> None:
+        cluster, chance = self.cluster, self.chance
         if fault == "crash":
             cluster.crash("server", server)
             cluster.at(cluster.now + length, lambda: self._restart(server))
@@ -203,20 +215,17 @@ class Run:
         self.cluster.at(self.cluster.now + 15.0, lambda: self._begin_again(server))
 
     def _begin_again(self, server: int) -> None:
-        """A server that lost its place has stepped back by now; its supervisor starts it again.
-
-        Not while another is down: to take its shards back it becomes their replica, in the place of another.
-        """
-        if self.cluster.now < self._calm_at or not self._scheduled:
-            self.cluster.at(max(self._calm_at, self.cluster.now + LOOK_S), lambda: self._begin_again(server))
+        """A server that lost its place has stepped back by now; its supervisor starts it again."""
+        if not self._scheduled:
+            self.cluster.at(self.cluster.now + LOOK_S, lambda: self._begin_again(server))
             return
         daemon: Any = self.cluster._daemons["server", server]
-        placed = self.cluster._daemons["scheduler", 0].membership.placing  # type: ignore[union-attr]
+        placed = self.placing
         if server not in placed.servers:
             if any(not shard._closed for shard in daemon.shards.values()) and placed.awaits(server):
                 self.done["did not step back"] += 1
             self._restart(server)
-            self._calm_at = self.cluster.now + NOTICED_S
+            self._calm_at = max(self._calm_at, self.cluster.now + NOTICED_S)
 
     def _restart(self, server: int) -> None:
         if self.cluster._processes["server", server].alive:
@@ -248,23 +257,26 @@ class Run:
         if not self._scheduled:
             return
         daemons: Any = self.cluster._daemons
-        for number, placed in enumerate(self.shards):
-            if not placed.in_step:
-                continue
-            one = daemons["server", placed.primary].shards.get(number)
-            other = daemons["server", placed.replica].shards.get(number)
-            if one is None or other is None or not other.is_replica or one._stream is None or not one._stream.log.over:
-                continue
-            pieces = [sorted(str(piece) for piece, _ in shard.serving.counted()) for shard in (one, other)]
-            if pieces[0] != pieces[1]:
-                self.fail(f"shard {number}: the primary has {pieces[0]}, its replica {pieces[1]}")
-            for piece, counted in one.serving.counted():
-                value, copy = one._work.stored[piece].value, other._work.stored[piece].value
-                if not (value == copy).all():
-                    self.fail(f"shard {number}, {piece}: {value} and {copy}")
-                if not counted.same_history(other.serving.pieces[piece]):
-                    self.fail(f"shard {number}, {piece}: {counted} and {other.serving.pieces[piece]}")
-            self.done["replicas compared"] += 1
+        for number, placed in enumerate(self.placing.shards):
+            for replica in placed.replicas:
+                one = daemons["server", placed.primary].shards.get(number)
+                other = daemons["server", replica.server].shards.get(number)
+                if one is None or other is None or not (replica.in_step and other.is_replica):
+                    continue
+                if one._stream is not None and one._stream.log.over:
+                    self._compare(number, one, other)
+
+    def _compare(self, number: int, one: Any, other: Any) -> None:
+        pieces = [sorted(str(piece) for piece, _ in shard.serving.counted()) for shard in (one, other)]
+        if pieces[0] != pieces[1]:
+            self.fail(f"shard {number}: the primary has {pieces[0]}, its replica {pieces[1]}")
+        for piece, counted in one.serving.counted():
+            value, copy = one._work.stored[piece].value, other._work.stored[piece].value
+            if not (value == copy).all():
+                self.fail(f"shard {number}, {piece}: {value} and {copy}")
+            if not counted.same_history(other.serving.pieces[piece]):
+                self.fail(f"shard {number}, {piece}: {counted} and {other.serving.pieces[piece]}")
+        self.done["replicas compared"] += 1
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -273,6 +285,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=20, help="how many seeds")
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--seed", type=int, help="replay this seed, with the log")
+    parser.add_argument("--servers", type=int, help="how many servers each cluster has")
+    parser.add_argument("--replication", type=int, default=1, help="and how many replicas a shard has then")
     chosen = parser.parse_args(arguments)
     if chosen.seed is not None:
         logging.basicConfig(level=logging.INFO)
@@ -280,7 +294,7 @@ def main(arguments: list[str] | None = None) -> int:
     started, failed, pulls = time.perf_counter(), 0, 0
     done: Counter[str] = Counter()
     for seed in seeds:
-        run = Run(seed)
+        run = Run(seed, None if chosen.servers is None else (chosen.servers, chosen.replication))
         try:
             run.run()
         except Exception as error:
