@@ -1,16 +1,19 @@
 """The kernels as they are called: by Numba's machine code where it is there and fits, else by plain NumPy.
 
 It fits arrays that lie in one run of memory (of any alignment, of any number of dimensions), of the usual
-types. What the kernels do is written in :mod:`kvstore.kernels.reference`.
+types. What the kernels do is written in :mod:`kvstore.kernels.reference`. Arrays that are not NumPy's lie in other
+memory, and are computed with by :mod:`kvstore.kernels.cuda`.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+from numpy import ndarray
 
 from kvstore.kernels import reference
 from kvstore.kernels.loader import LOADER
@@ -47,11 +50,27 @@ def wait(timeout: float | None = None) -> bool:
     return LOADER.wait(timeout)
 
 
+@functools.cache
+def _elsewhere(kind: type) -> Any | None:
+    """The form for arrays of this type, which is not NumPy's own. None: they are in host memory all the same."""
+    if issubclass(kind, ndarray | np.generic):
+        return None
+    if kind.__module__.partition(".")[0] == "cupy":
+        from kvstore.kernels.cuda import gpu
+
+        if issubclass(kind, gpu.ARRAY):
+            return gpu.KERNELS
+    raise TypeError(f"kernels: expected arrays of NumPy or CuPy, got {kind.__module__}.{kind.__qualname__}")
+
+
 # --- sums ---------------------------------------------------------------------------------------
 
 
 def merge(arrays: Sequence[Array], out: Array) -> None:
     """See :func:`kvstore.kernels.reference.merge`."""
+    if type(out) is not ndarray and (form := _elsewhere(type(out))) is not None:
+        form.merge(arrays, out)
+        return
     seen = _SEEN.get(out.dtype)
     tiny = out.size < TINY and out.dtype not in reference.HALVES
     if seen is not None and len(arrays) > 1 and not tiny and out.flags.c_contiguous:
@@ -64,6 +83,9 @@ def merge(arrays: Sequence[Array], out: Array) -> None:
 
 def allreduce(arrays: Sequence[Array], out: Array, others: Sequence[Array]) -> None:
     """See :func:`kvstore.kernels.reference.allreduce`."""
+    if type(out) is not ndarray and (form := _elsewhere(type(out))) is not None:
+        form.allreduce(arrays, out, others)
+        return
     if not others:
         merge(arrays, out)
         return
@@ -83,7 +105,10 @@ def _overlap_in_part(one: Array, other: Array) -> bool:
 
 
 def norm(arrays: Sequence[Array]) -> float:
-    """See :func:`kvstore.kernels.reference.norm`."""
+    """See :func:`kvstore.kernels.reference.norm`. Of CuPy's arrays: one without dimensions, which stays on the device."""
+    if type(arrays[0]) is not ndarray and (form := _elsewhere(type(arrays[0]))) is not None:
+        there: float = form.norm(arrays)
+        return there
     seen = _SEEN.get(arrays[0].dtype)
     if seen is not None and arrays[0].dtype.kind in "fV":
         kernel = LOADER.get("norm", seen, seen)
@@ -125,6 +150,9 @@ def _optimizer(plain: Callable[..., None]) -> Callable[..., None]:
 
     def kernel(change: Change, states: States, *numbers: float) -> None:
         value, target, pushes, scale, clip = change
+        if type(target) is not ndarray and (form := _elsewhere(type(target))) is not None:
+            getattr(form, name)(change, states, *numbers)
+            return
         dtype = target.dtype
         seen = _PUSHED.get((dtype, pushes[0].dtype))
         loaded = None if seen is None else LOADER.get(name, dtype, seen)
@@ -159,6 +187,9 @@ lamb = _optimizer(reference.lamb)
 
 def cast(source: Array, target: Array) -> None:
     """See :func:`kvstore.kernels.reference.cast`."""
+    if type(target) is not ndarray and (form := _elsewhere(type(target))) is not None:
+        form.cast(source, target)
+        return
     if source.flags.c_contiguous and target.flags.c_contiguous:
         name, half, wide = "widen", source.dtype, target.dtype
         if half == _FLOAT32:
@@ -173,6 +204,9 @@ def cast(source: Array, target: Array) -> None:
 
 def broadcast(source: Array, outs: Sequence[Array]) -> None:
     """See :func:`kvstore.kernels.reference.broadcast`."""
+    if type(source) is not ndarray and (form := _elsewhere(type(source))) is not None:
+        form.broadcast(source, outs)
+        return
     if len(outs) > 1 and source.size >= TINY and source.flags.c_contiguous:
         kernel = LOADER.get("broadcast", _BYTE, _BYTE)
         if kernel is not None and (found := _pushes(outs, _BYTE)) is not None:
@@ -183,6 +217,9 @@ def broadcast(source: Array, outs: Sequence[Array]) -> None:
 
 def gather(source: Array, row_ids: Array, out: Array) -> None:
     """See :func:`kvstore.kernels.reference.gather`."""
+    if type(out) is not ndarray and (form := _elsewhere(type(out))) is not None:
+        form.gather(source, row_ids, out)
+        return
     kernel, fit = LOADER.get("gather", _BYTE, _BYTE), _rows_fit(source, out, row_ids)
     if kernel is not None and fit:
         kernel(_rows(source, _BYTE), row_ids, _rows(out, _BYTE))
@@ -192,6 +229,9 @@ def gather(source: Array, row_ids: Array, out: Array) -> None:
 
 def scatter_add(target: Array, row_ids: Array, rows: Array) -> None:
     """See :func:`kvstore.kernels.reference.scatter_add`."""
+    if type(target) is not ndarray and (form := _elsewhere(type(target))) is not None:
+        form.scatter_add(target, row_ids, rows)
+        return
     dtype = target.dtype
     if dtype in _NOTHING:
         kernel, fit = LOADER.get("scatter_add", dtype, dtype), _rows_fit(target, rows, row_ids)

@@ -6,11 +6,13 @@ import functools
 
 import pytest
 
+from kvstore import kernels
 from kvstore.kernels.loader import LOADER
+from tests.kernels import on_cpu
 
 
 class Form:
-    """How kernels are done at the moment, and by which machine code they were done."""
+    """How kernels are done at the moment, and by which of Numba's machine code they were done."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -18,7 +20,7 @@ class Form:
 
     def get(self, name: str, dtype, pushed):
         """In place of the loader's: at once, or never."""
-        if self.name == "numpy":
+        if self.name != "numba":
             return None
 
         def kernel(*arguments):
@@ -35,8 +37,20 @@ def built(name: str, dtype, pushed):
     return jitted.build(name, dtype, pushed)
 
 
-@pytest.fixture(params=["numpy", "numba"])
+cuda_on_cpu = functools.cache(on_cpu.launches)
+
+
+@pytest.fixture(
+    params=[
+        "numpy",
+        "numba",
+        pytest.param("cuda on cpu", marks=pytest.mark.skipif(not on_cpu.COMPILER, reason="there is no g++")),
+    ]
+)
 def form(request, monkeypatch) -> Form:
     chosen = Form(request.param)
     monkeypatch.setattr(LOADER, "get", chosen.get)
+    if chosen.name == "cuda on cpu":
+        for name in kernels.NAMES:
+            monkeypatch.setattr(kernels, name, getattr(cuda_on_cpu(), name))
     return chosen

@@ -172,12 +172,12 @@ def test_norm(form: Form, dtype):
     rng = np.random.default_rng(5)
     for shape in SHAPES:
         for count in (1, 3):
-            arrays = [numbers(rng, shape, dtype) / np.dtype(dtype).type(64) for _ in range(count)]
+            arrays = [np.asarray(numbers(rng, shape, dtype) / np.dtype(dtype).type(64)) for _ in range(count)]
             expected = math.sqrt(math.fsum(dumb_sum(arrays).astype(np.float64).reshape(-1) ** 2))
             assert kernels.norm(arrays) == pytest.approx(expected, rel=1e-13)
             assert kernels.norm([strided(array) for array in arrays]) == reference.norm(arrays)
             assert kernels.norm(arrays) == reference.norm(arrays)
-    assert form.name == "numpy" or form.used >= {"norm", "locate"}
+    assert form.name != "numba" or form.used >= {"norm", "locate"}
 
 
 # --- optimizers ---------------------------------------------------------------------------------
@@ -226,7 +226,7 @@ def test_optimizers(form: Form, name, values, absent, dtype, pushed):
             same(target, expected)
             for one, other in zip(own, expected_states, strict=True):
                 assert one is other is None or same(one, other) is None
-    assert form.name == "numpy" or form.used >= {name, "locate"}
+    assert form.name != "numba" or form.used >= {name, "locate"}
 
 
 @pytest.mark.parametrize(("name", "values", "absent"), CASES, ids=lambda case: str(case)[:40])
@@ -279,7 +279,7 @@ def test_cast(form: Form, half):
     other = np.empty(3, np.int32)
     kernels.cast(np.array([1.7, -2.0, 3.0]), other)
     assert other.tolist() == [1, -2, 3]
-    assert form.name == "numpy" or form.used >= {"widen", "narrow"}
+    assert form.name != "numba" or form.used >= {"widen", "narrow"}
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (7,), (1000,), (3, 700), (300_007,)], ids=str)
@@ -317,7 +317,7 @@ def test_rows(form: Form, dtype, row):
                     expected[number] += one
             kernels.scatter_add(target, ids, layout(rows))
             same(target, expected)
-    assert form.name == "numpy" or "gather" in form.used
+    assert form.name != "numba" or "gather" in form.used
     assert ("scatter_add" in form.used) == (form.name == "numba" and dtype in ("float32", "float64"))
 
 

@@ -1,0 +1,380 @@
+"""Which CUDA kernels do what a name of :mod:`kvstore.kernels` says, and on what.
+
+Everything is put in the queue of the current stream, and nothing waits for it, but :meth:`Launches.gather` and
+:meth:`Launches.scatter_add`: whether an id is no row has to be known before they may return.
+Arrays that kernels cannot take as they lie (with holes, or at an odd address) are copied before, and back.
+
+What this file does not know: CuPy. Where the arrays are, and how a kernel is started there, is a :class:`Processor`.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import ml_dtypes
+import numpy as np
+
+from kvstore.kernels import reference
+from kvstore.kernels.reference import LANES, Array, Change, States
+
+NEAR = 64  # addresses that are passed with a kernel; more lie in memory
+THREADS = 256  # of a block
+PACK_BYTES = 16  # the most that one instruction loads
+WORK = struct.Struct(f"6q 2Q 3Q 3Q 3d 8d Q {NEAR}Q")  # as `struct Work` in kernels.cu
+SOURCE = Path(__file__).with_name("kernels.cu")
+OPTIONS = (  # of the compiler: the same bits as NumPy
+    *("--std=c++17", "--fmad=false", "--ftz=false", "--prec-div=true", "--prec-sqrt=true"),
+    *(f"-DNEAR={NEAR}", f"-DLANES={LANES}", f"-DWORK_BYTES={WORK.size}"),
+)
+
+_FLOAT32, _FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
+_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+_KINDS = {  # how kernels call the type, and the bytes of what they add up
+    np.dtype(np.bool_): ("flag", 1),
+    np.dtype(np.float16): ("half", 2),
+    _BFLOAT16: ("brain", 2),
+    _FLOAT32: ("f4", 4),
+    _FLOAT64: ("f8", 8),
+    np.dtype(np.complex64): ("f4", 4),
+    np.dtype(np.complex128): ("f8", 8),
+    **{np.dtype(f"{sign}{size}"): (f"u{size}", size) for sign in "iu" for size in (1, 2, 4, 8)},  # they wrap
+}
+_PUSHED = {(_FLOAT32, _FLOAT32), (_FLOAT64, _FLOAT64), *((_FLOAT32, half) for half in reference.HALVES)}
+_CASTS = {(_FLOAT32, half) for half in reference.HALVES} | {(half, _FLOAT32) for half in reference.HALVES}
+
+
+class Processor(Protocol):
+    """Where arrays are, and how a kernel is started there."""
+
+    def blocks(self) -> int:
+        """How many blocks of threads are useful at once."""
+
+    def start(self, kernel: str, blocks: int, work: bytes) -> None:
+        """Put the kernel in the queue, with so many blocks of :data:`THREADS` threads."""
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        """A new array there."""
+
+    def upload(self, array: Array) -> Array:
+        """What is in host memory, there."""
+
+    def download(self, array: Array) -> Array:
+        """What is there, in host memory. Waits for it."""
+
+    def address(self, array: Array) -> int:
+        """Of its first element."""
+
+    def copy(self, source: Array, target: Array) -> None:
+        """Into the target's strides and dtype."""
+
+    def as_bytes(self, array: Array) -> Array:
+        """The same memory, with one dimension more for the bytes of an element."""
+
+    def order(self, ids: Array) -> Array:
+        """The positions that sort them, int64; equal ones stay in order."""
+
+
+class Launches:
+    """The kernels by name, on one kind of processor. Thread-safe.
+
+    Whoever calls chooses the device and the stream, as CuPy's current ones.
+    """
+
+    def __init__(self, processor: Processor) -> None:
+        self._processor = processor
+
+    def __repr__(self) -> str:
+        return f"<Launches on {self._processor!r}>"
+
+    # --- sums ---------------------------------------------------------------------------------
+
+    def merge(self, arrays: Sequence[Array], out: Array) -> None:
+        """See :func:`kvstore.kernels.reference.merge`."""
+        if not (len(arrays) == 1 and arrays[0] is out):
+            self._sum(arrays, [out])
+
+    def allreduce(self, arrays: Sequence[Array], out: Array, others: Sequence[Array]) -> None:
+        """See :func:`kvstore.kernels.reference.allreduce`."""
+        if any(self._overlap_in_part(array, other) for array in arrays for other in others):
+            self.merge(arrays, out)
+            self.broadcast(out, others)
+        else:
+            self._sum(arrays, [out, *others])
+
+    def broadcast(self, source: Array, outs: Sequence[Array]) -> None:
+        """See :func:`kvstore.kernels.reference.broadcast`."""
+        self._sum([source], outs)
+
+    def _sum(self, arrays: Sequence[Array], outs: Sequence[Array]) -> None:
+        kind, unit = _kind("merge", outs[0] if outs else arrays[0], *arrays, *outs)
+        pushes, rooms = [self._fit(array) for array in arrays], [self._room(out) for out in outs]
+        size = arrays[0].nbytes // unit
+        self._each(f"merge_{kind}", size, unit, unit, [*pushes, *rooms], pushes=len(pushes), outs=len(rooms))
+        self._back(rooms, outs)
+
+    def _overlap_in_part(self, one: Array, other: Array) -> bool:
+        """Of what kernels take as it lies."""
+        if not (self._fits(one) and self._fits(other)):
+            return False
+        start, begin = self._processor.address(one), self._processor.address(other)
+        return start != begin and start < begin + other.nbytes and begin < start + one.nbytes
+
+    def norm(self, arrays: Sequence[Array]) -> Array:
+        """See :func:`kvstore.kernels.reference.norm`. It stays where the arrays are, without dimensions, in float64."""
+        kind, unit = _kind("norm", *arrays)
+        if arrays[0].dtype.kind not in "fV":
+            raise TypeError(f"norm: expected numbers with a point, got {arrays[0].dtype}")
+        pushes = [self._fit(array) for array in arrays]
+        out, scratch = self._processor.empty((), _FLOAT64), self._processor.empty((LANES,), _FLOAT64)
+        self._start(f"norm_{kind}", LANES, pushes, size=arrays[0].size, pushes=len(pushes), scratch=scratch)
+        self._start("norm_end", 1, [], target=out, scratch=scratch)
+        return out
+
+    # --- optimizers ---------------------------------------------------------------------------
+
+    def accumulate(self, change: Change, states: States) -> None:
+        """See :func:`kvstore.kernels.reference.accumulate`."""
+        value, target, pushes, scale, clip = change
+        if (target.dtype, pushes[0].dtype) in _PUSHED:
+            self._update("accumulate", change, states)
+        elif scale == 1.0 and clip == math.inf:
+            merged = self._processor.empty(value.shape, value.dtype)
+            self.merge(pushes, merged)
+            self.merge([value, merged], target)
+        else:
+            raise TypeError(f"accumulate: expected float32 or float64 to scale or clip, got {target.dtype}")
+
+    def sgd(self, change: Change, states: States, *numbers: float) -> None:
+        """See :func:`kvstore.kernels.reference.sgd`."""
+        self._update("sgd", change, states, *numbers, decay=numbers[1])
+
+    def adam(self, change: Change, states: States, *numbers: float) -> None:
+        """See :func:`kvstore.kernels.reference.adam`."""
+        self._update("adam", change, states, *numbers, decay=numbers[5])
+
+    def adagrad(self, change: Change, states: States, *numbers: float) -> None:
+        """See :func:`kvstore.kernels.reference.adagrad`."""
+        self._update("adagrad", change, states, *numbers, decay=numbers[2])
+
+    def rmsprop(self, change: Change, states: States, *numbers: float) -> None:
+        """See :func:`kvstore.kernels.reference.rmsprop`."""
+        self._update("rmsprop", change, states, *numbers, decay=numbers[3])
+
+    def adadelta(self, change: Change, states: States, *numbers: float) -> None:
+        """See :func:`kvstore.kernels.reference.adadelta`."""
+        self._update("adadelta", change, states, *numbers, decay=numbers[3])
+
+    def ftrl(self, change: Change, states: States, *numbers: float) -> None:
+        """See :func:`kvstore.kernels.reference.ftrl`."""
+        self._update("ftrl", change, states, *numbers)
+
+    def lars(self, change: Change, states: States, *numbers: float) -> None:
+        """See :func:`kvstore.kernels.reference.lars`."""
+        scratch, rate = self._processor.empty((2 * LANES,), _FLOAT64), self._processor.empty((), _FLOAT64)
+
+        def begin(pushed: str, size: int, given: list[Array], **work: Any) -> None:
+            self._start(f"lars_squares_{pushed}", LANES, given, size=size, **{**work, "scratch": scratch, "decay": 0.0})
+            self._start("lars_rate", 1, [], target=rate, scratch=scratch, numbers=numbers)
+
+        self._update("lars", change, states, *numbers, decay=numbers[3], scratch=rate, before=begin)
+
+    def lamb(self, change: Change, states: States, *numbers: float) -> None:
+        """See :func:`kvstore.kernels.reference.lamb`."""
+        scratch, rate = self._processor.empty((2 * LANES,), _FLOAT64), self._processor.empty((), _FLOAT64)
+
+        def end(pushed: str, size: int, given: list[Array], **work: Any) -> None:
+            kind, unit = pushed.partition("_")[0], work["target"].itemsize
+            self._start(f"lamb_squares_{kind}", LANES, [], size=size, **{**work, "scratch": scratch, "pushes": 0})
+            self._start("lamb_rate", 1, [], target=rate, scratch=scratch, numbers=numbers)
+            self._each(f"lamb_{kind}", size, unit, unit, [], **{**work, "scratch": rate, "pushes": 0})
+
+        self._update("lamb_moments", change, states, *numbers, after=end)
+
+    def _update(
+        self,
+        kernel: str,
+        change: Change,
+        states: States,
+        *numbers: float,
+        decay: float = 0.0,
+        scratch: Array | None = None,
+        before: Callable[..., None] | None = None,
+        after: Callable[..., None] | None = None,
+    ) -> None:
+        """One kernel over memory; ``before`` and ``after`` it may start more on the same work."""
+        value, target, pushes, scale, clip = change
+        pushed = pushes[0].dtype
+        if (target.dtype, pushed) not in _PUSHED:
+            raise TypeError(
+                f"{kernel}: expected float32 or float64 and pushes of the same, or of 16 bits beside float32; "
+                f"got {target.dtype} and {pushed}"
+            )
+        given, room = [self._fit(push) for push in pushes], self._room(target)
+        own = tuple([state if state is None else self._fit(state) for state in states])
+        work: dict[str, Any] = {
+            "value": self._fit(value), "target": room, "states": own, "pushes": len(given), "scratch": scratch,
+            "scale": float(scale), "clip": float(clip), "decay": decay, "numbers": numbers,
+        }  # fmt: skip
+        unit, name = target.itemsize, f"{_kind(kernel, target, value)[0]}_{_kind(kernel, *pushes)[0]}"
+        if target.size:
+            if before is not None:
+                before(name, target.size, given, **work)
+            self._each(f"{kernel}_{name}", target.size, unit, pushed.itemsize, given, **work)
+            if after is not None:
+                after(name, target.size, given, **work)
+            self._back([room], [target])
+            for state, fit in zip(states, own, strict=True):
+                if state is not None and fit is not None:
+                    self._back([fit], [state])
+
+    # --- other --------------------------------------------------------------------------------
+
+    def cast(self, source: Array, target: Array) -> None:
+        """See :func:`kvstore.kernels.reference.cast`."""
+        given, room = self._fit(source), self._room(target)
+        if (source.dtype, target.dtype) in _CASTS:
+            name = f"cast_{_kind('cast', source)[0]}_{_kind('cast', target)[0]}"
+            packed = self._packed([given], 4 * source.itemsize) and self._packed([room], 4 * target.itemsize)
+            self._spread(name, target.size, 4, packed, [given, room])
+        else:
+            self._processor.copy(given, room)
+        self._back([room], [target])
+
+    def gather(self, source: Array, row_ids: Array, out: Array) -> None:
+        """See :func:`kvstore.kernels.reference.gather`."""
+        ids = self._checked(source, row_ids)
+        if out.size:
+            given, room = self._fit(source), self._room(out)
+            row_bytes = out.nbytes // len(out)
+            together = math.gcd(row_bytes, self._processor.address(given), self._processor.address(room), PACK_BYTES)
+            columns = row_bytes // together
+            self._start(
+                *(f"gather_{together}", out.nbytes // together, []),
+                **{"size": len(out), "columns": columns, "value": given, "target": room, "ids": ids},
+            )
+            self._back([room], [out])
+
+    def scatter_add(self, target: Array, row_ids: Array, rows: Array) -> None:
+        """See :func:`kvstore.kernels.reference.scatter_add`."""
+        kind, unit = _kind("scatter_add", target, rows)
+        ids = self._checked(target, row_ids)
+        if rows.size:
+            given, into = self._fit(rows), self._fit(target)
+            columns = rows.nbytes // len(rows) // unit
+            self._start(
+                *(f"scatter_add_{kind}", len(rows) * columns, []),
+                **{"size": len(rows), "columns": columns, "value": given, "target": into, "ids": ids},
+                order=self._processor.order(ids),
+            )
+            self._back([into], [target])
+
+    def _checked(self, table: Array, row_ids: Array) -> Array:
+        if row_ids.dtype != np.int64:
+            raise TypeError(f"row ids: expected int64, got {row_ids.dtype}")
+        ids = self._fit(row_ids)
+        if ids.size:
+            wrong = self._processor.upload(np.zeros(1))
+            self._start("find_wrong", ids.size, [], size=ids.size, columns=len(table), ids=ids, scratch=wrong)
+            if self._processor.download(wrong)[0]:
+                reference.check_rows(table, self._processor.download(ids))
+        return ids
+
+    # --- memory -------------------------------------------------------------------------------
+
+    def _fits(self, array: Array) -> bool:
+        """Can kernels take it as it lies?"""
+        return bool(array.flags.c_contiguous) and self._aligned(array)
+
+    def _aligned(self, array: Array) -> bool:
+        return self._processor.address(array) % min(array.itemsize, 8) == 0
+
+    def _fit(self, array: Array) -> Array:
+        """It, or a copy that fits."""
+        if self._fits(array):
+            return array
+        own = self._processor.empty(array.shape, array.dtype)
+        self._copy(array, own)
+        return own
+
+    def _room(self, out: Array) -> Array:
+        """It, or memory that fits for what :meth:`_back` brings there."""
+        return out if self._fits(out) else self._processor.empty(out.shape, out.dtype)
+
+    def _back(self, rooms: Sequence[Array], outs: Sequence[Array]) -> None:
+        for room, out in zip(rooms, outs, strict=True):
+            if room is not out:
+                self._copy(room, out)
+
+    def _copy(self, source: Array, target: Array) -> None:
+        if not (self._aligned(source) and self._aligned(target)):
+            source, target = self._processor.as_bytes(source), self._processor.as_bytes(target)
+        self._processor.copy(source, target)
+
+    # --- starting -----------------------------------------------------------------------------
+
+    def _each(self, kernel: str, size: int, unit: int, pushed: int, arrays: Sequence[Array], **work: Any) -> None:
+        """A kernel of packs of elements, of ``unit`` bytes in the values and of ``pushed`` in the other arrays."""
+        elements = PACK_BYTES // unit
+        values = [work.get("value"), work.get("target"), *work.get("states", ())]
+        packed = self._packed(arrays, elements * pushed)
+        packed = packed and self._packed([value for value in values if value is not None], PACK_BYTES)
+        self._spread(kernel, size, elements, packed, arrays, **work)
+
+    def _packed(self, arrays: Sequence[Array], multiple: int) -> bool:
+        return all(self._processor.address(array) % multiple == 0 for array in arrays)
+
+    def _spread(
+        self, kernel: str, size: int, elements: int, packed: bool, arrays: Sequence[Array], **work: Any
+    ) -> None:
+        if size:
+            items = -(-size // elements) if packed else size
+            self._start(kernel, items, arrays, size=size, packed=packed, **work)
+
+    def _start(
+        self,
+        kernel: str,
+        items: int,
+        arrays: Sequence[Array],
+        *,
+        size: int = 0,
+        columns: int = 0,
+        pushes: int = 0,
+        outs: int = 0,
+        packed: bool = False,
+        value: Array | None = None,
+        target: Array | None = None,
+        states: States = (),
+        scratch: Array | None = None,
+        ids: Array | None = None,
+        order: Array | None = None,
+        scale: float = 1.0,
+        clip: float = math.inf,
+        decay: float = 0.0,
+        numbers: Sequence[float] = (),
+    ) -> None:
+        """Start it with a thread for each item, or as many as are useful."""
+        table = [self._processor.address(array) for array in arrays]
+        far = None
+        if len(table) > NEAR:
+            far = self._processor.upload(np.array(table, np.uint64))
+            table = []
+        single = (value, target, *states, *[None] * (3 - len(states)), scratch, ids, order)
+        work = WORK.pack(
+            *(size, columns, pushes, outs, packed, 0),
+            *[0 if array is None else self._processor.address(array) for array in single],
+            *(scale, clip, decay, *numbers, *[0.0] * (8 - len(numbers))),
+            *(0 if far is None else self._processor.address(far), *table, *[0] * (NEAR - len(table))),
+        )
+        self._processor.start(kernel, max(1, min(-(-items // THREADS), self._processor.blocks())), work)
+
+
+def _kind(what: str, *arrays: Array) -> tuple[str, int]:
+    """How kernels call the arrays' one type, and the bytes of what they add up. Raises TypeError if they have none."""
+    dtypes = {array.dtype for array in arrays}
+    if len(dtypes) != 1 or not dtypes <= _KINDS.keys():
+        raise TypeError(f"{what}: expected arrays of one dtype that kernels know, got {', '.join(map(str, dtypes))}")
+    return _KINDS[dtypes.pop()]

@@ -1,0 +1,70 @@
+"""A processor of CUDA kernels that is none: their arithmetic by g++, on NumPy's memory, thread after thread."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from kvstore.kernels.cuda.launches import OPTIONS, SOURCE, Launches
+
+COMPILER = shutil.which("g++")
+SHIM = Path(__file__).with_name("on_cpu.cpp")
+DEFINITIONS = [option for option in OPTIONS if option.startswith("-D")]
+FLAGS = [*("-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-shared"), *("-Wall", "-Werror", "-Wno-unknown-pragmas")]
+BLOCKS, THREADS = 3, 32  # few, so that threads come round more than once
+
+
+def build() -> ctypes.CDLL:
+    """The kernels as a library of this process."""
+    assert COMPILER is not None
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "kernels.so"
+        subprocess.run([COMPILER, *FLAGS, *DEFINITIONS, "-I", SOURCE.parent, SHIM, "-o", library], check=True)
+        return ctypes.CDLL(str(library))
+
+
+class OnCpu:
+    def __init__(self) -> None:
+        self.library = build()
+        self.started: set[str] = set()
+
+    def blocks(self) -> int:
+        return BLOCKS
+
+    def start(self, kernel: str, blocks: int, work: bytes) -> None:
+        self.started.add(kernel)
+        aligned = np.frombuffer(work, np.uint64).copy()
+        self.library.run(self.library[kernel], blocks, THREADS, ctypes.c_void_p(aligned.ctypes.data))
+
+    def empty(self, shape, dtype):
+        return np.empty(shape, dtype)
+
+    def upload(self, array):
+        return array.copy()
+
+    def download(self, array):
+        return array
+
+    def address(self, array) -> int:
+        return array.ctypes.data
+
+    def copy(self, source, target) -> None:
+        with np.errstate(all="ignore"):
+            np.copyto(target, source, casting="unsafe")
+
+    def as_bytes(self, array):
+        at = np.ctypeslib.as_array((ctypes.c_uint8 * 1).from_address(array.ctypes.data)) if array.size else np.empty(0, "u1")
+        raw = np.lib.stride_tricks.as_strided(at, (*array.shape, array.itemsize), (*array.strides, 1))
+        return raw
+
+    def order(self, ids):
+        return np.argsort(ids, kind="stable")
+
+
+def launches() -> Launches:
+    return Launches(OnCpu())
