@@ -7,7 +7,6 @@ memory, and are computed with by :mod:`kvstore.kernels.cuda`.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -50,17 +49,16 @@ def wait(timeout: float | None = None) -> bool:
     return LOADER.wait(timeout)
 
 
-@functools.cache
-def _elsewhere(kind: type) -> Any | None:
-    """The form for arrays of this type, which is not NumPy's own. None: they are in host memory all the same."""
-    if issubclass(kind, ndarray | np.generic):
+def _elsewhere(array: Any) -> Any | None:
+    """The form for an array whose type is not NumPy's own. None: it is in host memory all the same."""
+    if isinstance(array, ndarray | np.generic):
         return None
-    if kind.__module__.partition(".")[0] == "cupy":
-        from kvstore.kernels.cuda import gpu
+    kind = type(array)
+    if kind.__module__.partition(".")[0] != "cupy":
+        raise TypeError(f"kernels: expected arrays of NumPy or CuPy, got {kind.__module__}.{kind.__qualname__}")
+    from kvstore.kernels.cuda import gpu
 
-        if issubclass(kind, gpu.ARRAY):
-            return gpu.KERNELS
-    raise TypeError(f"kernels: expected arrays of NumPy or CuPy, got {kind.__module__}.{kind.__qualname__}")
+    return gpu.KERNELS
 
 
 # --- sums ---------------------------------------------------------------------------------------
@@ -68,7 +66,7 @@ def _elsewhere(kind: type) -> Any | None:
 
 def merge(arrays: Sequence[Array], out: Array) -> None:
     """See :func:`kvstore.kernels.reference.merge`."""
-    if type(out) is not ndarray and (form := _elsewhere(type(out))) is not None:
+    if type(out) is not ndarray and (form := _elsewhere(out)) is not None:
         form.merge(arrays, out)
         return
     seen = _SEEN.get(out.dtype)
@@ -83,7 +81,7 @@ def merge(arrays: Sequence[Array], out: Array) -> None:
 
 def allreduce(arrays: Sequence[Array], out: Array, others: Sequence[Array]) -> None:
     """See :func:`kvstore.kernels.reference.allreduce`."""
-    if type(out) is not ndarray and (form := _elsewhere(type(out))) is not None:
+    if type(out) is not ndarray and (form := _elsewhere(out)) is not None:
         form.allreduce(arrays, out, others)
         return
     if not others:
@@ -105,8 +103,8 @@ def _overlap_in_part(one: Array, other: Array) -> bool:
 
 
 def norm(arrays: Sequence[Array]) -> float:
-    """See :func:`kvstore.kernels.reference.norm`. Of CuPy's arrays: one without dimensions, which stays on the device."""
-    if type(arrays[0]) is not ndarray and (form := _elsewhere(type(arrays[0]))) is not None:
+    """See :func:`kvstore.kernels.reference.norm`. Of CuPy's arrays: one that stays on the device."""
+    if type(arrays[0]) is not ndarray and (form := _elsewhere(arrays[0])) is not None:
         there: float = form.norm(arrays)
         return there
     seen = _SEEN.get(arrays[0].dtype)
@@ -150,7 +148,7 @@ def _optimizer(plain: Callable[..., None]) -> Callable[..., None]:
 
     def kernel(change: Change, states: States, *numbers: float) -> None:
         value, target, pushes, scale, clip = change
-        if type(target) is not ndarray and (form := _elsewhere(type(target))) is not None:
+        if type(target) is not ndarray and (form := _elsewhere(target)) is not None:
             getattr(form, name)(change, states, *numbers)
             return
         dtype = target.dtype
@@ -187,7 +185,7 @@ lamb = _optimizer(reference.lamb)
 
 def cast(source: Array, target: Array) -> None:
     """See :func:`kvstore.kernels.reference.cast`."""
-    if type(target) is not ndarray and (form := _elsewhere(type(target))) is not None:
+    if type(target) is not ndarray and (form := _elsewhere(target)) is not None:
         form.cast(source, target)
         return
     if source.flags.c_contiguous and target.flags.c_contiguous:
@@ -204,7 +202,7 @@ def cast(source: Array, target: Array) -> None:
 
 def broadcast(source: Array, outs: Sequence[Array]) -> None:
     """See :func:`kvstore.kernels.reference.broadcast`."""
-    if type(source) is not ndarray and (form := _elsewhere(type(source))) is not None:
+    if type(source) is not ndarray and (form := _elsewhere(source)) is not None:
         form.broadcast(source, outs)
         return
     if len(outs) > 1 and source.size >= TINY and source.flags.c_contiguous:
@@ -217,7 +215,7 @@ def broadcast(source: Array, outs: Sequence[Array]) -> None:
 
 def gather(source: Array, row_ids: Array, out: Array) -> None:
     """See :func:`kvstore.kernels.reference.gather`."""
-    if type(out) is not ndarray and (form := _elsewhere(type(out))) is not None:
+    if type(out) is not ndarray and (form := _elsewhere(out)) is not None:
         form.gather(source, row_ids, out)
         return
     kernel, fit = LOADER.get("gather", _BYTE, _BYTE), _rows_fit(source, out, row_ids)
@@ -229,7 +227,7 @@ def gather(source: Array, row_ids: Array, out: Array) -> None:
 
 def scatter_add(target: Array, row_ids: Array, rows: Array) -> None:
     """See :func:`kvstore.kernels.reference.scatter_add`."""
-    if type(target) is not ndarray and (form := _elsewhere(type(target))) is not None:
+    if type(target) is not ndarray and (form := _elsewhere(target)) is not None:
         form.scatter_add(target, row_ids, rows)
         return
     dtype = target.dtype

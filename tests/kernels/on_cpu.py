@@ -58,9 +58,9 @@ class OnCpu:
             np.copyto(target, source, casting="unsafe")
 
     def as_bytes(self, array):
-        at = np.ctypeslib.as_array((ctypes.c_uint8 * 1).from_address(array.ctypes.data)) if array.size else np.empty(0, "u1")
-        raw = np.lib.stride_tricks.as_strided(at, (*array.shape, array.itemsize), (*array.strides, 1))
-        return raw
+        first = (ctypes.c_uint8 * 1).from_address(array.ctypes.data)
+        bytes_ = np.frombuffer(first, np.uint8)
+        return np.lib.stride_tricks.as_strided(bytes_, (*array.shape, array.itemsize), (*array.strides, 1))
 
     def order(self, ids):
         return np.argsort(ids, kind="stable")

@@ -1,6 +1,6 @@
-"""CuPy as the :class:`~kvstore.kernels.cuda.launches.Processor`. Imported with the first CuPy array that is computed with.
+"""CuPy as the :class:`~kvstore.kernels.cuda.launches.Processor`. Imported with the first CuPy array to compute with.
 
-NVRTC compiles ``kernels.cu`` for the device at hand when a kernel is first started on it; CuPy keeps the result on disk.
+NVRTC compiles ``kernels.cu`` for the device at hand when a kernel is first started there; CuPy keeps it on disk.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from kvstore.kernels.reference import Array
 
 BLOCKS_PER_MULTIPROCESSOR = 8  # of 256 threads: as many as one holds at a time
 
-ARRAY: type = cupy.ndarray
 _PASSED = np.dtype([("work", f"V{WORK.size}")])  # CuPy passes an array of NumPy's with one struct by value
 
 

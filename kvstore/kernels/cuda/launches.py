@@ -125,7 +125,7 @@ class Launches:
 
     def norm(self, arrays: Sequence[Array]) -> Array:
         """See :func:`kvstore.kernels.reference.norm`. It stays where the arrays are, without dimensions, in float64."""
-        kind, unit = _kind("norm", *arrays)
+        kind = _kind("norm", *arrays)[0]
         if arrays[0].dtype.kind not in "fV":
             raise TypeError(f"norm: expected numbers with a point, got {arrays[0].dtype}")
         pushes = [self._fit(array) for array in arrays]
@@ -253,9 +253,9 @@ class Launches:
             together = math.gcd(row_bytes, self._processor.address(given), self._processor.address(room), PACK_BYTES)
             columns = row_bytes // together
             self._start(
-                *(f"gather_{together}", out.nbytes // together, []),
-                **{"size": len(out), "columns": columns, "value": given, "target": room, "ids": ids},
-            )
+                f"gather_{together}", out.nbytes // together, [],
+                size=len(out), columns=columns, value=given, target=room, ids=ids,
+            )  # fmt: skip
             self._back([room], [out])
 
     def scatter_add(self, target: Array, row_ids: Array, rows: Array) -> None:
@@ -266,10 +266,9 @@ class Launches:
             given, into = self._fit(rows), self._fit(target)
             columns = rows.nbytes // len(rows) // unit
             self._start(
-                *(f"scatter_add_{kind}", len(rows) * columns, []),
-                **{"size": len(rows), "columns": columns, "value": given, "target": into, "ids": ids},
-                order=self._processor.order(ids),
-            )
+                f"scatter_add_{kind}", len(rows) * columns, [],
+                size=len(rows), columns=columns, value=given, target=into, ids=ids, order=self._processor.order(ids),
+            )  # fmt: skip
             self._back([into], [target])
 
     def _checked(self, table: Array, row_ids: Array) -> Array:
@@ -330,8 +329,8 @@ class Launches:
     def _spread(
         self, kernel: str, size: int, elements: int, packed: bool, arrays: Sequence[Array], **work: Any
     ) -> None:
-        if size:
-            items = -(-size // elements) if packed else size
+        items = -(-size // elements) if packed else size
+        if items:
             self._start(kernel, items, arrays, size=size, packed=packed, **work)
 
     def _start(

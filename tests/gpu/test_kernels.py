@@ -1,0 +1,47 @@
+"""The kernels' contract, on CuPy's arrays; and what only a GPU has, streams."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from kvstore import kernels
+from tests.gpu.mirror import mirrored
+from tests.kernels import test_contract
+from tests.kernels.forms import Form
+
+# Its tests are run again, with the form below.
+globals().update({name: test for name, test in vars(test_contract).items() if name.startswith("test_")})
+
+
+@pytest.fixture(params=["current stream", "own stream"])
+def form(request, monkeypatch):
+    import cupy
+
+    for name in kernels.NAMES:
+        monkeypatch.setattr(kernels, name, mirrored(getattr(kernels, name), cupy))
+    if request.param == "current stream":
+        yield Form("cuda")
+    else:
+        with cupy.cuda.Stream(non_blocking=True):
+            yield Form("cuda")
+
+
+def test_kernels_are_put_into_the_current_stream():
+    """What was put there before has been done, also where nobody waited; the host finds the sum."""
+    import cupy
+
+    with cupy.cuda.Stream(non_blocking=True) as stream:
+        arrays = [cupy.full(1 << 24, k, np.float32) for k in (1, 2, 3)]
+        out = cupy.empty(1 << 24, np.float32)
+        for _ in range(50):
+            kernels.merge([out if _ else arrays[0], *arrays[1:]], out)
+        stream.synchronize()
+    assert bool((out == 1 + 50 * 5).all())
+
+
+def test_kernels_refuse_arrays_of_both_memories():
+    import cupy
+
+    with pytest.raises((TypeError, AttributeError)):
+        kernels.merge([np.zeros(3), np.zeros(3)], cupy.zeros(3))
