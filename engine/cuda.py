@@ -1,7 +1,7 @@
 """CUDA devices as the engine sees them, through CuPy.
 
-CuPy itself is brought by the caller, who has arrays of it: this file imports no library of arrays, and costs nothing where
-there is none. Arrays of other libraries are known by ``__cuda_array_interface__`` (PyTorch, Numba).
+CuPy itself is brought by the caller, who has arrays of it: this file imports no library of arrays, and costs nothing
+where there is none. Arrays of other libraries are known by ``__cuda_array_interface__`` (PyTorch, Numba).
 """
 
 from __future__ import annotations

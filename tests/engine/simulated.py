@@ -1,7 +1,7 @@
-"""Devices that do not exist: streams are queues, and nothing but their order and their events decides what comes when.
+"""Devices that do not exist: streams are queues, and nothing but their order and events decides what comes when.
 
-Work is done lazily, some of it at every call to the device, by a random choice among the streams whose first piece can be
-done. Whatever an engine forgets to order will sooner or later happen in the wrong order.
+Work is done lazily, some of it at every call to the device, by a random choice among the streams whose first piece
+can be done. Whatever an engine forgets to order will sooner or later happen in the wrong order.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class Array:
 
 
 class Stream:
-    def __init__(self, device, name):
-        self.device, self.name, self.queue = device, name, deque()
-        self.error = None  # of the work since the last mark
+    def __init__(self, device, name, speed):
+        self.device, self.name, self.speed, self.queue = device, name, speed, deque()
+        self.errors = {}  # of the work since the last mark, by the thread that enqueued it
 
     def __repr__(self):
         return f"<Stream {self.name} of {self.device}: {len(self.queue)} queued>"
@@ -46,6 +46,12 @@ class Stream:
 class Event:
     def __init__(self, stream):
         self.stream, self.happened, self.error = stream, False, None
+        self.thread = threading.get_ident()
+
+
+class Kernel:
+    def __init__(self, work):
+        self.work, self.thread = work, threading.get_ident()
 
 
 class Current(threading.local):
@@ -68,6 +74,7 @@ class Simulated:
         self.start, self.next, self.lose = start, {}, lose
         self.null, self.streams = {}, []
         self.here = Current()
+        self.diligence = self.random.choice([0.05, 0.2, 1.0])  # how likely a piece of work is done at a call
         self.frozen = False
         self.synchronised = []  # the threads that have waited for a device
         self.launched = 0
@@ -85,7 +92,7 @@ class Simulated:
 
     def stream(self, device):
         with self.lock:
-            one = Stream(device, f"s{len(self.streams)}")
+            one = Stream(device, f"s{len(self.streams)}", self.random.choice([1, 5, 25]))
             self.streams.append(one)
             return one
 
@@ -120,7 +127,8 @@ class Simulated:
 
     def done(self, event):
         with self.lock:
-            self.advance()
+            if not self.frozen and any(map(self._can, self.streams)):
+                self.step()
             if event.happened and event.error is not None:
                 raise event.error
             return event.happened
@@ -146,8 +154,24 @@ class Simulated:
         """A kernel: ``work()`` is done on the current stream of the device, the current one unless said."""
         with self.lock:
             self.launched += 1
-            self.current(self.here.device if device is None else device).queue.append(work)
+            self.current(self.here.device if device is None else device).queue.append(Kernel(work))
             self.advance()
+
+    def stream_here(self):
+        """The current stream of the current device."""
+        return self.current(self.here.device)
+
+    @contextlib.contextmanager
+    def callers(self, rng):
+        """Within the block, the thread has a stream of its own on some devices."""
+        before = dict(self.here.streams)
+        for device, luck in enumerate((rng.random(), rng.random())):
+            if luck < 0.7:
+                self.here.streams[device] = self.stream(device)
+        try:
+            yield
+        finally:
+            self.here.streams = before
 
     def drain(self):
         """Do all there is."""
@@ -159,9 +183,7 @@ class Simulated:
 
     def advance(self):
         if not self.frozen:
-            for _ in range(self.random.randrange(4)):
-                if not any(map(self._can, self.streams)):
-                    return
+            while self.random.random() < self.diligence * 0.7 and any(map(self._can, self.streams)):
                 self.step()
 
     @staticmethod
@@ -172,15 +194,15 @@ class Simulated:
         able = list(filter(self._can, self.streams))
         if not able:
             raise Lost(f"{self.streams}")
-        stream = self.random.choice(able)
+        stream = self.random.choices(able, [one.speed for one in able])[0]
         first = stream.queue.popleft()
         if isinstance(first, Event):
-            first.happened, first.error, stream.error = True, stream.error, None
-        elif not isinstance(first, tuple):
+            first.happened, first.error = True, stream.errors.pop(first.thread, None)
+        elif isinstance(first, Kernel):
             try:
-                first()
+                first.work()
             except Exception as error:
-                stream.error = stream.error or error
+                stream.errors.setdefault(first.thread, error)
 
 
 class Nowhere:
@@ -191,6 +213,16 @@ class Nowhere:
 
     def enqueue(self, work, device=None):
         work()
+
+    def stream_here(self):
+        return None
+
+    def on(self, stream):
+        return contextlib.nullcontext()
+
+    def callers(self, rng):
+        rng.random(), rng.random()
+        return contextlib.nullcontext()
 
     def drain(self):
         pass
