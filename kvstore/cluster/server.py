@@ -259,7 +259,7 @@ class Server:
             log.warning("%s", self._refused)
             for shard in self.shards.values():
                 shard.close()
-            threading.Thread(target=self.stop, name="kvstore-step-back", daemon=True).start()
+            self._network.aside("kvstore-step-back", self.stop)
 
     def _tick(self, now: float) -> None:
         for shard in self.shards.values():

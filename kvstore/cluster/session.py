@@ -157,16 +157,12 @@ class Session:
         except TimeoutError as error:
             raise self.no_answer(connect_timeout) from error
         try:
-            roster = joined.result(timeout)
+            joined.result(timeout)
         except TimeoutError as error:
             why = self.explain(SCHEDULER, 0)
             raise DeadlineError(
                 f"joining the cluster at {self.address}: not complete after {timeout:g} s; {why}"
             ) from error
-        assert isinstance(roster, Roster)
-        self.num_workers, self.servers = roster.num_workers, self.servers or roster.servers
-        self.joins = roster.joins
-        self.sender = Sender(self.sender.cluster, self.sender.epoch, roster.rank, roster.incarnation)
 
     def no_answer(self, waited_s: float) -> UnreachableError:
         """The scheduler has said nothing for so long, and why that may be."""
@@ -442,7 +438,7 @@ class Session:
                 self._moved(server, near)
                 continue
             if isinstance(message, Roster):
-                self.workers = set(message.workers)
+                self._take_roster(message)
             if isinstance(message, Halt):
                 if self.on_halt is not None:
                     self.on_halt(message)
@@ -451,6 +447,14 @@ class Session:
             if concluded is not None:
                 self._settle(concluded)
         self._pump()
+
+    def _take_roster(self, roster: Roster) -> None:
+        """The scheduler says who this process is; once more whenever it has been connected anew."""
+        self.workers = set(roster.workers)
+        if self.sender.incarnation == NOBODY:
+            self.num_workers, self.servers = roster.num_workers, self.servers or roster.servers
+            self.joins = roster.joins
+            self.sender = Sender(self.sender.cluster, self.sender.epoch, roster.rank, roster.incarnation)
 
     def _take_departed(self, message: Departed) -> None:
         if message.role == "worker":

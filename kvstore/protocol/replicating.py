@@ -34,6 +34,8 @@ from kvstore.protocol.messages import (
     Drop,
     Entry,
     Failed,
+    Freeze,
+    Frozen,
     Init,
     Initialized,
     Leave,
@@ -66,7 +68,7 @@ from kvstore.protocol.serving import (
 )
 from kvstore.protocol.settings import Setting
 
-_AS_THEY_ARE = Bind | SetOptimizer | SetHyperparameters | Leave | Admit | Departed  # entries of the log
+_AS_THEY_ARE = Bind | SetOptimizer | SetHyperparameters | Leave | Freeze | Admit | Departed  # entries of the log
 RESEND_S = 2.0  # without news of the replica, all that it has not taken is sent again
 
 
@@ -170,7 +172,7 @@ class Log:
         match action:
             case ReplyAfter(_, _, piece) | ReplyValue(_, _, piece) | SendState(_, _, piece):
                 return self._latest.get(piece, 0)
-            case Reply(_, Done() | Initialized()):
+            case Reply(_, Done() | Initialized() | Frozen()):
                 return self._number
         return 0
 
@@ -243,7 +245,7 @@ def _failed(actions: list[Action], message: Message) -> bool:
 def _restore(key: Any, number: int, piece: Piece) -> RestorePiece:
     level = piece.level
     rounds = tuple((p, level.effective(p)) for p in level.rounds)
-    away = tuple((p, *span) for p, spans in level.away.items() for span in spans)
+    away = tuple((p, *span) for p in level.away for span in level.effective_absences(p))
     written = piece.written is not None
     return RestorePiece(
         0, key, number, piece.spec, level.closed, level.version, rounds, away, piece.generation, piece.steps, written,
@@ -318,7 +320,7 @@ def follow(serving: Serving, entry: Entry, payload: object, now: float) -> list[
             serving.lost(message.rank, message.reason, message.on_loss, message.incarnation, now)
         case Departed():
             serving.leaves(message.rank, message.incarnation)
-        case Init() | Drop() | WriteState() | Restore() | Leave() | Admit():
+        case Init() | Drop() | WriteState() | Restore() | Leave() | Freeze() | Admit():
             rank, incarnation = entry.rank, entry.incarnation
             if isinstance(message, Init):  # it was created, whoever came first
                 rank = serving.workers.first or 0
@@ -348,7 +350,7 @@ def _create(serving: Serving, message: RestorePiece, payload: Any) -> list[Actio
     for participant, first, last in message.away:
         level.away.setdefault(participant, []).append((first, last))
     level.closed, level.version = message.closed, message.version
-    piece = Piece(message.spec, level, {p: n for p, n in message.rounds if n})
+    piece = Piece(message.spec, level, dict(message.rounds))
     piece.generation, piece.steps = message.generation, message.step
     piece.written = (message.names, message.dtypes) if message.written else None
     serving.pieces[piece_id] = piece

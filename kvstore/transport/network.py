@@ -70,6 +70,9 @@ class Port(Protocol):
 class Network(Protocol):
     """How the processes of a cluster reach each other."""
 
+    def aside(self, name: str, work: Callable[[], None]) -> None:
+        """Do this on a thread of its own, where it may wait for what a loop brings about."""
+
     def loop(
         self,
         name: str,

@@ -428,6 +428,10 @@ class ZeroMQ:
             self._gates[loop] = Gate(loop, self._own, self._allowed)
         return self._gates[loop]
 
+    def aside(self, name: str, work: Callable[[], None]) -> None:
+        """Do this on a thread of its own."""
+        threading.Thread(target=work, name=name, daemon=True).start()
+
     def loop(
         self,
         name: str,
