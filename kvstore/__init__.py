@@ -14,11 +14,11 @@ One ``pushpull``, file by file:
 10. ``cluster/shard.py``: frames to message, on the server that owns the piece.
 11. ``protocol/serving.py``: new, a repeat, or refused?
 12. ``consistency.py``: the cluster level's rule: merge, apply, park, answer.
-13. ``stored.py``, ``optim/`` and ``kernels/``: the update, as an op of the server's engine.
+13. ``cluster/work.py``, ``stored.py``, ``optim/`` and ``kernels/``: the update, as an op of the server's engine.
 14. back the same way; ``comm/`` copies the new weights to the devices.
 
 In a ``local`` store ``local.py`` stands in for 6 to 12. The small keys of a list call take the same way together, as
-one value: ``lists.py``, ``cluster/bundles.py`` and ``protocol/bundles.py``.
+one value: ``lists.py``, ``cluster/bundles.py`` and ``protocol/binding.py``.
 """
 
 from kvstore import errors, optim

@@ -52,7 +52,7 @@ class Request:
 
 
 class Dissolvable(Protocol):
-    """What an entry knows of the bundle that it is in: :class:`kvstore.lists.Bundle`."""
+    """What an entry knows of the bundle that it is in: :class:`kvstore.lists.EntryBundle`."""
 
     def dissolve(self, blamed: Collection[Entry]) -> None:
         """From here on its keys are moved by themselves, because these are."""
@@ -66,7 +66,6 @@ class Entry:
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     device_model: Model
-    version: int = 0  # updates that the value had seen before they were counted here
     level: Level | None = None  # from when the number of devices is known
     held: dict[tuple[int, int], _Contribution] = field(default_factory=dict)
     view: Held | None = None  # the last value that was pulled in place
@@ -76,13 +75,13 @@ class Entry:
     bundle: Dissolvable | None = None  # that moves it together with other keys
     lock: threading.RLock = field(default_factory=threading.RLock)
 
-    def alone(self) -> _Alone:
-        """``with entry.alone():`` holds the lock, and the key is in no bundle."""
-        return _Alone(self)
+    def alone(self, *, blamed: bool = True) -> _Alone:
+        """``with entry.alone():`` holds the lock, and the key is in no bundle: it is ``blamed`` for the end of it."""
+        return _Alone(self, (self,) if blamed else ())
 
     def count(self, devices: int) -> None:
         """From now on the rounds of so many devices are counted, from 0."""
-        self.level = Level(self.device_model, range(devices), version=self.version)
+        self.level = Level(self.device_model, range(devices))
 
     @property
     def single(self) -> bool:
@@ -91,10 +90,8 @@ class Entry:
 
     def answer(self, ticket: Hashable, device: int | None) -> Answer | None:
         """What the device level says to a pull: when it must wait, None, and the ticket is answered later."""
-        if self.level is None:
-            return Answer(ticket, self.version, 0)
-        if self.single:
-            return Answer(ticket, self.level.version, 0)
+        if self.level is None or self.single:
+            return Answer(ticket, 0, 0)
         rounds = self.level.rounds
         needs = tuple(rounds.items()) if device is None else ((device, rounds[device]),)
         return self.level.pull(Pull(ticket, needs))
@@ -111,17 +108,17 @@ class Entry:
 class _Alone:
     """What :meth:`Entry.alone` returns."""
 
-    __slots__ = ("_entry",)
+    __slots__ = ("_blamed", "_entry")
 
-    def __init__(self, entry: Entry) -> None:
-        self._entry = entry
+    def __init__(self, entry: Entry, blamed: Collection[Entry]) -> None:
+        self._entry, self._blamed = entry, blamed
 
     def __enter__(self) -> None:
         entry = self._entry
         entry.lock.acquire()
         while (bundle := entry.bundle) is not None:
             entry.lock.release()
-            bundle.dissolve((entry,))  # without the lock: it takes those of all its keys
+            bundle.dissolve(self._blamed)  # without the lock: it takes those of all its keys
             entry.lock.acquire()
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
@@ -315,7 +312,7 @@ class Devices:
             if error is None:
                 answered = answer.answer if isinstance(answer, _Delayed) else answer
                 assert answered is not None
-                handle.version = answered.version if source.version is None else source.version
+                handle.version = source.version
                 behind = source.staleness
                 handle.staleness = answered.staleness if behind is None else (answered.staleness, behind)
             handle.finish(result, translated(error, f"key {entry.key!r}"))

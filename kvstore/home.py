@@ -42,9 +42,14 @@ class Gradient:
         """What an op that calls :meth:`write` reads."""
         return list(self.arrays)
 
+    def summands(self) -> list[Array]:
+        """The arrays whose sum it is, all of the value's shape."""
+        return self.arrays
+
     def write(self, out: Array) -> None:
         """Write the sum to ``out``, which is flat."""
-        comm.merge(self.arrays, out.reshape(self.arrays[0].shape))
+        arrays = self.summands()
+        comm.merge(arrays, out.reshape(arrays[0].shape))
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +57,7 @@ class Held:
     """A value that stays as it is until it is given back."""
 
     array: Array  # of the value's shape, read-only
-    version: int | None  # None: the device level's own count is the version
+    version: int | None  # how many updates it has seen
     staleness: int | None  # of the cluster level; None where there is none
     give_back: Callable[[], None]
 
@@ -60,7 +65,7 @@ class Held:
 class Source(ABC):
     """A value on its way."""
 
-    version: int | None = None  # known when it has come; None: the device level's own count is the version
+    version: int | None = None  # how many updates it has seen; known when it has come
     staleness: int | None = None  # of the cluster level; None where there is none
 
     @abstractmethod
@@ -168,12 +173,8 @@ class Home(Protocol):
     def last_cut_point(self) -> None:
         """Nothing more will be pushed."""
 
-    def ask_cut(self, versions: Mapping[Key, int], timeout_s: float) -> Callable[[], CutSource]:
-        """Ask for a cut, at a cut point to come; what is returned waits until it has been taken.
-
-        Args:
-            versions: how many updates the values have seen, for a home that does not count them itself.
-        """
+    def ask_cut(self, timeout_s: float) -> Callable[[], CutSource]:
+        """Ask for a cut, at a cut point to come; what is returned waits until it has been taken."""
 
     def drive(self, awaited: Future[Any], timeout_s: float) -> bool:
         """The caller is about to wait for this: let its thread do what has to be done, as far as it can."""

@@ -21,7 +21,6 @@ from typing import Any, TypeVar
 import numpy as np
 
 import engine
-from kvstore import comm
 from kvstore.arrays import Array
 from kvstore.consistency import Sequential
 from kvstore.devices import Entry, translated
@@ -37,7 +36,7 @@ Arrays = Array | list[Array]  # of one key: an array, or one for each of several
 _T = TypeVar("_T")
 
 
-class Bundle:
+class EntryBundle:
     """Keys of one store that are moved together until one of them is pushed by itself."""
 
     def __init__(self, entries: Sequence[Entry], moved: HomeBundle, runtime: engine.Engine) -> None:
@@ -56,7 +55,7 @@ class Bundle:
         self._views: tuple[Array, list[Array]] | None = None  # of the value that was read last, by key
 
     def __repr__(self) -> str:
-        return f"<Bundle of {len(self.entries)} keys: {self.rounds} rounds, {'alive' if self.alive else 'over'}>"
+        return f"<EntryBundle of {len(self.entries)} keys: {self.rounds} rounds, {'alive' if self.alive else 'over'}>"
 
     @property
     def alive(self) -> bool:
@@ -184,13 +183,17 @@ class _Concatenated(Gradient):
     def reads(self) -> list[Any]:
         return self._reads
 
+    def summands(self) -> list[Array]:
+        if not isinstance(self._parts[0], list):
+            return [np.concatenate([array.reshape(-1) for array in _flat(self._parts)])]
+        devices = zip(*self._parts, strict=True)
+        return [np.concatenate([array.reshape(-1) for array in arrays]) for arrays in devices]
+
     def write(self, out: Array) -> None:
         if not isinstance(self._parts[0], list):
             np.concatenate([array.reshape(-1) for array in _flat(self._parts)], out=out)
-            return
-        for arrays, span in zip(self._parts, self._spans, strict=True):
-            assert isinstance(arrays, list)
-            comm.merge(arrays, out[span].reshape(arrays[0].shape))
+        else:
+            super().write(out)
 
 
 def _flat(arrays: list[Arrays]) -> list[Array]:
@@ -212,7 +215,7 @@ class Plan:
     """How the keys of one list are moved: which together, and which one by one; by their positions in the list."""
 
     entries: tuple[Entry, ...]
-    bundles: list[tuple[Bundle, list[int]]]
+    bundles: list[tuple[EntryBundle, list[int]]]
     singles: list[int]
 
     @property
@@ -286,7 +289,7 @@ class Lists:
             if due:
                 alone = {entry.key: entry for entry in entries if _can_join(entry)}
                 for made in self._home.bundle(list(alone), timeout_s):
-                    Bundle([alone[key] for key in made.keys], made, self._engine).begin()
+                    EntryBundle([alone[key] for key in made.keys], made, self._engine).begin()
         return self.for_pull(keys, entries)
 
     def _is_due(self, keys: tuple[Key, ...]) -> bool:
@@ -296,11 +299,11 @@ class Lists:
         return tried <= TRIES or tried & (tried - 1) == 0
 
 
-def _bundles_of(entries: Sequence[Entry]) -> dict[Bundle, list[int]]:
+def _bundles_of(entries: Sequence[Entry]) -> dict[EntryBundle, list[int]]:
     """The bundles that these are in, and at which positions."""
-    positions: dict[Bundle, list[int]] = {}
+    positions: dict[EntryBundle, list[int]] = {}
     for position, entry in enumerate(entries):
-        if isinstance(entry.bundle, Bundle):
+        if isinstance(entry.bundle, EntryBundle):
             positions.setdefault(entry.bundle, []).append(position)
     return positions
 

@@ -1,7 +1,11 @@
-"""The values of a ``local`` store: they live in this process, and the engine is all it takes."""
+"""The values of a ``local`` store: they live in this process, and the engine is all it takes.
+
+A small key that is moved in lists lies within the value of a bundle meanwhile: see :mod:`kvstore.together`.
+"""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
@@ -19,6 +23,7 @@ from kvstore.optim import Optimizer
 from kvstore.protocol.messages import Spec
 from kvstore.protocol.pieces import Key
 from kvstore.stored import Rule, Stored
+from kvstore.together import Value, bundles_of
 
 INLINE_BYTES = 64 << 10  # smaller work is done by the calling thread: a hand-over costs more
 
@@ -50,70 +55,80 @@ class LocalHome(Home):
 
     def __init__(self, runtime: engine.Engine) -> None:
         self._engine = runtime
-        self._stored: dict[Key, Stored] = {}
-        self._specs: dict[Key, Spec] = {}
-        self._staging: dict[Key, Array] = {}
+        self._values: dict[Key, Value] = {}
         self._optimizer: Optimizer | None = None
         self._updater: Updater | None = None
         self._generation = 0
-        self._rounds: dict[Key, int] = {}
+        self._bundling = True  # may keys be moved together?
+        self._lock = threading.RLock()  # held while values come into bundles, leave them, or are looked for
 
     def __repr__(self) -> str:
-        return f"<LocalHome: {len(self._stored)} keys>"
+        return f"<LocalHome: {len(self._values)} keys>"
 
     def init(self, key: Key, spec: Spec, value: Array) -> Future[Any]:
-        if key in self._stored:
+        if key in self._values:
             raise DuplicateKeyError(f"init of key {key!r}: expected a new key, it exists")
-        self._specs[key] = spec
-        self._rounds[key] = 0
-        self._stored[key] = Stored(value.reshape(spec.shape).copy(), repr(key))
+        self._values[key] = Value(key, spec, Stored(value.reshape(spec.shape).copy(), repr(key)))
         done: Future[Any] = Future()
         done.set_result(None)
         return done
 
+    # --- push and pull ------------------------------------------------------------------------------
+
     def push(self, key: Key, gradient: Gradient, ended: Ended) -> Reading:
-        self._rounds[key] += 1
-        applied = self._apply(key, gradient, ())
+        return self.push_value(self._values[key], gradient, ended)
+
+    def pull(self, key: Key, priority: int) -> Source:
+        return self.pull_value(self._values[key], priority)
+
+    def pushpull(self, key: Key, gradient: Gradient, ended: Ended) -> tuple[Reading, Source]:
+        return self.pushpull_value(self._values[key], gradient, ended)
+
+    def push_value(self, value: Value, gradient: Gradient, ended: Ended) -> Reading:
+        """:meth:`push` of a key or a bundle."""
+        value.rounds, value.version = value.rounds + 1, value.version + 1
+        applied = self._apply(value, gradient, ())
         if applied is not None:
             when_ended(applied, ended)
             return None if applied.done() else applied
         # It will be applied later, but must be read now; unless an array has still to be written.
-        staged, var = np.empty(self._specs[key].shape, self._stored[key].value.dtype), engine.Var(f"staged {key!r}")
+        staged, var = np.empty_like(value.own.value), engine.Var(f"staged {value.key!r}")
         self._engine.push(
-            lambda: comm.merge(gradient.arrays, staged), reads=gradient.arrays, writes=[var], name="stage", inline=True
+            lambda: gradient.write(staged.reshape(-1)), reads=gradient.reads, writes=[var], name="stage", inline=True
         )
-        op = self._op(key, gradient.priority, [staged], [var], ())
-        when_ended(self._engine.push(**op), ended)
+        later = Gradient([staged], gradient.priority)
+        when_ended(self._engine.push(**self._op(value, later, [var], ())), ended)
         return None
 
-    def pull(self, key: Key, priority: int) -> Source:
-        return _LocalSource(key, self._stored[key], self._engine)
+    def pull_value(self, value: Value, priority: int) -> Source:
+        """:meth:`pull` of a key or a bundle."""
+        return _LocalSource(value, self._engine)
 
-    def pushpull(self, key: Key, gradient: Gradient, ended: Ended) -> tuple[Reading, Source]:
+    def pushpull_value(self, value: Value, gradient: Gradient, ended: Ended) -> tuple[Reading, Source]:
+        """:meth:`pushpull` of a key or a bundle."""
         # One op if that can be, so that what was just merged goes on from the processor's cache.
-        applied = self._apply(key, gradient, gradient.outs) if gradient.outs else None
+        applied = self._apply(value, gradient, gradient.outs) if gradient.outs else None
         if applied is None:
-            return self.push(key, gradient, ended), self.pull(key, gradient.priority)
-        self._rounds[key] += 1
+            return self.push_value(value, gradient, ended), self.pull_value(value, gradient.priority)
+        value.rounds, value.version = value.rounds + 1, value.version + 1
         when_ended(applied, ended)
-        return None if applied.done() else applied, _Delivered(applied)
+        return None if applied.done() else applied, _Delivered(applied, value.version)
 
-    def _apply(self, key: Key, gradient: Gradient, outs: Sequence[Array]) -> engine.Handle | None:
+    def _apply(self, value: Value, gradient: Gradient, outs: Sequence[Array]) -> engine.Handle | None:
         """Let the gradient change the value, which then goes to ``outs``. None: something else is under way there."""
-        return self._engine.push_if_free(**self._op(key, gradient.priority, gradient.arrays, gradient.arrays, outs))
+        return self._engine.push_if_free(**self._op(value, gradient, gradient.reads, outs))
 
-    def _op(
-        self, key: Key, priority: int, arrays: list[Array], reads: Sequence[Any], outs: Sequence[Array]
-    ) -> dict[str, Any]:
+    def _op(self, value: Value, gradient: Gradient, reads: Sequence[Any], outs: Sequence[Array]) -> dict[str, Any]:
         """What the engine is told of such a change."""
-        stored, rule, generation = self._stored[key], self._rule(key), self._generation
-        nbytes = stored.value.nbytes
+        key, stored, rule, generation = value.key, value.own, self._rule(value.key), self._generation
+        count, nbytes = len(gradient.arrays), stored.value.nbytes
 
         def apply() -> None:
+            pushes = gradient.summands()
             if rule is None:
-                stored.assign(arrays)
-            else:
-                _update(key, stored, arrays, rule, generation)
+                stored.assign(pushes, outs=outs)
+                return
+            _update(key, stored, pushes, rule, generation)
             if outs:
                 comm.broadcast(stored.value.reshape(-1), outs)
 
@@ -121,32 +136,73 @@ class LocalHome(Home):
             "fn": apply,
             "reads": reads if rule is None else [*reads, stored.var],
             "writes": [stored.var, *outs],
-            "priority": priority,
+            "priority": gradient.priority,
             "name": "assign" if rule is None else "update",
-            "inline": nbytes * (len(arrays) + len(outs)) <= INLINE_BYTES,
+            "inline": nbytes * (count + len(outs)) <= INLINE_BYTES,
             "info": {"key": key, "bytes": nbytes},
         }
 
     def bundle(self, keys: Sequence[Key], timeout_s: float) -> list[HomeBundle]:
-        return []
+        return bundles_of([self._values[key] for key in keys], self) if self._bundling else []
+
+    def unite(self, values: Sequence[Value], whole: Value) -> bool:
+        """From here on the values lie within that of a bundle. False if they are in use, or differ in their updates."""
+        with self._lock:
+            if not self._bundling or any(value.whole is not None for value in values):
+                return False
+            parts = [value.own for value in values]
+            united = self._engine.push_if_free(
+                lambda: whole.own.unite(parts), reads=[part.var for part in parts], writes=[whole.own.var],
+                name="unite", inline=True,
+            )  # fmt: skip
+            if united is None or united.exception() is not None:
+                return False
+            start = 0
+            for value in values:
+                value.whole, value.elements = whole, slice(start, start + value.own.value.size)
+                start = value.elements.stop
+            return True
+
+    def split(self, values: Sequence[Value], whole: Value) -> None:
+        """From here on they are by themselves again."""
+        with self._lock:
+            parts = [(value.own, value.elements) for value in values]
+
+            def part() -> None:
+                whole.own.split(parts)
+                for value in values:
+                    value.own.reshape(value.spec.shape)
+
+            writes = [value.own.var for value in values]
+            self._engine.push(part, reads=[whole.own.var], writes=writes, name="split", inline=True)
+            for value in values:
+                (value.rounds, value.version), value.whole = value.seen, None
 
     def staging(self, key: Key, timeout_s: float) -> Array:
-        array = self._staging.get(key)
-        if array is None:
-            array = self._staging[key] = np.empty(self._specs[key].shape, self._stored[key].value.dtype)
-        return array
+        value = self._values[key]
+        if value.staging is None:
+            value.staging = np.empty_like(value.own.value)
+        return value.staging
+
+    # --- optimizer ----------------------------------------------------------------------------------
 
     def _rule(self, key: Key) -> Rule | None:
         if self._updater is not None:
             return _UpdaterRule(key, self._updater)
         return self._optimizer
 
+    def stop_bundling(self) -> None:
+        """No more bundles: what is to be set sees each value by itself. Those that there are have to be given up."""
+        with self._lock:
+            self._bundling = False
+
     def set_updater(self, updater: Updater) -> None:
-        """In effect from the next push, in place of what was set."""
+        """In effect from the next push, in place of what was set. After :meth:`stop_bundling`."""
         self._updater, self._optimizer = updater, None
         self._generation += 1
 
     def set_optimizer(self, optimizer: Optimizer, replace: bool, timeout_s: float) -> None:
+        """See :class:`Home`; one of whole tensors after :meth:`stop_bundling`."""
         if self._optimizer == optimizer:
             return
         current = "an updater" if self._updater is not None else self._optimizer
@@ -156,6 +212,7 @@ class LocalHome(Home):
             )
         self._optimizer, self._updater = optimizer, None
         self._generation += 1
+        self._bundling = not optimizer.whole_tensor
 
     def set_hyperparameters(self, changes: Mapping[str, Any], timeout_s: float) -> None:
         if self._optimizer is None:
@@ -163,16 +220,18 @@ class LocalHome(Home):
         self._optimizer = self._optimizer.with_hyperparameters(**changes)
 
     def read_state(self, key: Key, timeout_s: float) -> tuple[int, dict[str, Array]]:
-        stored = self._stored[key]
+        with self._lock:
+            stored, elements = self._values[key].place
 
-        def read() -> tuple[int, dict[str, Array]]:
-            return stored.step, {name: array.reshape(-1).copy() for name, array in stored.state.items()}
+            def read() -> tuple[int, dict[str, Array]]:
+                return stored.step, _flat_copies(stored.state, elements)
 
-        step, state = self._engine.push(read, reads=[stored.var], name="read state").result(timeout_s)
+            op = self._engine.push(read, reads=[stored.var], name="read state")
+        step, state = op.result(timeout_s)
         return step, state
 
     def write_state(self, key: Key, step: int, state: dict[str, Array], timeout_s: float) -> None:
-        stored, generation = self._stored[key], self._generation
+        stored, generation = self._values[key].own, self._generation
         shaped = {name: array.reshape(stored.value.shape) for name, array in state.items()}
         self._engine.push(
             lambda: stored.restore(shaped, step, generation),
@@ -182,13 +241,16 @@ class LocalHome(Home):
     def restore(
         self, key: Key, value: Array, version: int, step: int, state: dict[str, Array], timeout_s: float
     ) -> None:
-        stored = self._stored[key]
+        stored = self._values[key].own
+        self._values[key].version = version
         generation = self._generation if step or state else 0  # without an update there is no state yet
         shaped = {name: array.reshape(stored.value.shape).copy() for name, array in state.items()}
         self._engine.push(
             lambda: stored.restore(shaped, step, generation, value),
             reads=[stored.var], writes=[stored.var], name="restore",
         ).result(timeout_s)  # fmt: skip
+
+    # --- the rest -----------------------------------------------------------------------------------
 
     @property
     def writes_checkpoints(self) -> bool:
@@ -203,16 +265,17 @@ class LocalHome(Home):
     def last_cut_point(self) -> None:
         return
 
-    def ask_cut(self, versions: Mapping[Key, int], timeout_s: float) -> Callable[[], CutSource]:
+    def ask_cut(self, timeout_s: float) -> Callable[[], CutSource]:
         cut = _LocalCut(self._optimizer)
-        keys = dict(self._stored)
+        with self._lock:
+            places = [(value, value.seen[1], *value.place) for value in self._values.values()]
 
-        def take() -> None:
-            for key, stored in keys.items():
-                cut.add(key, self._specs[key], versions.get(key, 0), stored)
+            def take() -> None:
+                for value, version, stored, elements in places:
+                    cut.add(value, version, stored, elements)
 
-        reads = [stored.var for stored in keys.values()]
-        taken = self._engine.push(take, reads=reads, name="take cut", inline=True)
+            reads = [stored.var for _, _, stored, _ in places]
+            taken = self._engine.push(take, reads=list(dict.fromkeys(reads)), name="take cut", inline=True)
 
         def wait() -> CutSource:
             taken.result(timeout_s)
@@ -233,13 +296,13 @@ class LocalHome(Home):
         return []
 
     def rounds(self, key: Key, timeout_s: float) -> int:
-        return self._rounds[key]
+        return self._values[key].seen[0]
 
     def leave(self, timeout_s: float) -> None:
         pass
 
     def close(self, reason: str, timeout_s: float) -> None:
-        self._stored.clear()
+        self._values.clear()
 
 
 class _LocalCut(CutSource):
@@ -251,12 +314,12 @@ class _LocalCut(CutSource):
         self._arrays: list[dict[str, Array]] = []
         self._lent: list[Stored] = []
 
-    def add(self, key: Key, spec: Spec, version: int, stored: Stored) -> None:
-        """One more value."""
-        state = {name: array.reshape(-1).copy() for name, array in stored.state.items()}
+    def add(self, value: Value, version: int, stored: Stored, elements: slice) -> None:
+        """One more value, which is so many elements of what is stored."""
+        state = _flat_copies(stored.state, elements)
         dtypes = {name: array.dtype.name for name, array in state.items()}
-        self.records.append(KeyRecord(key, spec, version, stored.step, {0: version}, dtypes))
-        self._arrays.append({VALUE: stored.lend(self).reshape(-1), **state})
+        self.records.append(KeyRecord(value.key, value.spec, version, stored.step, {0: version}, dtypes))
+        self._arrays.append({VALUE: stored.lend(self).reshape(-1)[elements], **state})
         self._lent.append(stored)
 
     def parts(self) -> Iterator[Part]:
@@ -273,25 +336,28 @@ class _LocalCut(CutSource):
 class _LocalSource(Source):
     """A value of this process. It has not to come, but the engine's order decides when it may be read."""
 
-    def __init__(self, key: Key, stored: Stored, runtime: engine.Engine) -> None:
-        self._key, self._stored, self._engine = key, stored, runtime
+    def __init__(self, value: Value, runtime: engine.Engine) -> None:
+        self._value, self._engine = value, runtime
+        self._stored, self._elements = value.place
+        self.version = value.seen[1]
 
     def deliver(self, outs: Sequence[Array], priority: int, ended: Ended) -> None:
-        stored, nbytes = self._stored, self._stored.value.nbytes * len(outs)
+        stored, elements, nbytes = self._stored, self._elements, self._value.own.value.nbytes
         delivered = self._engine.push(
-            lambda: comm.broadcast(stored.value.reshape(-1), outs),
-            reads=[stored.var], writes=outs, priority=priority, name="deliver", inline=nbytes <= INLINE_BYTES,
-            info={"key": self._key, "bytes": nbytes},
+            lambda: comm.broadcast(stored.value.reshape(-1)[elements], outs),
+            reads=[stored.var], writes=outs, priority=priority, name="deliver",
+            inline=nbytes * len(outs) <= INLINE_BYTES, info={"key": self._value.key, "bytes": nbytes},
         )  # fmt: skip
         when_ended(delivered, ended)
 
     def hold(self, ended: Callable[[Held | BaseException], None]) -> None:
         stored, reader = self._stored, object()
+        elements, shape = self._elements, self._value.own.value.shape
 
         def lend() -> Held:
-            array = stored.lend(reader).view()
+            array = stored.lend(reader).reshape(-1)[elements].reshape(shape)
             array.flags.writeable = False
-            return Held(array, None, None, lambda: stored.give_back(reader))
+            return Held(array, self.version, None, lambda: stored.give_back(reader))
 
         held = self._engine.push(lend, reads=[stored.var], name="hold", inline=True)
         when_ended(held, lambda error: ended(held.result() if error is None else error))
@@ -300,8 +366,9 @@ class _LocalSource(Source):
 class _Delivered(Source):
     """A value that an op copies to where it is wanted as soon as it is there."""
 
-    def __init__(self, op: engine.Handle) -> None:
+    def __init__(self, op: engine.Handle, version: int) -> None:
         self._op = op
+        self.version = version
 
     def deliver(self, outs: Sequence[Array], priority: int, ended: Ended) -> None:
         when_ended(self._op, ended)
@@ -315,3 +382,7 @@ def _update(key: Key, stored: Stored, pushes: Sequence[Array], rule: Rule, gener
         stored.update(pushes, rule, generation)
     except Exception as error:
         raise UpdateError(f"key {key!r}: its update failed with {type(error).__name__}: {error}") from error
+
+
+def _flat_copies(arrays: Mapping[str, Array], elements: slice) -> dict[str, Array]:
+    return {name: array.reshape(-1)[elements].copy() for name, array in arrays.items()}

@@ -13,7 +13,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -44,7 +44,7 @@ from kvstore.errors import (
 )
 from kvstore.handle import Handle, countdown, gather
 from kvstore.home import Home, Reading, Updater
-from kvstore.lists import Arrays, Bundle, Lists, Plan
+from kvstore.lists import Arrays, EntryBundle, Lists, Plan
 from kvstore.local import LocalHome
 from kvstore.optim import Optimizer
 from kvstore.protocol import wire
@@ -373,7 +373,7 @@ class KVStore:
         """
         self._check_open()
         assert isinstance(key, list | tuple)
-        if len(key) < 2 or not self._in_cluster:
+        if len(key) < 2:
             return None
         values = None if what == "pull" else self._as_many(key, value, "values")
         outs = None if out is None else self._as_many(key, out, "outs")
@@ -437,7 +437,7 @@ class KVStore:
     def _move(
         self,
         what: str,
-        bundle: Bundle,
+        bundle: EntryBundle,
         arrays: list[Arrays],
         targets: list[Arrays | None],
         results: list[Any],
@@ -767,7 +767,10 @@ class KVStore:
         self._optimizer = optimizer
 
     def _place_whole(self) -> None:
-        """An optimizer that needs the norm of the whole tensor needs its keys uncut."""
+        """An optimizer that needs the norm of the whole tensor needs its keys uncut, and each by itself."""
+        if isinstance(self._home, LocalHome):
+            self._take_apart(self._home)
+            return
         cut_keys: Callable[[], list[Key]] | None = getattr(self._home, "cut_keys", None)
         for key in cut_keys() if cut_keys is not None else []:
             value = self.pull(key).result()
@@ -788,8 +791,18 @@ class KVStore:
             raise OptimizerError("set_updater: expected a local store; in a cluster no code travels, use set_optimizer")
         if not callable(updater):
             raise OptimizerError(f"set_updater: expected a function, got {type(updater).__name__}")
+        self._take_apart(self._home)
         self._home.set_updater(updater)
         self._optimizer = None
+
+    def _take_apart(self, home: LocalHome) -> None:
+        """From here on each key is moved by itself."""
+        home.stop_bundling()
+        with self._lock:
+            entries = list(self._entries.values())
+        for entry in entries:
+            with entry.alone(blamed=False):
+                pass
 
     def set_hyperparameters(self, **changes: Any) -> None:
         """Change numbers of the optimizer, live: for each key from the caller's next round on.
@@ -828,7 +841,9 @@ class KVStore:
             items = math.prod(self._entries[key].shape)
             if any(array.size != items for array in state.values()):
                 raise OptimizerError(f"optimizer state of key {key!r}: expected {items} elements per array")
-            self._home.write_state(key, step, state, self._limit(None))
+            # In a cluster bundles stay: the servers take them apart for it.
+            with nullcontext() if self._in_cluster else self._entries[key].alone(blamed=False):
+                self._home.write_state(key, step, state, self._limit(None))
 
     # --- checkpoints ----------------------------------------------------------------------------
 
@@ -865,7 +880,7 @@ class KVStore:
             handle = Handle("checkpoint", self.timeout)
             handle.finish(None)
         else:
-            handle = self._saving.save(path, keep, self._home.ask_cut(self._versions(), limit), limit)
+            handle = self._saving.save(path, keep, self._home.ask_cut(limit), limit)
         return self._saved(handle) if wait else handle
 
     def snapshot(self, *, wait: bool = True) -> Handle:
@@ -879,7 +894,7 @@ class KVStore:
         """
         self._check_open()
         limit = self._limit(None)
-        handle = self._saving.snapshot(self._home.ask_cut(self._versions(), limit), limit)
+        handle = self._saving.snapshot(self._home.ask_cut(limit), limit)
         return self._saved(handle) if wait else handle
 
     def load_checkpoint(self, path: str | os.PathLike[str]) -> Path:
@@ -909,24 +924,16 @@ class KVStore:
             self._home.meet(self._limit(None))
         return handle
 
-    def _versions(self) -> dict[Key, int]:
-        with self._lock:
-            entries = list(self._entries.items())
-        return {key: entry.version if entry.level is None else entry.level.version for key, entry in entries}
-
     def _take(self, checkpoint: Checkpoint) -> None:
         """All keys become what the checkpoint has; one worker brings it to the servers."""
         limit = self._limit(None)
         for record in checkpoint.records:
             entry = self._entries[record.key]
-            with entry.alone():
+            with entry.alone(blamed=False):
                 entry.view_is_latest = False
-                entry.version = record.version
-                if entry.level is not None:
-                    entry.level.version = record.version
-            if self._home.writes_checkpoints:
-                value, state = checkpoint.array(record.key), checkpoint.state(record.key)
-                self._home.restore(record.key, value, record.version, record.step, state, limit)
+                if self._home.writes_checkpoints:
+                    value, state = checkpoint.array(record.key), checkpoint.state(record.key)
+                    self._home.restore(record.key, value, record.version, record.step, state, limit)
 
     # --- waiting and leaving --------------------------------------------------------------------
 

@@ -57,8 +57,13 @@ class Stored:
 
     # --- changes ------------------------------------------------------------------------------
 
-    def assign(self, pushes: Sequence[Array], *, owned: bool = False) -> None:
-        """The merged pushes become the value. ``owned``: their memory may be used for that."""
+    def assign(self, pushes: Sequence[Array], *, owned: bool = False, outs: Sequence[Array] = ()) -> None:
+        """The merged pushes become the value.
+
+        Args:
+            owned: the memory of the pushes may be used for that.
+            outs: where the value shall go as well; they may be the pushes themselves.
+        """
         if owned and self.allocate is None and pushes[0].flags.writeable:
             if len(pushes) > 1:
                 kernels.merge(pushes, pushes[0])
@@ -68,7 +73,7 @@ class Stored:
                 self.value = pushes[0]
             return
         target = self._unread()
-        kernels.merge(pushes, target)
+        kernels.allreduce(pushes, target, outs)
         self._become(target)
 
     def update(self, pushes: Sequence[Array], rule: Rule, generation: int = 1) -> None:
@@ -93,7 +98,13 @@ class Stored:
         self._generation = generation
 
     def unite(self, parts: Sequence[Stored]) -> None:
-        """Become the concatenation of values that have had the same updates; they are not needed any more."""
+        """Become the concatenation of values that have had the same updates; they are not needed any more.
+
+        Raises:
+            ValueError: they have not.
+        """
+        if len({(part.step, part._generation, *part.state) for part in parts}) > 1:
+            raise ValueError(f"expected values that have had the same updates, got {parts}")
         target = self._unread()
         np.concatenate([part.value.reshape(-1) for part in parts], out=target)
         self._become(target)
@@ -102,12 +113,17 @@ class Stored:
         self.step, self._generation = first.step, first._generation
 
     def split(self, parts: Sequence[tuple[Stored, slice]]) -> None:
-        """Give each of ``parts`` its elements; the inverse of :meth:`unite`."""
+        """Give each of ``parts`` its elements, flat; the inverse of :meth:`unite`."""
         for part, elements in parts:
             part.value = self.value[elements].copy()
             part.state = {name: array[elements].copy() for name, array in self.state.items()}
             part.step, part._generation = self.step, self._generation
         self.state = {}  # the value stays: it may be lent
+
+    def reshape(self, shape: tuple[int, ...]) -> None:
+        """The same elements in another shape."""
+        self.value = self.value.reshape(shape)
+        self.state = {name: array.reshape(shape) for name, array in self.state.items()}
 
     def move(self, target: Array, allocate: Callable[[], Array | None]) -> None:
         """Continue in ``target``, and when more is needed in what ``allocate`` gives."""

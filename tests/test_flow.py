@@ -26,6 +26,7 @@ TOUR = [
     "kvstore/cluster/shard.py",
     "kvstore/protocol/serving.py",
     "kvstore/consistency.py",
+    "kvstore/cluster/work.py",
     "kvstore/stored.py",
     "kvstore/optim/",
     "kvstore/comm/",

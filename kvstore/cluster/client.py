@@ -381,7 +381,7 @@ class ClusterHome(Home):
     def last_cut_point(self) -> None:
         self._cut_points.last()
 
-    def ask_cut(self, versions: Mapping[Key, int], timeout_s: float) -> Callable[[], CutSource]:
+    def ask_cut(self, timeout_s: float) -> Callable[[], CutSource]:
         cut, named = self._cuts.ask()
         self._cut_points.asks(cut, named)
         return partial(self._cuts.take, cut, named, timeout_s)

@@ -18,6 +18,7 @@ import engine
 from kvstore.arrays import Array
 from kvstore.errors import CheckpointError, to_wire
 from kvstore.handle import when_ended
+from kvstore.protocol.actions import TakeCut
 from kvstore.protocol.messages import (
     PIECES_MAX,
     Copied,
@@ -31,7 +32,6 @@ from kvstore.protocol.messages import (
     ReadCut,
 )
 from kvstore.protocol.pieces import Key, PieceId, Span
-from kvstore.protocol.serving import TakeCut
 from kvstore.stored import Stored
 
 UNREAD_S = 120.0  # copies that nobody has asked for so long are dropped: their reader is gone

@@ -33,7 +33,8 @@ class Scheduler:
         bind: ``tcp://interface:port``; port ``*`` lets the system choose.
         num_workers, num_servers: how many the cluster is started with; at least one each.
         advertise: the address that others reach it by, if another than the bound one.
-        journal: a file; a scheduler that is started again with it goes on where the former one ended.
+        journal: a file, or what it is open as; a scheduler that is started again with it goes on where the former one
+            ended.
         heartbeat: seconds after which a member that shows no life is lost.
         network: how it is reached.
         replication: on how many servers beside its primary a shard is kept: 0 or 1.
@@ -51,20 +52,18 @@ class Scheduler:
         advertise: str | None = None,
         network: Network = NETWORK,
         replication: int = 0,
-        journal: str | Path | None = None,
+        journal: str | Path | Journal | None = None,
         heartbeat: float = HEARTBEAT_S,
     ) -> None:
         if num_workers < 1 or num_servers < 1:
             raise OptionError(
                 f"a cluster: expected at least 1 worker and 1 server, got {num_workers} and {num_servers}"
             )
-        if journal is not None and replication:
-            raise OptionError("a scheduler: a journal does not keep yet which server has what under replication")
         self._replication = replication
         self._grace_s = heartbeat * GRACE
         self._unreachable: dict[bytes, float] = {}  # peer -> since when
         self._stopped = threading.Event()
-        self._journal = Journal(journal) if journal is not None else None
+        self._journal = journal if isinstance(journal, Journal | None) else Journal(journal)
         self._reactor = network.loop("kvstore-scheduler", self._tick)
         try:
             self._endpoint = network.listen(

@@ -10,6 +10,7 @@ from kvstore.kernels.compiled import (
     adadelta,
     adagrad,
     adam,
+    allreduce,
     broadcast,
     cast,
     ftrl,
@@ -27,7 +28,20 @@ from kvstore.kernels.compiled import (
 from kvstore.kernels.reference import HALVES, Change
 
 NAMES = (
-    *("merge", "norm", "accumulate", "sgd", "adam", "adagrad", "rmsprop", "adadelta", "ftrl", "lars", "lamb"),
+    *(
+        "merge",
+        "allreduce",
+        "norm",
+        "accumulate",
+        "sgd",
+        "adam",
+        "adagrad",
+        "rmsprop",
+        "adadelta",
+        "ftrl",
+        "lars",
+        "lamb",
+    ),
     *("cast", "broadcast", "gather", "scatter_add"),
 )
 
@@ -39,6 +53,7 @@ __all__ = [
     "adadelta",
     "adagrad",
     "adam",
+    "allreduce",
     "broadcast",
     "cast",
     "ftrl",

@@ -62,6 +62,26 @@ def merge(arrays: Sequence[Array], out: Array) -> None:
     reference.merge(arrays, out)
 
 
+def allreduce(arrays: Sequence[Array], out: Array, others: Sequence[Array]) -> None:
+    """See :func:`kvstore.kernels.reference.allreduce`."""
+    if not others:
+        merge(arrays, out)
+        return
+    seen, outs = _SEEN.get(out.dtype), [out, *others]
+    if seen is not None and out.size >= TINY and all(each.flags.c_contiguous for each in outs):
+        kernel = LOADER.get("allreduce", seen, seen)
+        if kernel is not None and not any(_overlap_in_part(array, other) for array in arrays for other in others):
+            pushes, targets = _pushes(arrays, seen), _pushes(outs, seen)
+            if pushes is not None and targets is not None:
+                kernel(targets[1], *pushes)
+                return
+    reference.allreduce(arrays, out, others)
+
+
+def _overlap_in_part(one: Array, other: Array) -> bool:
+    return one is not other and np.may_share_memory(one, other) and one.ctypes.data != other.ctypes.data
+
+
 def norm(arrays: Sequence[Array]) -> float:
     """See :func:`kvstore.kernels.reference.norm`."""
     seen = _SEEN.get(arrays[0].dtype)

@@ -109,6 +109,25 @@ def _stream(context: Any, source: Any, target: Any) -> Any:
     return types.void(types.int64, types.int64), generate
 
 
+@inlined
+def _copy_past_caches(source: Any, target: Any) -> None:
+    """But for what begins or ends within a line. To be followed by a :func:`_fence`."""
+    size, lines_of = target.size, LINE // target.itemsize
+    head = min(size, (-target.ctypes.data % LINE) // target.itemsize)
+    if (target.ctypes.data + head * target.itemsize) % LINE:
+        head = size  # its elements lie across lines
+    lines = (size - head) // lines_of
+    for i in range(head):
+        target[i] = source[i]
+    for line in range(lines):
+        at = (head + line * lines_of) * target.itemsize
+        _stream(source.ctypes.data + at, target.ctypes.data + at)
+    done = head + lines * lines_of
+    rest, left = source[done:], target[done:]
+    for i in range(rest.size):
+        left[i] = rest[i]
+
+
 @intrinsic
 def _fence(context: Any) -> Any:
     """What was streamed is there for all to see."""
@@ -212,6 +231,26 @@ def merge(out: Any, first: Any, table: Any) -> None:
         part = out[start:stop]
         for i in range(part.size):
             part[i] = _narrow(total[i], first[0])
+
+
+def allreduce(targets: Any, first: Any, table: Any) -> None:
+    scratch, rounded = _scratch(first), np.empty(BLOCK, first.dtype)
+    streamed = first.size * first.itemsize >= STREAMED
+    for start in range(0, first.size, BLOCK):
+        size = min(BLOCK, first.size - start)
+        total, part = scratch[:size], rounded[:size]
+        _add_up(first, table, start, total)
+        for i in range(size):
+            part[i] = _narrow(total[i], first[0])
+        for k in range(targets.size):
+            target = _block(targets[k], first, start, size)
+            if streamed:
+                _copy_past_caches(part, target)
+            else:
+                for i in range(size):
+                    target[i] = part[i]
+    if streamed:
+        _fence()
 
 
 @inlined
@@ -493,24 +532,14 @@ def narrow(source: Any, target: Any) -> None:
 
 
 def broadcast(source: Any, table: Any) -> None:
-    size, lines = source.size, 0
     for k in range(table.size):
-        target = _block(table[k], source, 0, size)
-        head = -table[k] % LINE
-        if size >= STREAMED:
-            lines = (size - head) // LINE
-            for i in range(head):
-                target[i] = source[i]
-            for line in range(lines):
-                at = head + line * LINE
-                _stream(source.ctypes.data + at, table[k] + at)
-            done = head + lines * LINE
-            rest, left = source[done:], target[done:]
+        target = _block(table[k], source, 0, source.size)
+        if source.size >= STREAMED:
+            _copy_past_caches(source, target)
         else:
-            rest, left = source, target
-        for i in range(rest.size):
-            left[i] = rest[i]
-    if lines:
+            for i in range(target.size):
+                target[i] = source[i]
+    if source.size >= STREAMED:
         _fence()
 
 
@@ -579,6 +608,8 @@ def signature(name: str, dtype: np.dtype[Any], pushed: np.dtype[Any]) -> tuple[C
     match name:
         case "merge":
             return merge, types.void(_out(element), _in(element), TABLE)
+        case "allreduce":
+            return allreduce, types.void(TABLE, _in(element), TABLE)
         case "norm":
             return norm, number(_in(element), TABLE)
         case "widen":

@@ -66,6 +66,18 @@ def merge(arrays: Sequence[Array], out: Array) -> None:
             np.add(out, array, out=out)
 
 
+def allreduce(arrays: Sequence[Array], out: Array, others: Sequence[Array]) -> None:
+    """``out`` and each of ``others`` = the sum of ``arrays``, as :func:`merge` adds them up.
+
+    Args:
+        arrays, out: as there.
+        others: of ``out``'s shape and dtype, with any strides; they may overlap the arrays, not ``out`` nor each other.
+    """
+    merge(arrays, out)
+    for other in others:
+        np.copyto(other, out)
+
+
 def _merge_halves(arrays: Sequence[Array], out: Array) -> None:
     if out.ndim != 1 or not all(array.flags.c_contiguous for array in (*arrays, out)):
         total = arrays[0].astype(np.float32)

@@ -14,10 +14,11 @@ Every appointment has a new epoch. What a server says about an older one is igno
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from kvstore.errors import OptionError
-from kvstore.protocol.messages import NOBODY, Shard
+from kvstore.protocol.messages import NOBODY, Drain, Message, Placement, Shard
 
 
 @dataclass(slots=True)
@@ -118,6 +119,22 @@ class Placing:
             [number for number, shard in enumerate(self.shards) if shard.primary == rank],
             [number for number, shard in enumerate(self.shards) if shard.replica == rank],
         )
+
+    def records(self) -> list[Message]:
+        """All that :meth:`recover` needs to go on from here, but for who is here; as messages, so that it can be kept
+        in their form.
+        """
+        return [Placement(0, self.epoch, tuple(self.shards)), *(Drain(0, rank) for rank in sorted(self.draining))]
+
+    def recover(self, records: Iterable[Message], servers: Mapping[int, str]) -> None:
+        """Be what :meth:`records` told of, with these servers here. Nothing has changed: it was settled then."""
+        self.servers = dict(servers)
+        for message in records:
+            match message:
+                case Placement(_, epoch, shards):
+                    self.epoch, self.shards = epoch, list(shards)
+                case Drain(_, rank):
+                    self.draining.add(rank)
 
     # --- decisions ------------------------------------------------------------------------------
 

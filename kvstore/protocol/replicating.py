@@ -24,6 +24,19 @@ from typing import Any
 from kvstore import consistency
 from kvstore.consistency import Level, Update
 from kvstore.errors import FencedError, ProtocolError
+from kvstore.protocol.actions import (
+    Action,
+    Apply,
+    Create,
+    Reply,
+    ReplyAfter,
+    ReplyValue,
+    SendState,
+    Split,
+    StoreState,
+    Unite,
+)
+from kvstore.protocol.counted import Piece
 from kvstore.protocol.messages import (
     NOBODY,
     Admit,
@@ -52,20 +65,7 @@ from kvstore.protocol.messages import (
     WriteState,
 )
 from kvstore.protocol.pieces import PieceId
-from kvstore.protocol.serving import (
-    Action,
-    Apply,
-    Create,
-    Piece,
-    Reply,
-    ReplyAfter,
-    ReplyValue,
-    SendState,
-    Serving,
-    Split,
-    StoreState,
-    Unite,
-)
+from kvstore.protocol.serving import Serving
 from kvstore.protocol.settings import Setting
 
 _AS_THEY_ARE = Bind | SetOptimizer | SetHyperparameters | Leave | Freeze | Admit | Departed  # entries of the log
@@ -117,14 +117,14 @@ class Log:
     def begin(self, serving: Serving) -> Steps:
         """The replica is new: it is to get everything as it is."""
         self._pieces = serving.pieces
-        for bundle in serving.bundles.values():
+        for bundle in serving.binding.bundles.values():
             if bundle.united:
-                serving.split(bundle)
-        steps: Steps = [(action, 0) for action in serving.moved()]
+                serving.binding.split(bundle)
+        steps: Steps = [(action, 0) for action in serving.binding.take_moved()]
         for (key, number), piece in serving.pieces.items():
             assert not isinstance(key, bytes)
             steps.append((Copy((key, number)), self._add(_restore(key, number, piece), ready=False)))
-        for bundle in serving.bundles.values():
+        for bundle in serving.binding.bundles.values():
             self._add(Bind(0, bundle.id, bundle.keys))
         for setting in serving.settings:
             rule, asked = setting.rule.to_wire(), setting.asked.to_wire()
@@ -294,11 +294,11 @@ def follow(serving: Serving, entry: Entry, payload: object, now: float) -> list[
         case Updated():
             return [_update(serving, message, payload)]
         case UniteBundle(_, bundle):
-            serving.unite(serving.bundles[bundle])
-            return serving.moved()
+            serving.binding.unite(serving.binding.bundles[bundle])
+            return serving.binding.take_moved()
         case SplitBundle(_, bundle):
-            serving.split(serving.bundles[bundle])
-            return [action for action in serving.moved() if isinstance(action, Split)]
+            serving.binding.split(serving.binding.bundles[bundle])
+            return [action for action in serving.binding.take_moved() if isinstance(action, Split)]
         case RestorePiece():
             return _create(serving, message, payload)
         case RestoreSetting(_, optimizer, since, generation, asked):
@@ -315,7 +315,7 @@ def follow(serving: Serving, entry: Entry, payload: object, now: float) -> list[
         case RestoreWorkers():
             serving.workers.restore(message)
         case Bind():
-            serving.bind(message)
+            serving.binding.bind(message)
         case Departed() if message.reason:
             serving.lost(message.rank, message.reason, message.on_loss, message.incarnation, now)
         case Departed():
@@ -337,7 +337,7 @@ def _update(serving: Serving, message: Updated, payload: object) -> Apply:
     piece = serving.pieces[piece_id]
     piece.accepted.update(message.contributions)
     piece.level.follow(Update(message.round, message.contributions))
-    rule, generation = serving.settings.at(serving.key_of(piece_id), message.round)
+    rule, generation = serving.settings.at(serving.binding.key_of(piece_id), message.round)
     if rule is not None:
         piece.count_update(generation)
     return Apply(piece_id, message.round, (payload,), rule, generation, message.contributions)

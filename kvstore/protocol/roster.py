@@ -4,8 +4,8 @@ What this file decides: which rank and which life a process gets, whether a work
 under a lost rank or joins anew, who is told of it, and when a barrier opens. What a change means for the rounds
 of a key is decided by the servers, which server has what in :mod:`kvstore.protocol.placement`.
 
-Everything that must outlive the scheduler is in :class:`Member`, but for ``peer``, ``request_id``, ``heard`` and
-``waiting``: :meth:`Membership.records` says what has changed and has to be kept before the actions are performed.
+What must outlive the scheduler is in :class:`Member`, but for ``peer``, ``request_id``, ``heard`` and ``waiting``, and
+in :class:`Placing`: :meth:`Membership.records` says what has to be kept before the actions are performed.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 from kvstore.errors import DisagreementError, FencedError, KVStoreError, ProtocolError, WorkerLostError, to_wire
 from kvstore.protocol.messages import (
+    NOBODY,
     ON_LOSS,
     AskCut,
     Barrier,
@@ -46,6 +47,7 @@ from kvstore.protocol.placement import Placing
 
 Peer = Any  # how the shell addresses a connection; opaque here
 Actions = list[tuple[Peer, Message]]
+_OF_MEMBERS = Barrier | Enter | Leave | Passed | Standby | InStep | HandedOver | ReadPlacement  # only they say these
 
 
 @dataclass(slots=True)
@@ -99,6 +101,7 @@ class Membership:
     placing: Placing = field(init=False)
     drains: list[tuple[Peer, Drain]] = field(default_factory=list)  # not answered yet
     _changed: dict[tuple[str, int], None] = field(default_factory=dict)
+    _kept: list[Message] = field(default_factory=list)  # what was told of the placement
     naming: Naming = field(default_factory=Naming)  # of cut points
 
     def __post_init__(self) -> None:
@@ -132,7 +135,7 @@ class Membership:
                 return [(peer, self._placement(message.request_id))]
             if isinstance(message, Explain):
                 return [(peer, Explanation(message.request_id, self._explain(now)))]
-            if member is None and isinstance(message, Barrier | Enter | Leave):
+            if member is None and isinstance(message, _OF_MEMBERS):
                 return []  # it has overtaken a Register, and will be sent again
             raise ProtocolError(f"the scheduler does not take {type(message).__name__} from a stranger")
         except KVStoreError as error:
@@ -152,16 +155,12 @@ class Membership:
     def _workers_here(self) -> dict[int, Peer]:
         return {member.rank: member.peer for member in self.here("worker") if member.connected}
 
-    def recover(self, members: Iterable[Member]) -> None:
+    def recover(self, members: Iterable[Member], placed: list[Message]) -> None:
         """Take over what :meth:`records` told an earlier scheduler's journal."""
         self.members = {(member.role, member.rank): member for member in members}
-        if self.started:
-            servers = sorted((m for m in self.members.values() if m.role == "server"), key=lambda m: m.rank)
-            for member in servers:
-                self.placing.arrived(member.rank, member.address)
-            for member in servers:
-                if member.gone:
-                    self.placing.gone(member.rank)
+        servers = {m.rank: m.address for m in self.members.values() if m.role == "server" and not m.gone}
+        self.placing.recover(placed, servers)
+        self._kept = placed
 
     def absent(self) -> Actions:
         """Whoever has not come back to a scheduler that recovered is lost."""
@@ -175,7 +174,7 @@ class Membership:
     @property
     def has_news(self) -> bool:
         """Has anything changed that :meth:`records` would tell?"""
-        return bool(self._changed)
+        return bool(self._changed) or self._kept != self.placing.records()
 
     def reminders(self) -> Actions:
         """Who is lost, once more: that message may have been lost, too, with a connection."""
@@ -186,10 +185,11 @@ class Membership:
         """What is said of shards that nobody has any more: as if the server of that number were lost."""
         return [replace(self._notice(self.members["server", n]), rank=n) for n in self.placing.lost()]
 
-    def records(self) -> list[Member]:
-        """The members that have changed since the last call."""
+    def records(self) -> tuple[list[Member], list[Message]]:
+        """The members that have changed since the last call, and what is to be kept of the placement."""
         changed, self._changed = self._changed, {}
-        return [self.members[key] for key in changed]
+        self._kept = self.placing.records()
+        return [self.members[key] for key in changed], self._kept
 
     def here(self, role: str) -> list[Member]:
         """Who of that role is in the cluster now and takes part, by rank."""
@@ -261,11 +261,18 @@ class Membership:
             )
         if message.role == "worker":
             self._agree(message)
+        if self._may_return(message.role, message.rank):
+            return []
         if not self.started:
             return self._found(peer, message, size, now)
         if message.role != "worker":
             return self._replace(peer, message, now)
         return self._come(peer, message, now)
+
+    def _may_return(self, role: str, rank: int) -> bool:
+        """Who has that rank may come back yet to a scheduler that recovered; the newcomer will ask again."""
+        away = (m.rank for m in self.members.values() if m.role == role and m.peer is None and not m.gone)
+        return any(rank in (NOBODY, other) for other in away)
 
     def _agree(self, message: Register) -> None:
         """All workers name the same policy."""
@@ -481,10 +488,11 @@ class Membership:
         self._keep(member)
         if not member.connected:
             member.waiting = None
-        if member.role == "server" and self.placing.begun:
+        if member.role == "server" and self.started:
             return self._server_gone(member)
         if member.role == "server":
             self.placing.gone(member.rank)
+            self.placing.shards.clear()  # of which nobody knows yet
         actions = self._tell(self._notice(member), member)
         if member.role == "worker":
             actions += self.naming.gone(member.rank)

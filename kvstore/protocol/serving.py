@@ -3,21 +3,21 @@
 What this file decides: whether a message is new, a repeat or refused; what is answered at once;
 who is told when a round has taken effect. Rounds are counted by :mod:`kvstore.consistency` and
 nowhere else. A push is known by (rank, key, round, piece); all that is kept to tell a repeat is one
-integer per (rank, piece), the last accepted round. Which keys are counted together is said in
-:mod:`kvstore.protocol.bundles`, which optimizer is in effect in
+integer per (rank, piece), the last accepted round. Which keys are counted together is decided in
+:mod:`kvstore.protocol.binding`, which optimizer is in effect in
 :mod:`kvstore.protocol.settings`, and which workers there are in :mod:`kvstore.protocol.workers`.
 
 What it refuses to know: arrays (a payload is an opaque object that it hands on), sockets, the
-clock (``now`` is an argument). The caller performs the returned actions in their order; because
+clock (``now`` is an argument). The caller performs the returned actions
+(:mod:`kvstore.protocol.actions`) in their order; because
 ``Apply`` comes before the replies it makes possible, and the engine keeps that order per piece,
 a reply can never run ahead of its update.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from kvstore import consistency
 from kvstore.consistency import Answer, Level, Pull, Update
@@ -32,7 +32,23 @@ from kvstore.errors import (
     WorkerLostError,
     to_wire,
 )
-from kvstore.protocol.bundles import BUNDLED_MAX, BUNDLES_MAX, Bundle, Part
+from kvstore.protocol.actions import (
+    Action,
+    Apply,
+    Create,
+    Forget,
+    LoseCut,
+    Reply,
+    ReplyAfter,
+    ReplyValue,
+    Restored,
+    SendState,
+    StoreState,
+    TakeCut,
+    failure,
+)
+from kvstore.protocol.binding import Binding
+from kvstore.protocol.counted import Piece, Ticket, check_room, ticket_of
 from kvstore.protocol.cutting import Cutting, Held
 from kvstore.protocol.messages import (
     Accepted,
@@ -63,7 +79,7 @@ from kvstore.protocol.messages import (
     Spec,
     WriteState,
 )
-from kvstore.protocol.pieces import BundleId, Key, PieceId, Span, bundle_id
+from kvstore.protocol.pieces import BundleId, Key, PieceId, Span
 from kvstore.protocol.settings import Rule, Settings
 from kvstore.protocol.workers import Waiting, Workers
 
@@ -71,194 +87,6 @@ RANKS_MAX = 1 << 16
 AHEAD_MAX = 8  # rounds of one worker and piece that are not merged yet
 PIECES_MAX = 1 << 20  # per server
 PARKED_MAX = 1 << 17  # pulls of one worker that wait; half of it when they are counted exactly
-
-
-class Restored(Protocol):
-    """A piece in a checkpoint, but for its arrays."""
-
-    @property
-    def version(self) -> int: ...
-    @property
-    def step(self) -> int: ...
-    @property
-    def names(self) -> tuple[str, ...]: ...
-    @property
-    def dtypes(self) -> tuple[str, ...]: ...
-
-
-# --- actions --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Create:
-    """Store this payload as the first value of the piece; or what a checkpoint has of it."""
-
-    piece: PieceId
-    spec: Spec
-    payload: object
-    restored: Restored | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Apply:
-    """Merge these payloads in this order and apply them to the piece as one update."""
-
-    piece: PieceId
-    round: int
-    payloads: tuple[object, ...]
-    rule: Rule | None  # None: assign
-    generation: int  # another generation than before: the optimizer's state begins anew
-    contributions: tuple[tuple[int, int], ...] = ()  # the pushes (rank, round) that the payloads are of
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """Send this message now."""
-
-    rank: int
-    message: Message
-
-
-@dataclass(frozen=True, slots=True)
-class ReplyAfter:
-    """Send this message when all earlier actions on the piece are done; or their failure."""
-
-    rank: int
-    message: Message
-    piece: PieceId
-
-
-@dataclass(frozen=True, slots=True)
-class ReplyValue:
-    """Send the piece's value (or these elements of it) as the earlier actions leave it; or their failure."""
-
-    rank: int
-    request_id: int
-    piece: PieceId
-    version: int
-    staleness: int
-    near: bool = False  # it may stay where it is: send its place
-    span: Span | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class SendState:
-    """Send the optimizer's state of the piece (or of these elements of it)."""
-
-    rank: int
-    request_id: int
-    piece: PieceId
-    span: Span | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class StoreState:
-    """Replace the optimizer's state of the piece (for Restore: the value too), then say Done."""
-
-    rank: int
-    message: WriteState | Restore
-    payload: object
-    generation: int  # of the optimizer whose state it is
-
-
-@dataclass(frozen=True, slots=True)
-class Forget:
-    """Free the piece."""
-
-    piece: PieceId
-
-
-@dataclass(frozen=True, slots=True)
-class Unite:
-    """From here on the bundle is one piece, with the values and optimizer states of its members, which are no more."""
-
-    bundle: Bundle
-
-
-@dataclass(frozen=True, slots=True)
-class Split:
-    """From here on the bundle's members are pieces, each with its part of the value and of the optimizer's state."""
-
-    bundle: Bundle
-
-
-@dataclass(frozen=True, slots=True)
-class TakeCut:
-    """Copy these pieces as the earlier actions leave them: each with what is to be recorded of it, or of its parts."""
-
-    cut: int
-    rule: Rule | None  # the latest optimizer
-    places: tuple[tuple[PieceId, tuple[tuple[PieceRecord, Span | None], ...]], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class LoseCut:
-    """The cut will not be taken: tell who asks for it."""
-
-    cut: int
-    error: KVStoreError
-
-
-Action = (
-    Create
-    | Apply
-    | Reply
-    | ReplyAfter
-    | ReplyValue
-    | SendState
-    | StoreState
-    | Forget
-    | Unite
-    | Split
-    | TakeCut
-    | LoseCut
-)
-
-
-# --- state ----------------------------------------------------------------------------------------
-
-
-@dataclass(slots=True)
-class Piece:
-    """What the server knows of one piece, its array excepted."""
-
-    spec: Spec
-    level: Level
-    accepted: dict[int, int] = field(default_factory=dict)  # rank -> last accepted round
-    held: dict[tuple[int, int], object] = field(default_factory=dict)  # payloads before their turn
-    commits: dict[tuple[int, int], int] = field(default_factory=dict)  # (rank, round) -> request
-    generation: int = 0  # of the optimizer that the state is of; 0: of none
-    steps: int = 0  # updates by it
-    written: tuple[tuple[str, ...], tuple[str, ...]] | None = None  # names and dtypes, if a worker wrote the state
-
-    def count_update(self, generation: int) -> None:
-        """One more update by the optimizer of this generation."""
-        if generation != self.generation:
-            self.generation, self.steps, self.written = generation, 0, None
-        self.steps += 1
-
-    @property
-    def quiet(self) -> bool:
-        """Does nothing wait for another push?"""
-        return not (self.held or self.commits or self.level.waiting)
-
-    def same_history(self, other: Piece) -> bool:
-        """Has it seen the same pushes as ``other``, in the same order?"""
-        return (
-            self.accepted == other.accepted
-            and (self.generation, self.steps, self.written) == (other.generation, other.steps, other.written)
-            and self.level.same_history(other.level)
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Ticket:
-    """A pull, as the cluster level is asked it."""
-
-    rank: int
-    request_id: int
-    near: bool
-    piece: PieceId
 
 
 class Serving:
@@ -282,9 +110,7 @@ class Serving:
         self.workers = Workers(num_workers)
         self.pieces: dict[PieceId, Piece] = {}
         self.settings = Settings()
-        self.bundles: dict[BundleId, Bundle] = {}
-        self._united: dict[PieceId, tuple[Bundle, Span]] = {}  # members of united bundles
-        self._moved: list[Action] = []  # Unite and Split: they come before what else is concluded from a message
+        self.binding = Binding(self.pieces, self.settings, name)
         self.cutting = Cutting()
         self.parse_optimizer = parse_optimizer
         self._parked: dict[int, int] = {}  # pulls of a worker that had to wait, since they were last counted
@@ -325,7 +151,7 @@ class Serving:
             if isinstance(message, Explain):
                 return [Reply(rank, Explanation(message.request_id, self._explain(rank, message.about, now)))]
         except KVStoreError as error:
-            return [_failed(rank, message, error)]
+            return [failure(rank, message, error)]
         if isinstance(message, Push) and self._held_back(rank, message, payload):
             return [Reply(rank, Accepted(message.request_id))] if message.acknowledge else []
         actions = self._conclude(rank, incarnation, message, payload)
@@ -341,8 +167,8 @@ class Serving:
                 return []
             actions = handler(rank, message, payload)
         except KVStoreError as error:
-            actions = [_failed(rank, message, error)]
-        return [*self.moved(), *actions] if self._moved else actions
+            actions = [failure(rank, message, error)]
+        return [*self.binding.take_moved(), *actions] if self.binding.moved else actions
 
     def refuses(self, rank: int, incarnation: int) -> KVStoreError | None:
         """Why nothing is taken from this sender; None: it may be a worker, in its latest life."""
@@ -389,12 +215,12 @@ class Serving:
 
     def counted(self) -> Iterator[tuple[PieceId, Piece]]:
         """The pieces that are counted by themselves: all but the members of united bundles."""
-        return ((piece_id, piece) for piece_id, piece in self.pieces.items() if piece_id not in self._united)
+        return ((piece_id, piece) for piece_id, piece in self.pieces.items() if piece_id not in self.binding.united)
 
     def spec_of(self, key: Key | BundleId, number: int) -> Spec | None:
         """What a push of this piece or bundle must fit; None: there is none such."""
         if isinstance(key, bytes):
-            bundle = self.bundles.get(key)
+            bundle = self.binding.bundles.get(key)
             return None if bundle is None or number else bundle.spec
         piece = self.pieces.get((key, number))
         return None if piece is None else piece.spec
@@ -415,12 +241,12 @@ class Serving:
             if first in self.workers.hopeless:
                 raise self._lost_error(piece_id, 0, [first])
             if piece_id not in self._early:
-                self._within("inits that wait for the first worker's", len(self._early), PIECES_MAX)
+                check_room(self.name, "inits that wait for the first worker's", len(self._early), PIECES_MAX)
             self._early.setdefault(piece_id, {})[rank] = message
             return []
         if payload is None:
             return [Reply(rank, Missing(message.request_id))]
-        self._within("pieces", len(self.pieces), PIECES_MAX)
+        check_room(self.name, "pieces", len(self.pieces), PIECES_MAX)
         members = consistency.participants_of(message.spec.participants, self.workers.members)
         if not members or not self.workers.known.issuperset(members):
             raise DisagreementError(
@@ -444,11 +270,6 @@ class Serving:
             actions.append(self._agree(other, init, piece))
         return actions
 
-    def _within(self, what: str, count: int, limit: int) -> None:
-        """Raises LimitError when there is no room for one more."""
-        if count >= limit:
-            raise LimitError(f"{self.name} holds {count} {what}: expected at most {limit}")
-
     def _settle_early(self) -> list[Action]:
         """What becomes of the inits that wait for the first worker's, when that is lost or has left."""
         first = self.workers.first
@@ -458,7 +279,7 @@ class Serving:
         failed: list[Action] = []
         for piece_id, inits in self._early.items():
             for rank, init in inits.items():
-                failed.append(_failed(rank, init, self._lost_error(piece_id, 0, [] if first is None else [first])))
+                failed.append(failure(rank, init, self._lost_error(piece_id, 0, [] if first is None else [first])))
         self._early.clear()
         return failed
 
@@ -466,7 +287,7 @@ class Serving:
         if message.spec == piece.spec:
             # What took effect: a takeover may lose what is only accepted, and then it takes a push again.
             return Reply(rank, Initialized(message.request_id, piece.level.effective(rank)))
-        return _failed(
+        return failure(
             rank,
             message,
             DisagreementError(
@@ -475,14 +296,13 @@ class Serving:
             ),
         )
 
+    def _bind(self, rank: int, message: Bind, payload: object) -> list[Action]:
+        self.binding.bind(message)
+        return [Reply(rank, Done(message.request_id))]
+
     def _drop(self, rank: int, message: Drop, payload: object) -> list[Action]:
         mine = [piece_id for piece_id in self.pieces if piece_id[0] == message.key]
-        actions: list[Action] = []
-        for piece_id in mine:
-            self._part(piece_id)
-        for bundle in [bundle for bundle in self.bundles.values() if set(mine).intersection(bundle.members)]:
-            del self.bundles[bundle.id]
-            actions.append(Forget(bundle.piece))
+        actions = self.binding.drop(mine)
         for piece_id in mine:
             del self.pieces[piece_id]
         return [*actions, *(Forget(piece_id) for piece_id in mine), Reply(rank, Done(message.request_id))]
@@ -494,110 +314,18 @@ class Serving:
             what = "a bundle" if isinstance(key, bytes) else f"key {key!r}"
             raise UnknownKeyError(f"{what}: expected an initialised key, {self.name} has none such") from None
 
-    def _called(self, piece_id: PieceId) -> str:
-        """The piece's name in messages."""
-        key = piece_id[0]
-        return f"the bundle of {self.bundles[key]}" if isinstance(key, bytes) else f"key {key!r}"
-
-    # --- bundles ------------------------------------------------------------------------------
-
-    def _bind(self, rank: int, message: Bind, payload: object) -> list[Action]:
-        self.bind(message)
-        return [Reply(rank, Done(message.request_id))]
-
-    def bind(self, message: Bind) -> None:
-        """These keys may from here on be moved together. Raises ProtocolError or UnknownKeyError."""
-        members = tuple((key, 0) for key in message.keys)
-        if message.bundle != bundle_id(message.keys):
-            raise ProtocolError("bind: expected the id that follows from the keys, got another")
-        if message.bundle in self.bundles:
-            return
-        bound = sum(len(bundle.members) for bundle in self.bundles.values())
-        self._within("keys in bundles", bound + len(members), BUNDLED_MAX + 1)
-        if len(self.bundles) >= BUNDLES_MAX or len(set(members)) < max(1, len(members)):
-            raise ProtocolError(f"bind: expected at most {BUNDLES_MAX} bundles, of at least one key, each key once")
-        specs = [self._find(*piece_id)[1].spec for piece_id in members]
-        alike = {(spec.dtype, spec.cluster_model, spec.participants) for spec in specs}
-        if len(alike) > 1 or any(len(spec.cut) > 1 for spec in specs):
-            raise ProtocolError("bind: expected keys of one dtype, model and set of participants, each in one piece")
-        spans, end = [], 0
-        for spec in specs:
-            spans.append((end, end + spec.cut.items))
-            end += spec.cut.items
-        whole = replace(specs[0], shape=(end,), piece_items=max(1, end))
-        self.bundles[message.bundle] = Bundle(message.bundle, members, tuple(spans), whole)
-
-    def _unite(self, bundle: Bundle, pushed: tuple[int, int]) -> bool:
-        """Count the bundle as one piece from this push on (rank, round), if its members' histories allow it."""
-        pieces = [self.pieces[piece_id] for piece_id in bundle.members]
-        first, (rank, round) = pieces[0], pushed
-        if rank not in first.level.rounds or round != first.accepted.get(rank, 0) + 1:
-            return False  # it is a repeat, or comes too early
-        if any(piece_id in self._united for piece_id in bundle.members):
-            return False
-        if not all(piece.quiet and piece.same_history(first) for piece in pieces):
-            return False
-        if not self.settings.treat_alike(bundle.keys, first.level.slowest()):
-            return False
-        self.unite(bundle)
-        return True
-
-    def unite(self, bundle: Bundle) -> None:
-        """Count the bundle as one piece from here on; its members' histories are the same."""
-        pieces = [self.pieces[piece_id] for piece_id in bundle.members]
-        first = pieces[0]
-        whole = Piece(bundle.spec, first.level, first.accepted)
-        whole.generation, whole.steps, whole.written = first.generation, first.steps, first.written
-        for piece in pieces:
-            piece.level, piece.accepted = whole.level, whole.accepted
-            piece.held, piece.commits = whole.held, whole.commits
-        self._united.update((piece_id, (bundle, span)) for piece_id, span in bundle)
-        self.pieces[bundle.piece] = whole
-        bundle.united = True
-        self._moved.append(Unite(bundle))
-
-    def _part(self, piece_id: PieceId) -> None:
-        """From here on the piece is counted by itself."""
-        if piece_id in self._united:
-            self.split(self._united[piece_id][0])
-
-    def moved(self) -> list[Action]:
-        """What came of :meth:`unite` and :meth:`split` since the last message."""
-        moved, self._moved = self._moved, []
-        return moved
-
-    def split(self, bundle: Bundle) -> None:
-        """Count the bundle's members one by one, from where they are. Who waits for it has to ask one by one, too."""
-        whole = self.pieces.pop(bundle.piece)
-        bundle.united = False
-        for piece_id, span in bundle:
-            del self._united[piece_id]
-            piece = self.pieces[piece_id]
-            piece.level, piece.accepted, piece.commits = whole.level.copy(), dict(whole.accepted), {}
-            piece.held = {pushed: Part(payload, span) for pushed, payload in whole.held.items()}
-            piece.generation, piece.steps, piece.written = whole.generation, whole.steps, whole.written
-        divided = {(rank, request_id): None for (rank, _), request_id in whole.commits.items()}
-        for pull in whole.level.waiting.values():
-            ticket = _ticket(pull.ticket)
-            if ticket.piece == bundle.piece:
-                divided[ticket.rank, ticket.request_id] = None
-            else:
-                self.pieces[ticket.piece].level.waiting[ticket] = pull
-        self._moved.append(Split(bundle))
-        self._moved += [Reply(rank, Divided(request_id, True)) for rank, request_id in divided]
-
     # --- push and pull ------------------------------------------------------------------------
 
     def _push(self, rank: int, message: Push, payload: object) -> list[Action]:
         if isinstance(message.key, bytes):
-            bundle = self._bound(message.key, message.piece)
-            if not bundle.united and (payload is None or not self._unite(bundle, (rank, message.round))):
+            bundle = self.binding.find(message.key, message.piece)
+            if not bundle.united and (payload is None or not self.binding.pushed(bundle, rank, message.round)):
                 accepted = [self.pieces[piece_id].accepted.get(rank, 0) for piece_id in bundle.members]
                 return [Reply(rank, Divided(message.request_id, message.round <= min(accepted)))]
         piece_id, piece = self._find(message.key, message.piece)
         if rank not in piece.level.rounds:
             raise DisagreementError(
-                f"push of {self._called(piece_id)} by worker {rank}: expected a participant, "
+                f"push of {self.binding.called(piece_id)} by worker {rank}: expected a participant, "
                 f"one of {list(piece.level.participants)}"
             )
         last = piece.accepted.get(rank, 0)
@@ -608,9 +336,9 @@ class Serving:
             if payload is None:
                 return [Reply(rank, Missing(message.request_id))]
             if not piece.level.is_here(rank):
-                raise DisagreementError(f"push of {self._called(piece_id)} by worker {rank}: it has left")
+                raise DisagreementError(f"push of {self.binding.called(piece_id)} by worker {rank}: it has left")
             self._check_ahead(rank, message.round, piece_id, piece)
-            self._part(piece_id)
+            self.binding.part(piece_id)
             piece.accepted[rank] = message.round
             piece.held[rank, message.round] = payload
             if not message.pull:
@@ -618,23 +346,17 @@ class Serving:
             actions += self._perform(piece_id, piece, *piece.level.push(rank))
         elif not message.pull:
             if not piece.level.in_effect(rank, message.round):
-                self._part(piece_id)
+                self.binding.part(piece_id)
             piece.commits[rank, message.round] = message.request_id
             actions += self._commits_due(piece_id, piece, [(rank, message.round)])
         if message.pull:
             answered = self._pull(rank, message, piece_id, piece)
             if not answered and piece.level.in_effect(rank, message.round):
-                answered.append(ReplyAfter(rank, Committed(message.request_id), self._place_of(piece_id)[0]))
+                answered.append(ReplyAfter(rank, Committed(message.request_id), self.binding.place_of(piece_id)[0]))
             actions += answered
         if message.acknowledge and not piece.level.in_effect(rank, message.round):
             actions.append(Reply(rank, Accepted(message.request_id)))
         return actions + self._fail_hopeless(piece_id, piece)
-
-    def _bound(self, key: BundleId, number: int) -> Bundle:
-        bundle = self.bundles.get(key)
-        if bundle is None or number:
-            raise UnknownKeyError(f"a bundle: expected one that was bound, {self.name} has none such")
-        return bundle
 
     def _check_ahead(self, rank: int, round: int, piece_id: PieceId, piece: Piece) -> None:
         """A worker sends a round when its last one is over, so hardly any payloads of one have to be kept."""
@@ -644,12 +366,12 @@ class Serving:
         if missing:
             raise self._lost_error(piece_id, round, sorted(missing))
         raise LimitError(
-            f"push of {self._called(piece_id)} by worker {rank}: expected at most {AHEAD_MAX} rounds that are not "
-            f"merged yet, round {round} is one more"
+            f"push of {self.binding.called(piece_id)} by worker {rank}: expected at most {AHEAD_MAX} rounds that are "
+            f"not merged yet, round {round} is one more"
         )
 
     def _fetch(self, rank: int, message: Fetch, payload: object) -> list[Action]:
-        if isinstance(message.key, bytes) and not self._bound(message.key, message.piece).united:
+        if isinstance(message.key, bytes) and not self.binding.find(message.key, message.piece).united:
             return [Reply(rank, Divided(message.request_id, False))]
         piece_id, piece = self._find(message.key, message.piece)
         actions = self._pull(rank, message, piece_id, piece)
@@ -667,7 +389,7 @@ class Serving:
         """
         parked = self._parked[ticket.rank] = self._parked.get(ticket.rank, 0) + 1
         if parked > PARKED_MAX:
-            waiting = (_ticket(one) for _, other in self.counted() for one in other.level.waiting)
+            waiting = (ticket_of(one) for _, other in self.counted() for one in other.level.waiting)
             parked = self._parked[ticket.rank] = sum(one.rank == ticket.rank for one in waiting)
             if parked > PARKED_MAX // 2:
                 del piece.level.waiting[ticket]
@@ -676,22 +398,15 @@ class Serving:
         return []
 
     def _value(self, answer: Answer) -> ReplyValue:
-        ticket = _ticket(answer.ticket)
-        piece, span = self._place_of(ticket.piece)
+        ticket = ticket_of(answer.ticket)
+        piece, span = self.binding.place_of(ticket.piece)
         near = ticket.near and span is None
         return ReplyValue(ticket.rank, ticket.request_id, piece, answer.version, answer.staleness, near, span)
-
-    def _place_of(self, piece_id: PieceId) -> tuple[PieceId, Span | None]:
-        """Where the piece's value is: its own, or in a united bundle's."""
-        if piece_id not in self._united:
-            return piece_id, None
-        bundle, span = self._united[piece_id]
-        return bundle.piece, span
 
     def _perform(self, piece_id: PieceId, piece: Piece, updates: list[Update], answers: list[Answer]) -> list[Action]:
         actions: list[Action] = []
         for update in updates:
-            rule, generation = self.settings.at(self.key_of(piece_id), update.round)
+            rule, generation = self.settings.at(self.binding.key_of(piece_id), update.round)
             if rule is not None:
                 piece.count_update(generation)
             payloads = tuple([piece.held.pop(contribution) for contribution in update.contributions])
@@ -705,17 +420,12 @@ class Serving:
         self, piece_id: PieceId, piece: Piece, pushes: tuple[tuple[int, int], ...] | list[tuple[int, int]]
     ) -> list[Action]:
         return [
-            ReplyAfter(rank, Committed(piece.commits.pop((rank, round))), self._place_of(piece_id)[0])
+            ReplyAfter(rank, Committed(piece.commits.pop((rank, round))), self.binding.place_of(piece_id)[0])
             for rank, round in pushes
             if (rank, round) in piece.commits and piece.level.in_effect(rank, round)
         ]
 
     # --- optimizer ----------------------------------------------------------------------------
-
-    def key_of(self, piece_id: PieceId) -> Key:
-        """The piece's key, or the first of a bundle, which stands for them all."""
-        key = piece_id[0]
-        return self.key_of(self.bundles[key].members[0]) if isinstance(key, bytes) else key
 
     def _set_optimizer(self, rank: int, message: SetOptimizer, payload: object) -> list[Action]:
         rule = self.parse_optimizer(message.optimizer)
@@ -727,11 +437,7 @@ class Serving:
         return self._settings_changed(rank, message)
 
     def _settings_changed(self, rank: int, message: Message) -> list[Action]:
-        for bundle in self.bundles.values():
-            if bundle.united:
-                done = self.pieces[bundle.piece].level.slowest()
-                if not self.settings.treat_alike(bundle.keys, done):
-                    self.split(bundle)
+        self.binding.settings_changed()
         self.settings.forget(
             (key, piece.level.slowest()) for (key, _), piece in self.pieces.items() if not isinstance(key, bytes)
         )
@@ -739,18 +445,18 @@ class Serving:
 
     def _read_state(self, rank: int, message: ReadState, payload: object) -> list[Action]:
         piece_id, _ = self._find(message.key, message.piece)
-        return [SendState(rank, message.request_id, *self._place_of(piece_id))]
+        return [SendState(rank, message.request_id, *self.binding.place_of(piece_id))]
 
     def _write_state(self, rank: int, message: WriteState, payload: object) -> list[Action]:
         piece_id, piece = self._find(message.key, message.piece)
-        self._part(piece_id)
+        self.binding.part(piece_id)
         piece.generation = self.settings.generation
         piece.steps, piece.written = message.step, (message.names, message.dtypes)
         return [StoreState(rank, message, payload, piece.generation)]
 
     def _restore(self, rank: int, message: Restore, payload: object) -> list[Action]:
         piece_id, piece = self._find(message.key, message.piece)
-        self._part(piece_id)
+        self.binding.part(piece_id)
         self._count_restored(piece, message)
         return [StoreState(rank, message, payload, piece.generation)]
 
@@ -801,9 +507,9 @@ class Serving:
             return False
         key = message.key
         if isinstance(key, bytes):
-            if key not in self.bundles:
+            if key not in self.binding.bundles:
                 return False
-            key = self.bundles[key].keys[0]
+            key = self.binding.bundles[key].keys[0]
         return self.cutting.hold_back(Held(rank, self.workers.incarnations[rank], message, payload, key))
 
     def _take_cuts(self, now: float) -> list[Action]:
@@ -817,7 +523,7 @@ class Serving:
             for key, number in cut.keys or ():
                 piece = self.pieces.get((key, number))
                 if piece is not None:
-                    place, span = self._place_of((key, number))
+                    place, span = self.binding.place_of((key, number))
                     level, steps = piece.level, self.pieces[place].steps
                     record = PieceRecord(key, number, piece.spec, level.version, steps, dict(level.rounds))
                     places.setdefault(place, []).append((record, span))
@@ -866,7 +572,7 @@ class Serving:
         if not isinstance(message, Push):
             return False
         key = message.key
-        bundle = self.bundles.get(key) if isinstance(key, bytes) else None
+        bundle = self.binding.bundles.get(key) if isinstance(key, bytes) else None
         pieces = [(key, message.piece)] if bundle is None else bundle.members
         return message.round > max([self.pieces[one].level.begun for one in pieces if one in self.pieces], default=0)
 
@@ -877,7 +583,7 @@ class Serving:
             return [done]
         joins: list[tuple[Piece, int]] = []
         for (key, number), piece in self.counted():
-            name = self.key_of((key, number))
+            name = self.binding.key_of((key, number))
             chosen = piece.spec.participants
             if chosen is None or rank in chosen:
                 round = message.rounds.get(name, -1)
@@ -903,7 +609,7 @@ class Serving:
         for inits in self._early.values():
             inits.pop(rank, None)
         for _, piece in self.counted():
-            for ticket in [ticket for ticket in piece.level.waiting if _ticket(ticket).rank == rank]:
+            for ticket in [ticket for ticket in piece.level.waiting if ticket_of(ticket).rank == rank]:
                 del piece.level.waiting[ticket]
             for pushed in [pushed for pushed in piece.commits if pushed[0] == rank]:
                 del piece.commits[pushed]
@@ -918,7 +624,7 @@ class Serving:
             missing = lost.intersection(piece.level.blockers(pull))
             if missing:
                 del piece.level.waiting[pull.ticket]
-                ticket = _ticket(pull.ticket)
+                ticket = ticket_of(pull.ticket)
                 error = self._lost_error(ticket.piece, pull.needs[0][1], sorted(missing))
                 actions.append(Reply(ticket.rank, Failed(ticket.request_id, *to_wire(error))))
         for (rank, round), request_id in list(piece.commits.items()):
@@ -930,11 +636,13 @@ class Serving:
         return actions
 
     def _lost_error(self, piece_id: PieceId, round: int, ranks: list[int]) -> WorkerLostError:
-        return WorkerLostError(f"{self._called(piece_id)}, round {round}: {self.workers.missing(ranks, self._now)}")
+        return WorkerLostError(
+            f"{self.binding.called(piece_id)}, round {round}: {self.workers.missing(ranks, self._now)}"
+        )
 
     def _explain(self, rank: int, about: int, now: float) -> str:
         for piece_id, piece in self.counted():
-            asked = ((pull, _ticket(ticket)) for ticket, pull in piece.level.waiting.items())
+            asked = ((pull, ticket_of(ticket)) for ticket, pull in piece.level.waiting.items())
             pull, ticket = next((p for p in asked if (p[1].rank, p[1].request_id) == (rank, about)), (None, None))
             if pull is not None and ticket is not None:
                 piece_id, round, missing = ticket.piece, pull.needs[0][1], piece.level.blockers(pull)
@@ -943,7 +651,7 @@ class Serving:
                 if not rounds:
                     continue
                 round, missing = rounds[0], piece.level.behind(rounds[0])
-            what = f"{self._called(piece_id)}, piece {piece_id[1]} on {self.name}"
+            what = f"{self.binding.called(piece_id)}, piece {piece_id[1]} on {self.name}"
             return f"{what}, round {round}: {self.workers.missing(missing, now)}"
         for (key, _), early in self._early.items():
             if rank in early and early[rank].request_id == about:
@@ -951,12 +659,3 @@ class Serving:
                 missing = [] if first is None else [first]
                 return f"key {key!r}: its init waits for that of worker {first}; {self.workers.missing(missing, now)}"
         return f"{self.name} has no such request waiting"
-
-
-def _failed(rank: int, message: Message, error: KVStoreError) -> Reply:
-    return Reply(rank, Failed(message.request_id, *to_wire(error)))
-
-
-def _ticket(ticket: Hashable) -> Ticket:
-    assert isinstance(ticket, Ticket)
-    return ticket

@@ -10,6 +10,7 @@ from typing import Any
 
 from engine.handle import Handle
 from engine.serial import SerialEngine
+from kvstore.cluster.journal import Journal
 from kvstore.cluster.scheduler import Scheduler
 from kvstore.cluster.server import Server
 from kvstore.create import create_on
@@ -84,7 +85,8 @@ class Cluster:
         self.workers = workers
         self.servers = servers
         self._replication = replication
-        self._excused = (Crashed, *excused)
+        self._excused: tuple[type[BaseException], ...] = (Crashed, *excused)
+        self._journal = Journal(":memory:")  # which outlives the schedulers that write it
         self._options = {"heartbeat": heartbeat_s, **options}
         self._heartbeat_s = heartbeat_s
         self._processes: dict[Member, Process] = {}
@@ -179,7 +181,10 @@ class Cluster:
         process.end()
 
     def restart(self, role: str, rank: int = 0) -> None:
-        """Start a scheduler or server that has crashed; a worker comes back by :meth:`start_worker`."""
+        """Start a scheduler or server that has crashed; a worker comes back by :meth:`start_worker`.
+
+        The scheduler goes on from its journal, which is on disk when it says anything, so nothing of it is lost.
+        """
         self.world.note(f"restart of {role} {rank}")
         if (role, rank) in self._processes and self._processes[role, rank].alive:
             raise OptionError(f"restart: expected a {role} that has crashed, {role} {rank} is alive")
@@ -243,6 +248,7 @@ class Cluster:
         """End all processes."""
         for process in list(self._processes.values()):
             process.end()
+        self._journal.close()
 
     def __enter__(self) -> Cluster:
         return self
@@ -278,7 +284,7 @@ class Cluster:
         network = SimulatedNetwork(self.web, process)
         scheduler = Scheduler(
             self.address, self.workers, self.servers, network=network, heartbeat=self._heartbeat_s,
-            replication=self._replication,
+            replication=self._replication, journal=self._journal,
         )  # fmt: skip
         self._daemons["scheduler", 0] = scheduler
         scheduler.start()

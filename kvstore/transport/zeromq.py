@@ -14,6 +14,7 @@ import logging
 import os
 import re
 import socket as sockets
+import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

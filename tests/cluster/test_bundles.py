@@ -414,7 +414,7 @@ def test_a_bundle_that_ends_now_and_then_is_made_again(tmp_path):
 
     with cluster(workers=1) as c:
         assert c.run(work) == [[6] * 60]
-        assert all(bundle.united for bundle in c.servers[0].shards[0].serving.bundles.values())
+        assert all(bundle.united for bundle in c.servers[0].shards[0].serving.binding.bundles.values())
 
 
 def test_lists_of_strange_keys():
@@ -460,7 +460,7 @@ def test_keys_of_different_kinds_are_in_different_bundles():
 
 
 def test_a_server_that_refuses_is_asked_no_more(monkeypatch, binds):
-    monkeypatch.setattr("kvstore.protocol.serving.BUNDLES_MAX", 1)
+    monkeypatch.setattr("kvstore.protocol.binding.BUNDLES_MAX", 1)
 
     def work(kv):
         keys = names(6)
@@ -754,8 +754,8 @@ def test_the_state_of_one_key_is_replaced(tmp_path):
 
     with cluster(workers=1) as c:
         ((before, after, values),) = c.run(work)
-        assert c.servers[0].shards[0].serving.bundles
-        assert all(bundle.united for bundle in c.servers[0].shards[0].serving.bundles.values())
+        assert c.servers[0].shards[0].serving.binding.bundles
+        assert all(bundle.united for bundle in c.servers[0].shards[0].serving.binding.bundles.values())
     assert before == [5, 2, 5]
     assert after == [3, 3, 3]
     momenta = [1.0, 1.5, 1.75, 1.875, 1.9375]
@@ -778,8 +778,8 @@ def test_the_server_counts_a_bundle_as_one_piece():
     with cluster(workers=2) as c:
         c.run(work)
         shard = c.servers[0].shards[0]
-        assert len(shard._stored) == 1
-        assert [len(bundle.members) for bundle in shard.serving.bundles.values()] == [50]
+        assert len(shard._work.stored) == 1
+        assert [len(bundle.members) for bundle in shard.serving.binding.bundles.values()] == [50]
         assert shard.report() == {"keys": 50, "bytes": 600}
 
 

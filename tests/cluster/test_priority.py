@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from kvstore.cluster.outbox import BATCH_BYTES, WINDOW_BYTES, Outbox
-from kvstore.cluster.shard import Shard
+from kvstore.cluster.work import Work
 from kvstore.protocol.messages import Done, Push
 from kvstore.protocol.pieces import PIECE_BYTES
 from kvstore.protocol.requesting import CREDIT_BYTES
@@ -33,7 +33,7 @@ def test_an_urgent_key_overtakes_256_megabytes(shared, monkeypatch):
     """Merges wait until the server has got the urgent push; then it comes after those that had begun, no later."""
     merged: list[str] = []
     urgent_is_there = threading.Event()
-    assign, apply = Stored.assign, Shard._apply
+    assign, apply = Stored.assign, Work.apply
 
     def assign_when_urgent_is_there(stored, *args, **options):
         if stored.var.name.startswith("'large'"):
@@ -41,13 +41,13 @@ def test_an_urgent_key_overtakes_256_megabytes(shared, monkeypatch):
         merged.append(stored.var.name)
         assign(stored, *args, **options)
 
-    def apply_and_tell(shard, action, *args):
-        apply(shard, action, *args)
+    def apply_and_tell(work, action, *args):
+        apply(work, action, *args)
         if action.piece[0] == "urgent":
             urgent_is_there.set()
 
     monkeypatch.setattr(Stored, "assign", assign_when_urgent_is_there)
-    monkeypatch.setattr(Shard, "_apply", apply_and_tell)
+    monkeypatch.setattr(Work, "apply", apply_and_tell)
     with cluster(1) as running:
 
         def work(kv):

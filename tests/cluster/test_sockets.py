@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import zmq
 
-from kvstore.cluster.shard import FAR_INLINE_BYTES
+from kvstore.cluster.work import FAR_INLINE_BYTES
 from kvstore.stored import Stored
 from kvstore.transport.reactor import Reactor
 from kvstore.transport.zeromq import LOOPBACK_SNDBUF, Connection, Endpoint

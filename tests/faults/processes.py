@@ -99,9 +99,7 @@ class Processes:
         self.around = {**os.environ, "PYTHONUNBUFFERED": "1", **around}
         self.children: list[Process] = []
         self.servers: dict[int, Process] = {}
-        self._sizes = ["-w", str(workers), "-s", str(servers), *options]
-        if "--replication" not in options:
-            self._sizes += ["--journal", str(folder / "journal")]
+        self._sizes = ["-w", str(workers), "-s", str(servers), "--journal", str(folder / "journal"), *options]
         self.address = "tcp://127.0.0.1:*"
         self.scheduler = self.start_scheduler()
         for number in range(servers):

@@ -3,7 +3,7 @@
 Workers push in rounds, sequentially; each adds 1 to an element of its own per round. So after round n every element
 is n, or a push has been lost or doubled, and the worker that reads it says so. What may happen: a worker is killed
 and comes back (policy ``wait``), a worker is stopped and goes on, the scheduler is killed and comes back from its
-journal, a server is killed and comes back or is stopped for longer than its deadline (with replication).
+journal; with replication a server is killed and comes back, or is stopped for longer than its deadline.
 
 ``python -m tests.faults.soak --minutes 20 --replication 1``; the seed decides the faults, not their moments.
 """
@@ -80,10 +80,9 @@ class Soak:
         kinds: list[tuple[str, Callable[[], None]]] = [
             ("worker killed", self._kill_worker),
             ("worker stopped for a moment", self._stop_worker),
+            ("scheduler killed", self._kill_scheduler),
         ]
-        if not self.replication:  # a journal does not keep which server has which shard
-            kinds += [("scheduler killed", self._kill_scheduler)]
-        else:
+        if self.replication:
             kinds += [("server killed", self._kill_server), ("server stopped", self._stop_server)]
         name, do = self.rng.choice(kinds)
         self.faults[name] = self.faults.get(name, 0) + 1

@@ -132,6 +132,33 @@ def test_merge(form: Form, dtype, count):
     assert ("merge" in form.used) == (form.name == "numba" and count > 1 and dtype not in BY_NUMPY_ALWAYS)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_allreduce(form: Form, dtype, count):
+    rng = np.random.default_rng(count)
+    for shape in [*SHAPES, (700_001,)]:  # the last is large enough to go past the caches
+        arrays = [numbers(rng, shape, dtype) for _ in range(count)]
+        expected = dumb_sum(arrays)
+        buffer = np.empty(expected.nbytes + 1, np.uint8)
+        for layout in LAYOUTS:
+            out, others = np.zeros(shape, dtype), [buffer[1:].view(dtype).reshape(shape), np.zeros(shape, dtype)]
+            kernels.allreduce([layout(array) for array in arrays], out, others)
+            for each in (out, *others):
+                same(each, expected)
+        out, others = np.zeros(shape, dtype), [strided(np.zeros(shape, dtype))]
+        kernels.allreduce(arrays, out, others)
+        same(others[0], expected)
+        kernels.allreduce(arrays, out, list(reversed(arrays)))  # in place, in any order
+        for each in (out, *arrays):
+            same(each, expected)
+        if shape and shape[0] > 1000:
+            shifted = numbers(rng, shape[0] + 7, dtype)
+            expected = dumb_sum([shifted[:-7], arrays[0]])
+            kernels.allreduce([shifted[:-7], arrays[0]], out, [shifted[7:]])
+            same(shifted[7:], expected)
+    assert ("allreduce" in form.used) == (form.name == "numba" and dtype not in BY_NUMPY_ALWAYS)
+
+
 def test_halves_are_rounded_once(form: Form):
     """1 + 2^-11 twice: rounding after each sum would lose both."""
     small = np.full(3, 2.0**-11, np.float16)

@@ -6,10 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvstore.errors import OptimizerError
-from kvstore.protocol.bundles import Part
-from kvstore.protocol.messages import Message, Spec
-from kvstore.protocol.pieces import PieceId, Span
-from kvstore.protocol.serving import (
+from kvstore.protocol.actions import (
     Action,
     Apply,
     Create,
@@ -18,11 +15,14 @@ from kvstore.protocol.serving import (
     ReplyAfter,
     ReplyValue,
     SendState,
-    Serving,
     Split,
     StoreState,
     Unite,
 )
+from kvstore.protocol.bundles import Part
+from kvstore.protocol.messages import Message, Spec
+from kvstore.protocol.pieces import PieceId, Span
+from kvstore.protocol.serving import Serving
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Conversation:
 
     def _name(self, piece: PieceId, span: Span | None = None) -> str:
         key = piece[0]
-        bundle = self.serving.bundles.get(key) if isinstance(key, bytes) else None
+        bundle = self.serving.binding.bundles.get(key) if isinstance(key, bytes) else None
         name = "+".join(map(str, bundle.keys)) if bundle is not None else "a bundle" if isinstance(key, bytes) else key
         return f"{name}" if span is None else f"{name}[{span[0]}:{span[1]}]"
 

@@ -11,10 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvstore.protocol.bundles import Part
-from kvstore.protocol.messages import Done, Message, State, Value
-from kvstore.protocol.pieces import PieceId, Span
-from kvstore.protocol.serving import (
+from kvstore.protocol.actions import (
     Action,
     Apply,
     Create,
@@ -27,6 +24,9 @@ from kvstore.protocol.serving import (
     StoreState,
     Unite,
 )
+from kvstore.protocol.bundles import Part
+from kvstore.protocol.messages import Done, Message, State, Value
+from kvstore.protocol.pieces import PieceId, Span
 
 Elements = tuple[Any, ...]
 

@@ -27,22 +27,12 @@ from typing import Any
 from kvstore import consistency
 from kvstore.consistency import Bounded, Model, Sequential
 from kvstore.protocol import messages, wire
+from kvstore.protocol.actions import Action, Apply, Create, Reply, ReplyAfter, ReplyValue, Split, Unite
 from kvstore.protocol.dividing import Division
 from kvstore.protocol.messages import Bind, Done, Fetch, Init, Leave, Message, Push, Spec, Value
-from kvstore.protocol.pieces import bundle_id, owner
+from kvstore.protocol.pieces import PieceId, bundle_id, owner
 from kvstore.protocol.requesting import CREDIT_FREE_BYTES, Answered, Divide, Outcome, Request, Requesting
-from kvstore.protocol.serving import (
-    Action,
-    Apply,
-    Create,
-    PieceId,
-    Reply,
-    ReplyAfter,
-    ReplyValue,
-    Serving,
-    Split,
-    Unite,
-)
+from kvstore.protocol.serving import Serving
 from kvstore.protocol.wire import Sender
 from tests.protocol.shell import Shell
 
@@ -660,7 +650,7 @@ class Simulation:
         for server in self.servers:
             for piece_id in server.core.pieces:
                 if isinstance(piece_id[0], str):
-                    whole, span = server.core._place_of(piece_id)
+                    whole, span = server.core.binding.place_of(piece_id)
                     (final[piece_id],) = server.shell.stored[whole].part(span).value
         for key, pieces in self.plan.pieces.items():
             totals = {p: self._total(p, key) for p in self._members(key)}

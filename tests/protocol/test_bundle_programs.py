@@ -19,6 +19,7 @@ import pytest
 from kvstore import consistency
 from kvstore.consistency import Sequential
 from kvstore.protocol import requesting
+from kvstore.protocol.actions import Split, Unite
 from kvstore.protocol.dividing import Division
 from kvstore.protocol.messages import (
     Accepted,
@@ -44,7 +45,7 @@ from kvstore.protocol.messages import (
     WriteState,
 )
 from kvstore.protocol.pieces import bundle_id
-from kvstore.protocol.serving import Serving, Split, Unite
+from kvstore.protocol.serving import Serving
 from tests.protocol.conversation import Rule
 from tests.protocol.shell import Shell
 
@@ -122,7 +123,7 @@ class Side:
         self.perform(self.serving.handle(rank, incarnation, message, payload, 0.0))
 
     def stored(self, key: str):
-        piece, span = self.serving._place_of((key, 0))
+        piece, span = self.serving.binding.place_of((key, 0))
         return self.shell.stored[piece].part(span)
 
     def heard(self, rank: int, request_id: int, kind: type[Message]) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from kvstore.protocol import serving
+from kvstore.protocol import binding
 from kvstore.protocol.messages import (
     Bind,
     Drop,
@@ -53,7 +53,7 @@ def divided(request_id, rank=0, *, taken=False):
 
 
 def united(talk: Conversation, keys=AB) -> bool:
-    return talk.serving.bundles[bundle_id(keys)].united
+    return talk.serving.binding.bundles[bundle_id(keys)].united
 
 
 # --- united -----------------------------------------------------------------------------------------
@@ -287,11 +287,11 @@ def test_only_keys_of_a_kind_can_be_bound(form):
     talk.say(0, Init(1, "e", 0, form), "e0")
     keys = ("a", "e")
     assert "ProtocolError" in talk.say(0, Bind(2, bundle_id(keys), keys))[0]
-    assert talk.serving.bundles == {}
+    assert talk.serving.binding.bundles == {}
 
 
 def test_there_is_a_limit(monkeypatch):
-    monkeypatch.setattr(serving, "BUNDLES_MAX", 1)
+    monkeypatch.setattr(binding, "BUNDLES_MAX", 1)
     talk = begun(bundles=(AB,))
     assert "at most 1 bundles" in talk.say(0, Bind(1, bundle_id(BC), BC))[0]
     assert talk.say(0, Bind(1, bundle_id(AB), AB)) == ["0 < Done(request_id=1)"]
@@ -391,7 +391,7 @@ def test_drop_of_a_member_ends_its_bundles():
     talk.say(0, push(1, AB, 1), "x")
     lines = talk.say(0, Drop(2, "b"))
     assert lines == ["split a b", "forget a bundle", "forget a bundle", "forget b", "0 < Done(request_id=2)"]
-    assert talk.serving.bundles == {}
+    assert talk.serving.binding.bundles == {}
     assert "UnknownKeyError" in talk.say(0, push(3, AB, 2), "y")[0]
     assert talk.say(0, push(3, "a", 2), "y")[0] == "apply round 2 of a: y"
     talk.say(0, Init(4, "b", 0, spec("eventual", shape=(1,))), "b0")

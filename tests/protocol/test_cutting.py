@@ -6,10 +6,11 @@ import random
 
 import pytest
 
+from kvstore.protocol.actions import Apply, LoseCut, TakeCut, Unite
 from kvstore.protocol.cutting import HOLD_S
 from kvstore.protocol.messages import Bind, Init, Leave, Mark, Push, SetOptimizer
 from kvstore.protocol.pieces import bundle_id
-from kvstore.protocol.serving import Apply, LoseCut, Serving, TakeCut, Unite
+from kvstore.protocol.serving import Serving
 from tests.protocol.conversation import Rule, spec
 
 MODELS = ["sequential", "bounded(0)", "bounded(2)", "eventual"]
@@ -39,7 +40,7 @@ class Talk:
         for action in actions:
             if isinstance(action, Apply):
                 key = action.piece[0]
-                members = self.serving.bundles[key].keys if isinstance(key, bytes) else (key,)
+                members = self.serving.binding.bundles[key].keys if isinstance(key, bytes) else (key,)
                 for member in members:
                     self.applied[member].update(action.payloads)
             elif isinstance(action, TakeCut):

@@ -10,10 +10,11 @@ import pytest
 
 from kvstore import consistency, optim
 from kvstore.errors import LimitError, ProtocolError
-from kvstore.protocol import bundles, messages, serving
+from kvstore.protocol import binding, bundles, messages, serving
+from kvstore.protocol.actions import Reply
 from kvstore.protocol.messages import Bind, Failed, Fetch, Init, Message, Push, Spec
 from kvstore.protocol.pieces import bundle_id
-from kvstore.protocol.serving import Reply, Serving
+from kvstore.protocol.serving import Serving
 from kvstore.protocol.wire import FORMS, Sender, decode
 from tests.protocol import mutations
 from tests.protocol.fuzz import decoded, fuzz
@@ -102,7 +103,7 @@ class TestLimits:
         assert told == [[]] * 5 + [[LimitError.__name__]] * 5
 
     def test_keys_in_bundles(self, core, monkeypatch):
-        monkeypatch.setattr(serving, "BUNDLED_MAX", 5)
+        monkeypatch.setattr(binding, "BUNDLED_MAX", 5)
         self.ask(core, 0, Init(1, "v", 0, SPEC), object())
         for keys, told in (("wv", []), ("vw", []), ("w", []), ("v", ["LimitError"])):
             assert self.ask(core, 0, Bind(1, bundle_id(tuple(keys)), tuple(keys))) == told

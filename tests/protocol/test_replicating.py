@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from kvstore.errors import FencedError
+from kvstore.protocol.actions import Apply, Create, StoreState
 from kvstore.protocol.messages import (
     Bind,
     Drop,
@@ -22,7 +23,7 @@ from kvstore.protocol.messages import (
 )
 from kvstore.protocol.pieces import bundle_id
 from kvstore.protocol.replicating import RESEND_S, Copy, Log, Replica, follow
-from kvstore.protocol.serving import Apply, Create, Serving, StoreState
+from kvstore.protocol.serving import Serving
 from kvstore.protocol.wire import Sender, decode, encode
 from tests.protocol.conversation import Rule, spec
 from tests.protocol.shell import Shell
@@ -103,7 +104,9 @@ class Pair:
             first, second = self.shells[0].stored[piece_id], self.shells[1].stored[piece_id]
             assert (first.value, first.generation, first.step) == (second.value, second.generation, second.step)
         assert one.workers.described() == other.workers.described()
-        assert {b.id: b.united for b in one.bundles.values()} == {b.id: b.united for b in other.bundles.values()}
+        assert {b.id: b.united for b in one.binding.bundles.values()} == {
+            b.id: b.united for b in other.binding.bundles.values()
+        }
 
 
 def _elements(payload: Any) -> Any:
@@ -159,7 +162,7 @@ def test_bundles_are_united_and_split_on_both(late):
     pair.say(0, push(bundle, 2), WHAT * 2)
     if late:
         pair.attach()  # which splits it
-        assert not pair.cores[0].bundles[bundle].united
+        assert not pair.cores[0].binding.bundles[bundle].united
         pair.say(1, push("b", 2), WHAT)
         pair.say(1, push("a", 2), WHAT)
     else:

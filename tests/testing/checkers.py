@@ -124,7 +124,7 @@ class Checkers:
             if pieces[0] != pieces[1]:
                 raise Violation(f"shard {number}: the primary has {pieces[0]}, its replica {pieces[1]}")
             for piece, counted in one.serving.counted():
-                value, copy = one._stored[piece].value, other._stored[piece].value
+                value, copy = one._work.stored[piece].value, other._work.stored[piece].value
                 if not (value == copy).all():
                     raise Violation(f"shard {number}, {piece}: the primary has {value}, its replica {copy}")
                 if not counted.same_history(other.serving.pieces[piece]):

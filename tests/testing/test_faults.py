@@ -8,8 +8,9 @@ import pytest
 
 from kvstore.consistency import Bounded, Sequential
 from kvstore.errors import DeadlineError
+from kvstore.protocol.actions import Action
 from kvstore.protocol.messages import Committed, Push
-from kvstore.protocol.serving import Action, Serving
+from kvstore.protocol.serving import Serving
 from kvstore.stored import Stored
 from tests.testing.faults import Plan, Run, Violation
 

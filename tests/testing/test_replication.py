@@ -11,8 +11,8 @@ import kvstore
 from kvstore import KVStore
 from kvstore.errors import OptionError, ServerLostError
 from kvstore.protocol import replicating
+from kvstore.protocol.actions import ReplyValue
 from kvstore.protocol.replicating import Log
-from kvstore.protocol.serving import ReplyValue
 from kvstore.testing import Cluster
 from tests.testing.replicated import Run
 
@@ -60,6 +60,18 @@ def test_a_crashed_server_changes_no_bit(server: int, returns: bool) -> None:
         cluster.at(2.0, lambda: cluster.crash("server", server))
         if returns:
             cluster.at(4.0, lambda: cluster.restart("server", server))
+        assert all(same(values, undisturbed()) for values in cluster.run(train))
+
+
+@pytest.mark.parametrize("server_dies_at", [None, 1.9, 3.0, 6.0])
+def test_a_crashed_scheduler_changes_no_bit(server_dies_at: float | None) -> None:
+    """Alone, or with a server just before it, while it is away, or before all have come back to it."""
+    with Cluster(3, 2, replication=1, delay_s=(0.05, 0.1)) as cluster:
+        cluster.at(2.0, lambda: cluster.crash("scheduler"))
+        cluster.at(4.0, lambda: cluster.restart("scheduler"))
+        if server_dies_at is not None:
+            cluster.at(server_dies_at, lambda: cluster.crash("server", 1))
+            cluster.at(server_dies_at + 0.5, lambda: cluster.restart("server", 1))
         assert all(same(values, undisturbed()) for values in cluster.run(train))
 
 
