@@ -1,7 +1,8 @@
 """How the faults of a plan are done to a simulated cluster, and when the next may come.
 
 A server may fail when every shard is in step on all the servers that it is to be on, and what happened before is over:
-no more holders of a piece fail at once than the cluster is made to bear.
+no more holders of a piece fail at once than the cluster is made to bear. The same is true of the scheduler, because on a network
+that loses messages a member may come back to it too late.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from tests.testing.plans import FAULTS_S, Fault, Plan
 
 LOOK_S = 0.05  # how often it is looked whether the next fault may come
 NOTICED_S = 5.0  # until the scheduler knows of a fault, or of none
+RETURNED_S = 15.0  # until a scheduler that was away knows who is there
 STEPPED_BACK_S = 15.0  # so long after it was paused or cut off a server that lost its place has stepped back
 
 
@@ -68,7 +70,7 @@ class Faults:
         calm = all(s.primary != NOBODY and s.in_step and not s.moving for s in self.shards)
         if not calm or self._leaving or cluster.now < self._calm_at:
             return False
-        self._calm_at = cluster.now + max(NOTICED_S, fault.seconds)
+        self._calm_at = cluster.now + max(NOTICED_S, fault.seconds) + (RETURNED_S if fault.role == "scheduler" else 0.0)
         return True
 
     def _later(self, seconds: float, what: Callable[[], None]) -> None:
@@ -90,6 +92,9 @@ class Faults:
     def _restart(self, fault: Fault) -> None:
         if fault.role == "worker":
             self._start(fault.rank)
+            return
+        if fault.role == "scheduler":
+            self._cluster.restart("scheduler")
             return
         self._calm_at = max(self._calm_at, self._cluster.now + NOTICED_S)
         if self._cluster.alive(*fault.who):  # it lives, but its place is gone
@@ -114,7 +119,7 @@ class Faults:
         self._look_after(fault)
 
     def _look_after(self, fault: Fault) -> None:
-        if fault.deadly:
+        if fault.deadly and fault.role == "server":
             self._later(STEPPED_BACK_S, lambda: self._begin_again(fault))
 
     def _begin_again(self, fault: Fault) -> None:

@@ -40,7 +40,9 @@ class Fault:
     @property
     def deadly(self) -> bool:
         """May a server lose its place by it?"""
-        return self.role == "server" and (self.kind in ("crash", "drain") or self.seconds >= 2.0)
+        return self.role == "scheduler" or (
+            self.role == "server" and (self.kind in ("crash", "drain") or self.seconds >= 2.0)
+        )
 
 
 @dataclass(slots=True)
@@ -95,6 +97,8 @@ class Plan:
             plan.faults += [plan._of_worker(rng, n) for n in range(rng.randint(profile == "workers", 4))]
         if replication:
             plan.faults += [plan._of_server(rng) for _ in range(rng.randint(1, 3))]
+        if profile == "mixed":
+            plan.faults += [plan._of_scheduler(rng) for _ in range(rng.randint(0, 2))]
         plan.faults.sort(key=lambda fault: fault.at)
         return plan
 
@@ -116,6 +120,9 @@ class Plan:
             return Fault(at, kind, "worker", rank, float("inf"))
         others = (("scheduler", 0),) if kind == "cut" else ()  # it goes on to talk to the servers
         return Fault(at, kind, "worker", rank, seconds, others)
+
+    def _of_scheduler(self, rng: random.Random) -> Fault:
+        return Fault(rng.uniform(0.5, 50.0), rng.choice(("crash", "crash", "pause")), "scheduler", 0, rng.uniform(0.2, 8.0))
 
     def _of_server(self, rng: random.Random) -> Fault:
         at, seconds = rng.uniform(0.5, 40.0), rng.choice((2.0, 4.0, 8.0))
