@@ -146,7 +146,9 @@ class Scheduler:
         return self._endpoint.send(peer, envelope(sender, [(message, ())]))
 
     def _tick(self, now: float) -> None:
-        if now > self._ticked_at + self._heartbeat_s:  # this process was stopped: that the others fell silent is its own doing
+        if (
+            now > self._ticked_at + self._heartbeat_s
+        ):  # this process was stopped: that the others fell silent is its own doing
             log.warning("%r: it was stopped for %.1f s; everybody may come back", self, now - self._ticked_at)
             self._patient_until = now + RETURN_S
         self._ticked_at = now

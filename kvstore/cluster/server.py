@@ -95,7 +95,7 @@ class Server:
         self.address = self._own.address
         self.shards: dict[int, Shard] = {}  # by number
         self._session: Session | None = None
-        self._lost: dict[int, Departed] = {}  # workers
+        self._gone: dict[int, Departed] = {}  # workers that are lost or have left
         self._moving: set[tuple[int, int]] = set()  # shards that are handed over, and the epoch
         self._asked: Future[Any] | None = None
         self._asked_at = 0.0
@@ -178,9 +178,11 @@ class Server:
     def _take_change(self, change: Departed | Joined) -> None:
         """A member is gone, or a worker has joined."""
         if isinstance(change, Joined):
-            self._lost.pop(change.rank, None)
-        elif change.role == "worker" and change.reason:
-            self._lost[change.rank] = change
+            self._gone.pop(change.rank, None)
+        elif self._gone.get(change.rank) == change:
+            return  # a reminder
+        elif change.role == "worker":
+            self._gone[change.rank] = change
         for shard in self.shards.values():
             shard.changed(change)
 
@@ -207,7 +209,7 @@ class Server:
         assert self._session is not None
         if shard.is_replica:
             log.info("shard %d: this server takes over, in epoch %d", number, placed.epoch)
-            shard.take_over(placed.epoch, self._lost.values())
+            shard.take_over(placed.epoch, self._gone.values())
         if placed.replica == NOBODY:
             if shard.replicated_in:
                 log.warning("shard %d: its replica is gone; it goes on unreplicated", number)

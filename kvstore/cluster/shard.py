@@ -180,12 +180,12 @@ class Shard:
         """The epoch of its log; 0: it has none, and commits alone."""
         return 0 if self._stream is None else self._stream.log.epoch
 
-    def take_over(self, epoch: int, lost: Iterable[Departed]) -> None:
-        """The replica becomes primary. ``lost``: the workers that are, of whom the log may not have told."""
+    def take_over(self, epoch: int, gone: Iterable[Departed]) -> None:
+        """The replica becomes primary. ``gone``: the workers that are, of whom the log may not have told."""
         self._replica = None
         self.epoch = epoch
-        for gone in lost:
-            self.changed(gone)
+        for worker in gone:
+            self.changed(worker)
         self._take_early()
 
     def _take_early(self) -> None:

@@ -55,7 +55,9 @@ class Faults:
             return
         if not self._may(fault):
             cluster.at(cluster.now + LOOK_S, lambda: self._come(fault))
-        elif fault.kind == "join" or (cluster.alive(*fault.who) and all(cluster.alive(*other) for other in fault.others)):
+        elif fault.kind == "join" or (
+            cluster.alive(*fault.who) and all(cluster.alive(*other) for other in fault.others)
+        ):
             self.done[f"{fault.kind} of a {fault.role}"] += 1
             getattr(self, f"_{fault.kind}")(fault)
 

@@ -122,7 +122,9 @@ class Plan:
         return Fault(at, kind, "worker", rank, seconds, others)
 
     def _of_scheduler(self, rng: random.Random) -> Fault:
-        return Fault(rng.uniform(0.5, 50.0), rng.choice(("crash", "crash", "pause")), "scheduler", 0, rng.uniform(0.2, 8.0))
+        return Fault(
+            rng.uniform(0.5, 50.0), rng.choice(("crash", "crash", "pause")), "scheduler", 0, rng.uniform(0.2, 8.0)
+        )
 
     def _of_server(self, rng: random.Random) -> Fault:
         at, seconds = rng.uniform(0.5, 40.0), rng.choice((2.0, 4.0, 8.0))

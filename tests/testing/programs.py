@@ -64,9 +64,7 @@ def cut_as(plan: Plan) -> Iterator[None]:
         store.PIECE_BYTES = before  # type: ignore[misc]
 
 
-def train(
-    plan: Plan, kv: KVStore, life: Life, sleep: Callable[[float], None], look: Callable[[Seen], None]
-) -> None:
+def train(plan: Plan, kv: KVStore, life: Life, sleep: Callable[[float], None], look: Callable[[Seen], None]) -> None:
     """The rounds of one life: push, pull, compute, perhaps leave; then a barrier, and a look at everything."""
     rng = random.Random(f"{plan.seed} {life.rank} {life.number}")
     shape = (plan.pieces, RANKS, plan.rounds)
