@@ -153,8 +153,7 @@ class Cluster:
 
     def join(self, limit_s: float = 3600.0) -> list[Any]:
         """Wait until all programs are over; see :meth:`run`."""
-        outcomes = [self._outcomes[member] for member in sorted(self._outcomes)]
-        over = self.world.run(lambda: all(outcome.done() for outcome in outcomes), limit_s)
+        over = self.world.run(lambda: all(outcome.done() for outcome in self._outcomes.values()), limit_s)
         errors = [*self._errors, *(outcome.exception() for outcome in self._over)]
         for error in errors:
             if error is not None and not isinstance(error, self._excused):
@@ -162,6 +161,7 @@ class Cluster:
                 raise error
         if not over:
             raise DeadlineError(f"seed {self.world.seed}: programs are not over after {limit_s:g} s of simulated time")
+        outcomes = [self._outcomes[member] for member in sorted(self._outcomes)]
         return [None if outcome.exception() is not None else outcome.result() for outcome in outcomes]
 
     def sleep(self, seconds: float) -> None:

@@ -23,7 +23,6 @@ class Checkers:
         self.plan = plan
         self.lives: list[Life] = []
         self.seen: list[Seen] = []
-        self.finals: dict[str, Seen] = {}
         self._slack = int(plan.model[8:-1]) if plan.model.startswith("bounded") else 0
 
     def begin_life(self, rank: int) -> Life:
@@ -47,8 +46,8 @@ class Checkers:
             self.fail(seen, f"expected no round after {own}")
         if self.plan.on_loss != "continue" and self.plan.model != "eventual":
             self._fresh(seen)
-        if seen.final:
-            self.finals[seen.key] = seen
+        if seen.sure is not None:
+            self._nothing_lost(seen, seen.sure)
         self.seen.append(seen)
 
     def _once(self, seen: Seen) -> None:
@@ -76,6 +75,15 @@ class Checkers:
             if not seen.lives[:, rank, :due].all():
                 self.fail(seen, f"expected rounds 1..{due} of worker {rank}")
 
+    def _nothing_lost(self, final: Seen, sure: list[tuple[Life, int]]) -> None:
+        for life, last in sure:
+            first = life.first[final.key]
+            if not final.lives[:, life.rank, first - 1 : max(first - 1, last)].all():
+                self.fail(final, f"a committed push of worker {life.rank} is lost")
+            joined = life.number == 1 and life.rank >= self.plan.workers
+            if joined and final.lives[:, life.rank, : first - 1].any():
+                self.fail(final, f"worker {life.rank} counts before it joined")
+
     # --- when all is over -----------------------------------------------------------------------
 
     def end(self) -> None:
@@ -88,8 +96,6 @@ class Checkers:
                 until = seen.lives[:, :, : seen.own]
                 if (same.setdefault((seen.key, seen.own), until) != until).any():
                     self.fail(seen, f"another worker read something else after its round {seen.own}")
-        for final in self.finals.values():
-            self._nothing_lost(final)
 
     def _whole(self, seen: Seen) -> None:
         """Are the pushes there of all who ended in order, as far as the model demands?"""
@@ -98,17 +104,6 @@ class Checkers:
                 first, last = life.first[seen.key], min(life.pushed.get(seen.key, 0), seen.own - self._slack)
                 if not seen.lives[:, life.rank, first - 1 : max(first - 1, last)].all():
                     self.fail(seen, f"expected rounds {first}..{last} of worker {life.rank}")
-
-    def _nothing_lost(self, final: Seen) -> None:
-        for life in self.lives:
-            if final.key in life.first:
-                first = life.first[final.key]
-                last = (life.pushed if life.ended else life.committed).get(final.key, 0)
-                if not final.lives[:, life.rank, first - 1 : max(first - 1, last)].all():
-                    self.fail(final, f"a committed push of worker {life.rank} is lost")
-                joined = life.number == 1 and life.rank >= self.plan.workers
-                if joined and final.lives[:, life.rank, : first - 1].any():
-                    self.fail(final, f"worker {life.rank} counts before it joined")
 
     def replicas(self, cluster: Cluster, shards: list[Any]) -> int:
         """Does every replica that is in step hold what its primary holds? How many could be compared?"""

@@ -1,4 +1,4 @@
-"""Whole clusters to which everything happens that may: real stores, servers and scheduler on a simulated network and clock.
+"""Whole clusters to which everything happens that may: real stores, servers and scheduler, simulated network and clock.
 
 Messages are lost, come twice and overtake each other, the network breaks, workers crash and come back, join and leave,
 servers crash, stop, drain and return. :mod:`tests.testing.plans` says what a seed makes happen,
@@ -72,7 +72,7 @@ class Run:
         if life.number > 1:
             self.done["worker back"] += 1
         try:
-            train(self.plan, kv, life, cluster.sleep, self.checkers.look)
+            train(self.plan, kv, life, self.checkers.lives, cluster.sleep, self.checkers.look)
         except FencedError:
             self.done["worker fenced"] += 1
             raise

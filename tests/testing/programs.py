@@ -1,8 +1,8 @@
 """What the workers of a simulation do, and how a value tells which pushes it contains.
 
-A value has an element for every piece, worker and round. A push adds, by SGD, to its own element of every piece a number
-that tells its life: ``SIGN ** (life - 1)``. So every value that is ever read says, piece by piece, which pushes of which
-life are in it, and how often.
+A value has an element for every piece, worker and round. A push adds, by SGD, to its own element of every piece a
+number that tells its life: ``SIGN ** (life - 1)``. So every value that is ever read says, piece by piece, which pushes
+of which life are in it, and how often.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Life:
     number: int
     first: dict[str, int] = field(default_factory=dict)  # by key its first round
     pushed: dict[str, int] = field(default_factory=dict)  # by key its last round that was handed over
-    committed: dict[str, int] = field(default_factory=dict)
+    committed: dict[str, int] = field(default_factory=dict)  # by key its last round of which it has been told so
     ended: bool = False  # in order
 
 
@@ -42,7 +42,11 @@ class Seen:
     key: str
     own: int  # its rounds of the key before
     lives: Any  # (pieces, RANKS, rounds): by push the life that made it; 0: it is not there, -1: it is not one push
-    final: bool = False  # read after the last barrier
+    sure: list[tuple[Life, int]] | None = None  # for one that is read at the end: what each life had committed before
+
+    @property
+    def final(self) -> bool:
+        return self.sure is not None
 
 
 def lives_in(value: Any) -> Any:
@@ -64,8 +68,21 @@ def cut_as(plan: Plan) -> Iterator[None]:
         store.PIECE_BYTES = before  # type: ignore[misc]
 
 
-def train(plan: Plan, kv: KVStore, life: Life, sleep: Callable[[float], None], look: Callable[[Seen], None]) -> None:
-    """The rounds of one life: push, pull, compute, perhaps leave; then a barrier, and a look at everything."""
+def train(
+    plan: Plan,
+    kv: KVStore,
+    life: Life,
+    lives: list[Life],
+    sleep: Callable[[float], None],
+    look: Callable[[Seen], None],
+) -> None:
+    """The rounds of one life: push, pull, compute, perhaps leave; then a barrier, and a look at everything.
+
+    Args:
+        lives: all so far.
+        sleep: how it computes for some seconds.
+        look: what is done with a value that was read.
+    """
     rng = random.Random(f"{plan.seed} {life.rank} {life.number}")
     shape = (plan.pieces, RANKS, plan.rounds)
     kv.set_optimizer(kvstore.optim.SGD(lr=1.0))
@@ -80,8 +97,10 @@ def train(plan: Plan, kv: KVStore, life: Life, sleep: Callable[[float], None], l
     if last < plan.rounds:
         kv.leave()
     kv.barrier()
+    life.committed.update(life.pushed)
     for key in plan.keys:
-        look(Seen(life, key, life.pushed.get(key, 0), lives_in(kv.pull(key).result()), final=True))
+        sure = [(one, one.committed[key]) for one in lives if key in one.committed]
+        look(Seen(life, key, life.pushed.get(key, 0), lives_in(kv.pull(key).result()), sure))
     life.ended = True
 
 
