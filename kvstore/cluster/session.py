@@ -562,7 +562,8 @@ class Session:
             if connection.refused and (error := self._server_gone(server)) is not None:
                 for outcome in self._requests.abandon(server, error):
                     self._settle(outcome)
-        if self._requests.tick(now) and self._placed:  # perhaps its server is another, and we were not told
+        registered = self.sender.incarnation != NOBODY
+        if self._requests.tick(now) and registered:  # perhaps its server is another, and we were not told
             self._connections[SCHEDULER].send(envelope(self.sender, [(ReadPlacement(self.next_id()), ())]))
         self._pump()
 

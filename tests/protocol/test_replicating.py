@@ -9,11 +9,16 @@ import pytest
 from kvstore.errors import FencedError
 from kvstore.protocol.actions import Apply, Create, StoreState
 from kvstore.protocol.messages import (
+    Admit,
     Bind,
+    Departed,
     Drop,
     Entry,
     Fetch,
+    Freeze,
+    Frozen,
     Init,
+    Initialized,
     Leave,
     Message,
     Push,
@@ -54,6 +59,16 @@ class Pair:
         else:
             for action in actions:
                 self.shells[0].perform(action)
+
+    def lose(self, rank: int, on_loss: str, incarnation: int = 1) -> None:
+        """The scheduler says that the worker is lost."""
+        said = Departed(0, "worker", rank, "killed", incarnation, on_loss)
+        self._perform(self.log.conclude(-1, -1, said, self.cores[0].lost(rank, "killed", on_loss, incarnation)))
+
+    def take_over(self) -> Serving:
+        """The primary dies."""
+        self.catch_up()
+        return self.cores[1]
 
     def _perform(self, steps: Any) -> None:
         for action, number in steps:
@@ -239,3 +254,83 @@ def test_what_was_not_taken_is_sent_again_and_silence_is_broken():
     pair.log.heard(first[-1], RESEND_S)
     pair.log.tick(3 * RESEND_S)
     assert len(list(pair.log.outgoing())) == 1
+
+
+# --- workers that come and go while a server takes over -------------------------------------------
+
+
+def answers(core: Serving, rank: int, message: Message, payload: Any = None, incarnation: int = 1) -> list[Any]:
+    """What a worker is told by a server, and Apply where a round takes effect."""
+    actions = core.handle(rank, incarnation, message, payload, 0.0)
+    return [getattr(action, "message", action) for action in actions]
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_join_goes_on_with_the_server_that_takes_over(late):
+    pair = Pair(late=late)
+    begin(pair, model="eventual")
+    pair.say(0, push("a", 1), WHAT)
+    pair.say(2, Freeze(1))
+    if late:
+        pair.attach()
+    successor = pair.take_over()
+    assert answers(successor, 0, push("a", 2), WHAT) == []  # no round begins until the join has ended
+    told, applied, *_ = answers(successor, 2, Admit(2, {"a": 1}))
+    assert told.request_id == 2
+    assert applied.contributions == ((0, 2),)
+
+
+def test_who_joins_is_told_what_has_begun_when_the_replica_knows_of_it():
+    pair = Pair()
+    begin(pair)
+    pair.catch_up()
+    pair.replies.clear()
+    pair.say(2, Freeze(1))
+    ((_, number, frozen),) = pair.replies
+    assert isinstance(frozen, Frozen)
+    assert not pair.log.may_tell(number)
+
+
+def test_a_life_that_returns_makes_again_what_a_takeover_has_lost():
+    """What was only accepted of the life before: the primary has it, and so it counts; its successor takes it anew."""
+    pair = Pair()
+    begin(pair)
+    pair.say(1, push("a", 1), WHAT)
+    pair.lose(1, "wait")
+    assert answers(pair.cores[0], 1, Init(5, "a", 0, spec()), incarnation=2) == [Initialized(5, 0)]
+    successor = pair.take_over()
+    assert answers(successor, 1, push("a", 1), ("new",) * 4, incarnation=2) == []
+    (applied, *_) = answers(successor, 0, push("a", 1), WHAT)
+    assert applied.payloads == (WHAT, ("new",) * 4)
+    (applied, *_) = answers(pair.cores[0], 0, push("a", 1), WHAT)
+    assert applied.payloads == (WHAT, WHAT)
+
+
+def test_a_replica_waits_for_no_push_of_one_who_has_left_that_only_its_primary_had():
+    pair = Pair(late=True)
+    begin(pair)
+    pair.say(1, push("a", 1), WHAT)  # waits for worker 0's
+    pair.say(1, Leave(9, ""))
+    pair.attach()
+    successor = pair.take_over()
+    (applied, *_) = answers(successor, 0, push("a", 1), WHAT)
+    assert applied.contributions == ((0, 1),)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_it_counts_when_it_has_taken_effect_though_the_worker_has_joined_again(late):
+    pair = Pair(late=late)
+    begin(pair)
+    pair.say(1, push("a", 1), WHAT)
+    pair.say(1, Leave(9, ""))
+    pair.say(1, Freeze(1), incarnation=2)
+    pair.say(1, Admit(2, {"a": 1}), incarnation=2)
+    if late:
+        pair.attach()
+    pair.catch_up()
+    assert 1 not in pair.cores[1].pieces["a", 0].level.members_of(1)
+    pair.say(0, push("a", 1), WHAT)
+    pair.catch_up()
+    one, other = (core.pieces["a", 0] for core in pair.cores)
+    assert list(other.level.members_of(1)) == [0, 1]
+    assert one.same_history(other)

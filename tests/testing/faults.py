@@ -1,8 +1,8 @@
 """How the faults of a plan are done to a simulated cluster, and when the next may come.
 
 A server may fail when every shard is in step on all the servers that it is to be on, and what happened before is over:
-no more holders of a piece fail at once than the cluster is made to bear. The same is true of the scheduler, because on a
-network that loses messages a member may come back to it too late.
+no more holders of a piece fail at once than the cluster is made to bear. The same is true of the scheduler, because on
+a network that loses messages a member may come back to it too late.
 """
 
 from __future__ import annotations

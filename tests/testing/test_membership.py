@@ -1,4 +1,4 @@
-"""Workers that come and go change nothing that others may rely on; and bugs that are planted there are found."""
+"""Workers that come and go while something else happens: what must not depend on chance."""
 
 from __future__ import annotations
 
@@ -30,3 +30,38 @@ def test_wait_takes_up_a_round_that_was_half_sent(loss: float) -> None:
         cluster.at(9.0, lambda: cluster.start_worker(1, program))
         assert cluster.run(program)[0] == "done"
         assert cluster.join()[1] == "done"
+
+
+def test_a_scheduler_that_was_stopped_takes_nobody_for_lost() -> None:
+    """All connections to it have ended meanwhile; who is late to come back on a bad network is not lost for that."""
+    for seed in range(10):
+        with Cluster(2, 2, seed=seed, loss=0.1, on_worker_loss="continue") as cluster:
+
+            def program(kv: KVStore, cluster: Cluster = cluster) -> list[int]:
+                kv.init("w", np.zeros(1))
+                kv.barrier()
+                if kv.rank == 0:
+                    cluster.pause("scheduler")
+                    cluster.at(cluster.now + 10.0, lambda: cluster.resume("scheduler"))
+                for _ in range(20):
+                    kv.pushpull("w", np.ones(1)).result()
+                    cluster.sleep(1.0)
+                return kv.dead_workers()
+
+            assert cluster.run(program) == [[], []]
+
+
+def test_a_joiner_finds_a_shard_that_has_moved_though_nobody_told_it() -> None:
+    with Cluster(1, 2, seed=1, on_worker_loss="continue", replication=1) as cluster:
+
+        def program(kv: KVStore) -> list[float]:
+            keys = [f"k{n}" for n in range(8)]  # some on either server
+            kv.init(keys, [np.zeros(1)] * len(keys))
+            cluster.sleep(30.0)
+            return [float(value[0]) for value in kv.pull(keys).result()]
+
+        cluster.at(8.0, lambda: cluster.start_worker(1, program))
+        cluster.at(10.0, lambda: cluster.partition([("worker", 1)], [("scheduler", 0)]))
+        cluster.at(10.1, lambda: cluster.crash("server", 0))
+        cluster.at(12.9, cluster.heal)
+        assert cluster.run(program) == [[0.0] * 8] * 2
