@@ -90,7 +90,7 @@ class Checkers:
         """Now all lives are known. Raises Violation."""
         same: dict[tuple[str, int], Any] = {}
         for seen in self.seen:
-            if seen.final or self.plan.model != "eventual":
+            if self.plan.model != "eventual":
                 self._whole(seen)
             if self.plan.model == "sequential":
                 until = seen.lives[:, :, : seen.own]

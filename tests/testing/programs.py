@@ -96,8 +96,9 @@ def train(
             _step(plan, kv, life, keys, step + 1, rng, look)
     if last < plan.rounds:
         kv.leave()
-    kv.barrier()
+    kv.wait_for_commits()
     life.committed.update(life.pushed)
+    kv.barrier()
     for key in plan.keys:
         sure = [(one, one.committed[key]) for one in lives if key in one.committed]
         look(Seen(life, key, life.pushed.get(key, 0), lives_in(kv.pull(key).result()), sure))

@@ -33,22 +33,21 @@ def test_wait_takes_up_a_round_that_was_half_sent(loss: float) -> None:
 
 
 def test_a_scheduler_that_was_stopped_takes_nobody_for_lost() -> None:
-    """All connections to it have ended meanwhile; who is late to come back on a bad network is not lost for that."""
-    for seed in range(10):
-        with Cluster(2, 2, seed=seed, loss=0.1, on_worker_loss="continue") as cluster:
+    """All connections to it have ended meanwhile, and one takes longer to come back than it may if it ends alone."""
+    with Cluster(2, 1, seed=4, on_worker_loss="continue") as cluster:
+        cluster.at(5.0, lambda: cluster.pause("scheduler"))
+        cluster.at(12.0, lambda: cluster.partition([("worker", 1)], [("scheduler", 0)]))
+        cluster.at(15.0, lambda: cluster.resume("scheduler"))
+        cluster.at(17.0, cluster.heal)
 
-            def program(kv: KVStore, cluster: Cluster = cluster) -> list[int]:
-                kv.init("w", np.zeros(1))
-                kv.barrier()
-                if kv.rank == 0:
-                    cluster.pause("scheduler")
-                    cluster.at(cluster.now + 10.0, lambda: cluster.resume("scheduler"))
-                for _ in range(20):
-                    kv.pushpull("w", np.ones(1)).result()
-                    cluster.sleep(1.0)
-                return kv.dead_workers()
+        def program(kv: KVStore) -> list[int]:
+            kv.init("w", np.zeros(1))
+            for _ in range(20):
+                kv.pushpull("w", np.ones(1)).result()
+                cluster.sleep(1.0)
+            return kv.dead_workers()
 
-            assert cluster.run(program) == [[], []]
+        assert cluster.run(program) == [[], []]
 
 
 def test_a_joiner_finds_a_shard_that_has_moved_though_nobody_told_it() -> None:
