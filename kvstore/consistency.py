@@ -233,8 +233,9 @@ class Level:
 
     @property
     def begun(self) -> int:
-        """The largest round that any participant has pushed."""
-        return max(self.rounds.values(), default=0)
+        """The largest round that any participant has pushed; who has just joined has pushed none."""
+        pushed = (n for p, n in self.rounds.items() if not (self.away and self._has_just_joined(p, n)))
+        return max(self.closed, *pushed, 0)
 
     def push(self, participant: int) -> tuple[list[Update], list[Answer]]:
         """Count one push. Raises KeyError when ``participant`` is not a member."""

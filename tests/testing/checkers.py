@@ -63,10 +63,10 @@ class Checkers:
             mine = np.flatnonzero(row == life.number)
             if mine.size and not row[first - 1 : mine[-1]].all():
                 self.fail(seen, f"worker {life.rank}'s pushes are in it out of their order")
-        # What an earlier life had sent when it was lost counts: of sequential pieces one may be a round ahead.
-        older = ((rows > 0) & (rows < life.number))[:, first + (self.plan.on_loss == "wait") :]
-        if older.any():
-            self.fail(seen, f"pushes of an earlier life of worker {life.rank} are in it, made when it was over")
+        if self.plan.on_loss == "continue":  # else what it had sent counts, and it may have been ahead at some pieces
+            older = ((rows > 0) & (rows < life.number))[:, first:]
+            if older.any():
+                self.fail(seen, f"pushes of an earlier life of worker {life.rank} are in it, made when it was over")
 
     def _fresh(self, seen: Seen) -> None:
         """Nobody is left out: is everybody's there who was there from the beginning and does not leave?"""

@@ -69,7 +69,10 @@ class Faults:
             return False
         if not fault.deadly:
             return True
-        calm = all(s.primary != NOBODY and s.in_step and not s.moving for s in self.shards)
+        here = cluster.daemon("scheduler").membership.placing.servers
+        calm = all(n in here or not cluster.alive("server", n) for n in range(self._plan.servers)) and all(
+            s.primary != NOBODY and s.in_step and not s.moving for s in self.shards
+        )
         if not calm or self._leaving or cluster.now < self._calm_at:
             return False
         self._calm_at = cluster.now + max(NOTICED_S, fault.seconds) + (RETURNED_S if fault.role == "scheduler" else 0.0)
