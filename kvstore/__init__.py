@@ -3,7 +3,7 @@
 One ``pushpull``, file by file:
 
 1. ``trainer.py``: a gradient is ready; its parameter's new weights will be needed.
-2. ``store.py``: checks the call.
+2. ``store.py``: checks the call (``entries.py``).
 3. ``devices.py``: the device level; ``consistency.py`` says which devices' pushes are one update.
 4. ``engine/``: orders the work against everything else which touches the same arrays.
 5. ``cluster/client.py``: counts this worker's round and cuts it into pieces.
@@ -24,10 +24,11 @@ one value: ``lists.py``, ``cluster/bundles.py`` and ``protocol/binding.py``.
 from kvstore import errors, optim
 from kvstore.consistency import Bounded, Eventual, Sequential
 from kvstore.create import create
+from kvstore.entries import IN_PLACE
 from kvstore.errors import *  # noqa: F403
 from kvstore.errors import KVStoreError
 from kvstore.handle import Handle
-from kvstore.store import IN_PLACE, KVStore
+from kvstore.store import KVStore
 from kvstore.trainer import Trainer
 
 __version__ = "0.1.0"

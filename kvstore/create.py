@@ -15,7 +15,8 @@ from kvstore.consistency import Eventual, Model, Sequential
 from kvstore.errors import DeviceCountError, OptionError
 from kvstore.home import Home
 from kvstore.local import LocalHome
-from kvstore.protocol.messages import ON_LOSS
+from kvstore.protocol.messages import ON_LOSS, SAMPLES_MAX
+from kvstore.protocol.sampling import check_model
 from kvstore.store import KVStore
 from kvstore.transport.network import HEARTBEAT_S, Network
 from kvstore.transport.zeromq import NETWORK
@@ -37,6 +38,7 @@ def create(
     devices: int | None = None,
     device_consistency: str | Model | None = None,
     cluster_consistency: str | Model | None = None,
+    samples_per_round: int | None = None,
     address: str | None = None,
     rank: int | None = None,
     timeout: float = 300.0,
@@ -59,6 +61,9 @@ def create(
             cluster), and MXNet's other names for these. Without a GPU the ``device`` types equal the plain ones.
         devices: how many devices this worker has; None: the first push says.
         device_consistency, cluster_consistency: ``sequential``, ``bounded(s)`` or ``eventual``.
+        samples_per_round: every update shall be that of a sum over so many samples: each push says how many it holds
+            (``samples=``), and a round's sum is multiplied by what makes it that of so many, whoever was in it. For
+            models that merge rounds, which ``sequential`` is; all workers must agree. None: sums stay as they are.
         address: the scheduler's, ``tcp://host:port``; None: from ``KVSTORE_ADDRESS``.
         rank: the rank wanted; None: from ``KVSTORE_RANK``, else any.
         timeout: seconds that a wait may take when the call does not say.
@@ -89,6 +94,7 @@ def create(
         devices=devices,
         device_consistency=device_consistency,
         cluster_consistency=cluster_consistency,
+        samples_per_round=samples_per_round,
         address=address,
         rank=rank,
         timeout=timeout,
@@ -107,6 +113,7 @@ def create_on(
     devices: int | None = None,
     device_consistency: str | Model | None = None,
     cluster_consistency: str | Model | None = None,
+    samples_per_round: int | None = None,
     address: str | None = None,
     rank: int | None = None,
     timeout: float = 300.0,
@@ -128,6 +135,9 @@ def create_on(
     defaults = _CLUSTER.get(type, (Sequential(), Sequential()))
     device_model = defaults[0] if device_consistency is None else consistency.parse(device_consistency)
     cluster_model = defaults[1] if cluster_consistency is None else consistency.parse(cluster_consistency)
+    samples_per_round = _samples_per_round(samples_per_round)
+    check_model(samples_per_round, device_model, f"create({type!r}), device level")
+    check_model(samples_per_round, cluster_model, f"create({type!r}), cluster level")
     if type in _LOCAL:
         for name, given in (
             ("cluster_consistency", cluster_consistency),
@@ -145,8 +155,24 @@ def create_on(
             network, address, rank, runtime, timeout, connect_timeout, shared_memory, on_worker_loss, heartbeat
         )
     return KVStore(
-        type, home, runtime, devices=devices, device_model=device_model, cluster_model=cluster_model, timeout=timeout
+        type,
+        home,
+        runtime,
+        devices=devices,
+        device_model=device_model,
+        cluster_model=cluster_model,
+        timeout=timeout,
+        samples_per_round=samples_per_round,
     )
+
+
+def _samples_per_round(given: object) -> int | None:
+    if given is None:
+        return None
+    number = plain.whole(given)
+    if number is None or not 1 <= number <= SAMPLES_MAX:
+        raise OptionError(f"samples_per_round: expected a whole number 1..{SAMPLES_MAX}, got {given!r}")
+    return number
 
 
 def _join(

@@ -38,6 +38,7 @@ class _Contribution:
     arrays: list[Array]  # of the caller until staged; several when the key came twice in the call
     priority: int
     ended: Ended  # to be told when the push is committed or failed
+    samples: int | None  # that it holds, if the key's rounds are of so many
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,19 +187,27 @@ class Devices:
     def __repr__(self) -> str:
         return f"<Devices of {self._home!r}>"
 
-    def push(self, entry: Entry, per_device: dict[int, list[Array]], priority: int, ended: Ended) -> list[Reading]:
+    def push(
+        self,
+        entry: Entry,
+        per_device: dict[int, list[Array]],
+        priority: int,
+        ended: Ended,
+        samples: int | None = None,
+    ) -> list[Reading]:
         """One push of each of these devices. ``ended`` is called with the outcome of each.
 
         Args:
             per_device: by device the arrays whose sum it pushes.
+            samples: that all of them hold together, if the key's rounds are of so many.
 
         Returns:
             The ops after which these arrays have been read.
         """
         with entry.alone():
             if entry.single:
-                return [self._home.push(entry.key, self._counted(entry, per_device, priority), ended)]
-            return self._perform(entry, *self._count(entry, per_device, priority, ended))
+                return [self._home.push(entry.key, self._counted(entry, per_device, priority, samples), ended)]
+            return self._perform(entry, *self._count(entry, per_device, priority, ended, samples))
 
     def pull(self, entry: Entry, request: Request) -> None:
         """Answer the request once the device level allows it."""
@@ -214,14 +223,20 @@ class Devices:
                 self._deliver(entry, request, self._home.pull(entry.key, request.priority), answer)
 
     def pushpull(
-        self, entry: Entry, per_device: dict[int, list[Array]], ended: Ended, request: Request
+        self,
+        entry: Entry,
+        per_device: dict[int, list[Array]],
+        ended: Ended,
+        request: Request,
+        samples: int | None = None,
     ) -> list[Reading]:
         """A push and the pull right after it, as one exchange with the home where the level answers at once."""
         with entry.alone():
             if entry.single:
-                gradient, answer = self._counted(entry, per_device, request.priority), entry.answer(None, None)
+                gradient = self._counted(entry, per_device, request.priority, samples)
+                answer = entry.answer(None, None)
                 return self._exchange(entry, gradient, ended, request, answer)
-            contributions, steps = self._count(entry, per_device, request.priority, ended)
+            contributions, steps = self._count(entry, per_device, request.priority, ended, samples)
             updates = [update for some, _ in steps for update in some]
             answered_others = any(answers for _, answers in steps)
             ticket = object()
@@ -247,22 +262,30 @@ class Devices:
 
     # --- pushes -------------------------------------------------------------------------------
 
-    def _counted(self, entry: Entry, per_device: dict[int, list[Array]], priority: int) -> Gradient:
+    def _counted(
+        self, entry: Entry, per_device: dict[int, list[Array]], priority: int, samples: int | None
+    ) -> Gradient:
         """The push of the only device, counted."""
         assert entry.level is not None  # the number of devices is known from the first push on
         entry.level.push_alone()
         (arrays,) = per_device.values()
-        return Gradient(arrays, priority)
+        return Gradient(arrays, priority, samples=samples)
 
     def _count(
-        self, entry: Entry, per_device: dict[int, list[Array]], priority: int, ended: Ended
+        self,
+        entry: Entry,
+        per_device: dict[int, list[Array]],
+        priority: int,
+        ended: Ended,
+        samples: int | None,
     ) -> tuple[list[_Contribution], list[_Step]]:
         """Count the pushes; what follows from each is to be performed in this order."""
         level = entry.level
         assert level is not None  # the number of devices is known from the first push on
         contributions, steps = [], []
         for device, arrays in per_device.items():
-            contribution = _Contribution(arrays, priority, ended)
+            contribution = _Contribution(arrays, priority, ended, samples)
+            samples = samples and 0  # the first one's are those of all
             entry.held[device, level.rounds[device] + 1] = contribution
             contributions.append(contribution)
             steps.append(level.push(device))
@@ -285,7 +308,9 @@ class Devices:
         """What the home is to be pushed for this update, and whose pushes it consists of."""
         parts = [entry.held.pop(contribution) for contribution in update.contributions]
         arrays = [array for part in parts for array in part.arrays]
-        return Gradient(arrays, max([part.priority for part in parts])), parts
+        stated = [part.samples for part in parts if part.samples is not None]
+        gradient = Gradient(arrays, max([part.priority for part in parts]), samples=sum(stated) if stated else None)
+        return gradient, parts
 
     def _stage_leftovers(self, entry: Entry, contributions: list[_Contribution]) -> None:
         """Copy what has to wait for other devices, because the caller may overwrite it."""

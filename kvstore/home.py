@@ -36,6 +36,7 @@ class Gradient:
     priority: int
     lent: bool = False  # the caller leaves the only array alone until the operation has ended
     outs: Sequence[Array] | None = None  # pushpull: to where the source will be asked to deliver
+    samples: int | None = None  # that it is the sum over, if the key's rounds are of so many
 
     @property
     def reads(self) -> list[Any]:

@@ -90,10 +90,10 @@ class EntryBundle:
 
     # --- moving it --------------------------------------------------------------------------------
 
-    def push(self, arrays: list[Arrays], priority: int, ended: Ended) -> None:
-        """One round: ``arrays`` has for each key what the devices push, which is read now."""
+    def push(self, arrays: list[Arrays], priority: int, ended: Ended, samples: int | None) -> None:
+        """One round: ``arrays`` has for each key what the devices push, of so many samples, which is read now."""
         self.rounds += 1
-        self._moved.push(self._gradient(arrays, priority), ended)
+        self._moved.push(self._gradient(arrays, priority, samples), ended)
 
     def pull(self, outs: list[Arrays], result: list[Any], priority: int, handle: Handle) -> None:
         """Copy every key's value to each of its ``outs``; then the handle's result is ``result``."""
@@ -107,10 +107,11 @@ class EntryBundle:
         result: list[Any],
         priority: int,
         handle: Handle,
+        samples: int | None,
     ) -> None:
         """A push and the pull right after it."""
         self.rounds += 1
-        _, source = self._moved.pushpull(self._gradient(arrays, priority), ended)
+        _, source = self._moved.pushpull(self._gradient(arrays, priority, samples), ended)
         self._deliver(source, outs, result, priority, handle)
 
     def explain(self) -> str:
@@ -119,11 +120,11 @@ class EntryBundle:
 
     # --- arrays -----------------------------------------------------------------------------------
 
-    def _gradient(self, arrays: list[Arrays], priority: int) -> Gradient:
+    def _gradient(self, arrays: list[Arrays], priority: int, samples: int | None) -> Gradient:
         reads: list[Any] = []
         if self._engine.uses_arrays():
             reads.append(engine.ArrayGroup(_flat(arrays)))
-        return _Concatenated(arrays, self._spans, priority, reads)
+        return _Concatenated(arrays, self._spans, priority, reads, samples)
 
     def _group_of(self, outs: list[Arrays]) -> engine.ArrayGroup:
         """The outs as one thing to write; training loops pass the same ones in every round."""
@@ -173,8 +174,10 @@ class EntryBundle:
 class _Concatenated(Gradient):
     """The sums of many small arrays, one after another."""
 
-    def __init__(self, arrays: list[Arrays], spans: list[slice], priority: int, reads: list[Any]) -> None:
-        super().__init__([], priority)
+    def __init__(
+        self, arrays: list[Arrays], spans: list[slice], priority: int, reads: list[Any], samples: int | None
+    ) -> None:
+        super().__init__([], priority, samples=samples)
         self._parts = arrays
         self._spans = spans
         self._reads = reads

@@ -22,7 +22,8 @@ from kvstore.home import Gradient, Held, Home, HomeBundle, Reading, Source, Upda
 from kvstore.optim import Optimizer
 from kvstore.protocol.messages import Spec
 from kvstore.protocol.pieces import Key
-from kvstore.stored import Rule, Stored
+from kvstore.protocol.sampling import factor
+from kvstore.stored import Rule, Stored, multiply
 from kvstore.together import Value, bundles_of
 
 INLINE_BYTES = 64 << 10  # smaller work is done by the calling thread: a hand-over costs more
@@ -37,11 +38,14 @@ class _UpdaterRule:
     def create_state(self, value: Array) -> dict[str, Array]:
         return {}
 
-    def update(self, value: Array, pushes: Sequence[Array], state: dict[str, Array], step: int, target: Array) -> None:
+    def update(
+        self, value: Array, pushes: Sequence[Array], state: dict[str, Array], step: int, target: Array, factor: float
+    ) -> None:
         merged = pushes[0]
-        if len(pushes) > 1:
+        if len(pushes) > 1 or factor != 1.0:
             merged = np.empty_like(merged)
             comm.merge(pushes, merged)
+            multiply(merged, factor)
         if target is not value:
             np.copyto(target, value)
         self._updater(self._key, merged, target)
@@ -96,7 +100,7 @@ class LocalHome(Home):
         self._engine.push(
             lambda: gradient.write(staged.reshape(-1)), reads=gradient.reads, writes=[var], name="stage", inline=True
         )
-        later = Gradient([staged], gradient.priority)
+        later = Gradient([staged], gradient.priority, samples=gradient.samples)
         when_ended(self._engine.push(**self._op(value, later, [var], ())), ended)
         return None
 
@@ -122,13 +126,16 @@ class LocalHome(Home):
         """What the engine is told of such a change."""
         key, stored, rule, generation = value.key, value.own, self._rule(value.key), self._generation
         count, nbytes = len(gradient.arrays), stored.value.nbytes
+        per_round, samples = value.spec.samples_per_round, gradient.samples
+        multiplied = factor(per_round, samples) if per_round is not None and samples else 1.0
 
         def apply() -> None:
-            pushes = gradient.summands()
-            if rule is None:
-                stored.assign(pushes, outs=outs)
-                return
-            _update(key, stored, pushes, rule, generation)
+            if samples != 0:  # else it changes nothing
+                pushes = gradient.summands()
+                if rule is None:
+                    stored.assign(pushes, outs=outs, factor=multiplied)
+                    return
+                _update(key, stored, pushes, rule, generation, multiplied)
             if outs:
                 comm.broadcast(stored.value.reshape(-1), outs)
 
@@ -377,9 +384,9 @@ class _Delivered(Source):
         raise AssertionError("it is delivered to the gradient's outs")
 
 
-def _update(key: Key, stored: Stored, pushes: Sequence[Array], rule: Rule, generation: int) -> None:
+def _update(key: Key, stored: Stored, pushes: Sequence[Array], rule: Rule, generation: int, multiplied: float) -> None:
     try:
-        stored.update(pushes, rule, generation)
+        stored.update(pushes, rule, generation, multiplied)
     except Exception as error:
         raise UpdateError(f"key {key!r}: its update failed with {type(error).__name__}: {error}") from error
 

@@ -1,7 +1,7 @@
 """The store that users hold: checks every call whole, then hands it to the device level.
 
-What this file decides: what an argument means and whether it is right. What happens then is decided by
-:mod:`kvstore.devices`, and by the home behind it.
+What this file decides: the order of checks and calls. Whether keys and arrays are right is decided by
+:mod:`kvstore.entries`, what happens then by :mod:`kvstore.devices`, and by the home behind it.
 """
 
 from __future__ import annotations
@@ -23,44 +23,35 @@ import numpy as np
 
 import engine
 from kvstore import consistency, plain, states
-from kvstore.arrays import Array, is_array, is_writable, view, writable_view
+from kvstore.arrays import Array, is_writable, view
 from kvstore.checkpoint.loading import load
 from kvstore.checkpoint.reading import Checkpoint
 from kvstore.checkpoint.saving import Saving, checked_keep
 from kvstore.consistency import Model
 from kvstore.devices import Devices, Entry, Request
+from kvstore.entries import IN_PLACE, Entries, Keys, Push, Target, as_many, listed
 from kvstore.errors import (
     ClosedError,
     DeadlineError,
-    DeviceCountError,
     DtypeError,
     DuplicateKeyError,
-    KeyKindError,
     KVStoreError,
     OptimizerError,
     OptionError,
-    ShapeError,
-    UnknownKeyError,
 )
 from kvstore.handle import Handle, countdown, gather
 from kvstore.home import Home, Reading, Updater
+from kvstore.kernels import HALVES
 from kvstore.lists import Arrays, EntryBundle, Lists, Plan
 from kvstore.local import LocalHome
 from kvstore.optim import Optimizer
-from kvstore.protocol import wire
-from kvstore.protocol.messages import Spec
+from kvstore.protocol.messages import SAMPLES_MAX, Spec
 from kvstore.protocol.pieces import PIECE_BYTES, Cut, Key
-
-Keys = Key | Sequence[Key]
-_Push = tuple[Entry, dict[int, list[Array]]]  # by device the arrays whose sum it pushes; none: it is only pulled
-_Target = tuple[list[Array] | None, Any]  # the arrays to write (None: in place), and the result
+from kvstore.protocol.sampling import check_model
 
 _T = TypeVar("_T")
 
 _stores: weakref.WeakSet[KVStore] = weakref.WeakSet()
-
-
-IN_PLACE = object()  # as ``out``: the value is not copied, the handle's result is the store's view of it
 
 
 class KVStore:
@@ -81,20 +72,19 @@ class KVStore:
         device_model: Model,
         cluster_model: Model,
         timeout: float,
+        samples_per_round: int | None = None,
     ) -> None:
         self.type = type
         self.timeout = timeout
+        self.samples_per_round = samples_per_round
         self._home = home
         self._engine = runtime
-        self._devices = devices
-        self._devices_declared = devices is not None
         self._device_model = device_model
         self._cluster_model = cluster_model
         self._level = Devices(home, runtime)
-        self._entries: dict[Key, Entry] = {}
+        self._entries = Entries(devices)
         self._lists = Lists(home, runtime)
         self._initialising: set[Key] = set()
-        self._kind = ""  # of the keys: "str" or "int", from the first init on
         self._optimizer: Optimizer | None = None
         self._pushes: set[Handle] = set()  # not committed yet
         self._saving = Saving()
@@ -105,10 +95,10 @@ class KVStore:
         _stores.add(self)
 
     def __repr__(self) -> str:
-        state = "closed, " if self._closed else ""
+        state, devices = "closed, " if self._closed else "", self._entries.devices or "?"
         levels = f"{self._device_model}/{self._cluster_model}" if self._in_cluster else f"{self._device_model}"
         return (
-            f"<KVStore {self.type}: {state}rank {self.rank} of {self.num_workers}, devices {self._devices or '?'} "
+            f"<KVStore {self.type}: {state}rank {self.rank} of {self.num_workers}, devices {devices} "
             f"(host memory), {levels}, {len(self._entries)} keys>"
         )
 
@@ -130,7 +120,7 @@ class KVStore:
     @property
     def num_devices(self) -> int:
         """Devices of this worker; 1 as long as neither ``create`` nor a push has said."""
-        return self._devices or 1
+        return self._entries.num_devices
 
     @property
     def _in_cluster(self) -> bool:
@@ -169,17 +159,18 @@ class KVStore:
         device_model = self._model(device_consistency, self._device_model)
         cluster_model = self._model(cluster_consistency, self._cluster_model)
         ranks = None if participants is None else self._ranks(participants)
-        keys = self._keys(key)
-        values = [value] if not isinstance(key, list | tuple) else self._as_many(keys, value, "values")
+        keys = self._checked(key)
+        values = [value] if not isinstance(key, list | tuple) else as_many(keys, value, "values")
         arrays = [view(v, f"init of key {k!r}") for k, v in zip(keys, values, strict=True)]
         if len(set(keys)) != len(keys):
             twice = next(k for k in keys if keys.count(k) > 1)
             raise DuplicateKeyError(
                 f"init of key {twice!r}: expected each key once, it comes {keys.count(twice)} times"
             )
-        if self._optimizer is not None:
-            for array in arrays:
+        for k, array in zip(keys, arrays, strict=True):
+            if self._optimizer is not None:
                 self._optimizer.check_dtype(array.dtype)
+            self._check_samples_fit(k, array.dtype, device_model, cluster_model)
         if self._engine.uses_arrays():
             for array in arrays:
                 self._engine.wait(array, timeout=self._limit(None))
@@ -189,8 +180,9 @@ class KVStore:
             for k, array in zip(keys, arrays, strict=True):
                 cut = Cut.of(array.size, array.dtype.itemsize, whole=whole, piece_bytes=PIECE_BYTES)
                 spec = Spec(
-                    array.shape, array.dtype.name, cut.piece_items, str(device_model), str(cluster_model), ranks
-                )
+                    array.shape, array.dtype.name, cut.piece_items, str(device_model), str(cluster_model), ranks,
+                    self.samples_per_round,
+                )  # fmt: skip
                 waiting.append(self._home.init(k, spec, np.ascontiguousarray(array).reshape(-1)))
             first_error: KVStoreError | None = None
             for k, array, created in zip(keys, arrays, waiting, strict=True):
@@ -200,13 +192,21 @@ class KVStore:
                     first_error = first_error or error
                     continue
                 entry = Entry(k, array.shape, array.dtype, device_model)
-                if self._devices is not None:
-                    entry.count(self._devices)
-                with self._lock:
-                    self._entries[k] = entry
-                    self._kind = type_of(k)
+                self._entries.add(entry)
             if first_error is not None:
                 raise first_error
+
+    def _check_samples_fit(self, key: Key, dtype: np.dtype[Any], device_model: Model, cluster_model: Model) -> None:
+        """With samples_per_round: can the key's sums be multiplied, and is there one for each round?"""
+        if self.samples_per_round is None:
+            return
+        check_model(self.samples_per_round, device_model, f"init of key {key!r}, device level")
+        check_model(self.samples_per_round, cluster_model, f"init of key {key!r}, cluster level")
+        if not (np.issubdtype(dtype, np.inexact) or dtype in HALVES):
+            raise DtypeError(
+                f"init of key {key!r}: expected a floating-point dtype, as sums are multiplied with samples_per_round; "
+                f"got {dtype.name}"
+            )
 
     @contextmanager
     def _being_initialised(self, keys: list[Key]) -> Iterator[None]:
@@ -240,14 +240,16 @@ class KVStore:
             A handle like that of :meth:`pull`; ``out`` defaults to a new array.
         """
         priority, many = _priority(priority), isinstance(key, list | tuple)
-        values = self._as_many(self._keys(key), value, "values") if many else [value]
+        values = as_many(self._checked(key), value, "values") if many else [value]
         firsts = [v[0] if isinstance(v, list) and v else v for v in values]
         self.init(key, firsts if many else firsts[0])
         return self.pull(key, out, priority)
 
     # --- push and pull ------------------------------------------------------------------------
 
-    def push(self, key: Keys, value: Any, priority: int = 0, *, device: int | None = None) -> Handle:
+    def push(
+        self, key: Keys, value: Any, priority: int = 0, *, device: int | None = None, samples: int | None = None
+    ) -> Handle:
         """Push gradients (or values). They have been read when this returns.
 
         Args:
@@ -255,6 +257,8 @@ class KVStore:
             value: an array, or a list with one per device; for a list of keys a list of those.
             priority: larger goes sooner; never reorders one key.
             device: this is one device's own push.
+            samples: how many samples these arrays are the sum over, those of all devices together; needed in a store
+                with ``samples_per_round``. 0 if this worker has none for this round.
 
         Returns:
             A handle that is done when the push is committed: merged and applied. Its result is None.
@@ -264,12 +268,17 @@ class KVStore:
         """
         priority = _priority(priority)
         self._check_takes_part("push")
+        samples = self._samples(samples, "push")
         many = isinstance(key, list | tuple)
-        if many and device is None and (whole := self._together("push", key, value, None, priority)) is not None:
-            return whole
-        keys = self._keys(key)
-        pushes = self._check_push(keys, self._as_many(keys, value, "values") if many else [value], device)
-        return self._one_or_all(key, self._each("push", pushes, [None] * len(pushes), priority, device), "push")
+        if many and device is None:
+            whole = self._together("push", key, value, None, priority, samples)
+            if whole is not None:
+                return whole
+        keys = self._checked(key)
+        pushes = self._entries.pushes(keys, as_many(keys, value, "values") if many else [value], device)
+        return self._one_or_all(
+            key, self._each("push", pushes, [None] * len(pushes), priority, device, samples), "push"
+        )
 
     def pull(self, key: Keys, out: Any = None, priority: int = 0, *, device: int | None = None) -> Handle:
         """Read values.
@@ -290,15 +299,22 @@ class KVStore:
         many = isinstance(key, list | tuple)
         if many and device is None and (whole := self._together("pull", key, None, out, priority)) is not None:
             return whole
-        entries = self._known(self._keys(key))
-        device = self._check_device(device)
-        outs = self._as_many(entries, out, "outs") if many else [out]
-        targets = [self._check_out(entry, o, device) for entry, o in zip(entries, outs, strict=True)]
-        pulls: list[_Push] = [(entry, {}) for entry in entries]
+        entries = self._entries.known(self._checked(key))
+        device = self._entries.device(device)
+        outs = as_many(entries, out, "outs") if many else [out]
+        targets = [self._entries.target(entry, o, device) for entry, o in zip(entries, outs, strict=True)]
+        pulls: list[Push] = [(entry, {}) for entry in entries]
         return self._one_or_all(key, self._each("pull", pulls, targets, priority, device), "pull")
 
     def pushpull(
-        self, key: Keys, value: Any, out: Any = None, priority: int = 0, *, device: int | None = None
+        self,
+        key: Keys,
+        value: Any,
+        out: Any = None,
+        priority: int = 0,
+        *,
+        device: int | None = None,
+        samples: int | None = None,
     ) -> Handle:
         """A push and the pull right after it, as one exchange where possible.
 
@@ -306,31 +322,36 @@ class KVStore:
             out: as in :meth:`pull`; it defaults to ``value``, in place. An immutable value is answered
                 with a new array, what :meth:`staging` gave with :meth:`view`. A value that is also out
                 belongs to the store until the handle is done.
+            samples: as in :meth:`push`.
         """
         priority = _priority(priority)
         self._check_takes_part("pushpull")
+        samples = self._samples(samples, "pushpull")
         many = isinstance(key, list | tuple)
-        if many and device is None and (whole := self._together("pushpull", key, value, out, priority)) is not None:
-            return whole
-        keys = self._keys(key)
+        if many and device is None:
+            whole = self._together("pushpull", key, value, out, priority, samples)
+            if whole is not None:
+                return whole
+        keys = self._checked(key)
         if many and len(set(keys)) != len(keys):
             raise DuplicateKeyError("pushpull: expected each key once in a call")
-        values = self._as_many(keys, value, "values") if many else [value]
+        values = as_many(keys, value, "values") if many else [value]
         if out is None:
             outs = [self._own_out(self._entries.get(k), v) for k, v in zip(keys, values, strict=True)]
         else:
-            outs = self._as_many(keys, out, "outs") if many else [out]
-        pushes = self._check_push(keys, values, device)
-        targets = [self._check_out(entry, o, device) for (entry, _), o in zip(pushes, outs, strict=True)]
-        return self._one_or_all(key, self._each("pushpull", pushes, targets, priority, device), "pushpull")
+            outs = as_many(keys, out, "outs") if many else [out]
+        pushes = self._entries.pushes(keys, values, device)
+        targets = [self._entries.target(entry, o, device) for (entry, _), o in zip(pushes, outs, strict=True)]
+        return self._one_or_all(key, self._each("pushpull", pushes, targets, priority, device, samples), "pushpull")
 
     def _each(
         self,
         what: str,
-        pushes: Sequence[_Push],
-        targets: Sequence[_Target | None],
+        pushes: Sequence[Push],
+        targets: Sequence[Target | None],
         priority: int,
         device: int | None,
+        samples: int | None = None,
     ) -> list[Handle]:
         """Push, pull or both, key by key. ``targets``: None for a push alone."""
         handles, reading = [], []
@@ -338,14 +359,16 @@ class KVStore:
             handle = pushed = self._handle_of(entry, what)
             try:
                 if target is None:
-                    reading += self._level.push(entry, per_device, priority, countdown(pushed, len(per_device)))
+                    ended = countdown(pushed, len(per_device))
+                    reading += self._level.push(entry, per_device, priority, ended, samples)
                 elif not per_device:
                     self._level.pull(entry, Request(handle, *target, priority, device))
                 else:
                     pushed = self._handle_of(entry, "push")
                     pushed.observed = True  # the pull's handle fails with it
                     request = Request(handle, *target, priority, device)
-                    reading += self._level.pushpull(entry, per_device, countdown(pushed, len(per_device)), request)
+                    ended = countdown(pushed, len(per_device))
+                    reading += self._level.pushpull(entry, per_device, ended, request, samples)
             except BaseException as error:
                 _interrupted(error, pushed, handle)
                 raise
@@ -365,7 +388,9 @@ class KVStore:
     # They make no tuple or list per key that lives longer than a moment: ten thousand of them make the garbage
     # collector look at everything.
 
-    def _together(self, what: str, key: Keys, value: Any, out: Any, priority: int) -> Handle | None:
+    def _together(
+        self, what: str, key: Keys, value: Any, out: Any, priority: int, samples: int | None = None
+    ) -> Handle | None:
         """A list call some of whose keys are moved together: checked whole, then bundle by bundle, the rest one by one.
 
         Returns:
@@ -375,19 +400,19 @@ class KVStore:
         assert isinstance(key, list | tuple)
         if len(key) < 2:
             return None
-        values = None if what == "pull" else self._as_many(key, value, "values")
-        outs = None if out is None else self._as_many(key, out, "outs")
+        values = None if what == "pull" else as_many(key, value, "values")
+        outs = None if out is None else as_many(key, out, "outs")
         plan = self._plan(key, values)
         if plan is None or (outs is not None and any(out is IN_PLACE for out in outs)):
             return None
         entries = plan.entries
         for entry in entries:
-            self._raise_unseen(entry)
+            self._entries.raise_unseen(entry)
         arrays: list[Arrays] = []
         targets: list[Arrays | None] = []
         results: list[Any] = []
         if values is not None:
-            arrays = self._arrays_of(entries, values)
+            arrays = self._entries.arrays(entries, values)
             if outs is None and what == "pushpull":
                 outs = [self._own_out(entry, value) for entry, value in zip(entries, values, strict=True)]
         if what != "push":
@@ -396,13 +421,13 @@ class KVStore:
             if not alive:
                 return None
             parts = [
-                self._move(what, bundle, _at(some, arrays), _at(some, targets), _at(some, results), priority)
+                self._move(what, bundle, _at(some, arrays), _at(some, targets), _at(some, results), priority, samples)
                 for bundle, some in plan.bundles
             ]
         positions, rest = [some for _, some in plan.bundles], plan.singles
         if rest:
             singles = self._one_by_one(
-                what, _at(rest, entries), _at(rest, arrays), _at(rest, targets), _at(rest, results), priority
+                what, _at(rest, entries), _at(rest, arrays), _at(rest, targets), _at(rest, results), priority, samples
             )
             parts.append(gather(f"{what} of {len(rest)} keys", self.timeout, singles, self._home.drive))
             positions.append(rest)
@@ -412,7 +437,7 @@ class KVStore:
         """How the keys of a list call are moved, if some of them together. ``values``: what is to be pushed."""
         listed = tuple(keys)
         if not {str, int}.issuperset(map(type, listed)):
-            listed = tuple(self._keys(keys))  # which NumPy's numbers and texts may be
+            listed = tuple(self._checked(keys))  # which NumPy's numbers and texts may be
         plan = self._lists.known(listed, pushed=values is not None)
         if plan is not None:
             return plan
@@ -421,7 +446,7 @@ class KVStore:
             return None
         if values is None:
             return self._lists.for_pull(listed, entries)
-        self._arrays_of(entries, values)  # before bundles are made for a call that is wrong
+        self._entries.arrays(entries, values)  # before bundles are made for a call that is wrong
         return self._lists.for_push(listed, entries, self._limit(None))
 
     def _targets_of(self, entries: Sequence[Entry], outs: list[Any]) -> tuple[list[Arrays | None], list[Any]]:
@@ -429,7 +454,7 @@ class KVStore:
         targets: list[Arrays | None] = []
         results = []
         for entry, out in zip(entries, outs, strict=True):
-            arrays, result = self._check_out(entry, out, None)
+            arrays, result = self._entries.target(entry, out, None)
             targets.append(arrays[0] if arrays is not None and len(arrays) == 1 else arrays)
             results.append(result)
         return targets, results
@@ -442,6 +467,7 @@ class KVStore:
         targets: list[Arrays | None],
         results: list[Any],
         priority: int,
+        samples: int | None,
     ) -> Handle:
         """Push, pull or both, the bundle's lock being held."""
         handle = self._handle(bundle.entries, what, bundle.explain)
@@ -449,13 +475,13 @@ class KVStore:
         outs = [target for target in targets if target is not None]  # a key of a bundle is never read in place
         try:
             if what == "push":
-                bundle.push(arrays, priority, countdown(handle, 1))
+                bundle.push(arrays, priority, countdown(handle, 1), samples)
             elif what == "pull":
                 bundle.pull(outs, results, priority, handle)
             else:
                 pushed = self._handle(bundle.entries, "push", bundle.explain)
                 pushed.observed = True  # the pull's handle fails with it
-                bundle.pushpull(arrays, countdown(pushed, 1), outs, results, priority, handle)
+                bundle.pushpull(arrays, countdown(pushed, 1), outs, results, priority, handle, samples)
         except BaseException as error:
             _interrupted(error, pushed, handle)
             raise
@@ -469,15 +495,16 @@ class KVStore:
         targets: list[Arrays | None],
         results: list[Any],
         priority: int,
+        samples: int | None,
     ) -> list[Handle]:
-        pushes: list[_Push] = [
-            (entry, {d: [array] for d, array in enumerate(_listed(some))})
+        pushes: list[Push] = [
+            (entry, {d: [array] for d, array in enumerate(listed(some))})
             for entry, some in zip(entries, arrays or [[]] * len(entries), strict=True)
         ]
-        wanted: Sequence[_Target | None] = [None] * len(entries)
+        wanted: Sequence[Target | None] = [None] * len(entries)
         if what != "push":
-            wanted = [(None if t is None else _listed(t), result) for t, result in zip(targets, results, strict=True)]
-        return self._each(what, pushes, wanted, priority, None)
+            wanted = [(None if t is None else listed(t), result) for t, result in zip(targets, results, strict=True)]
+        return self._each(what, pushes, wanted, priority, None, samples)
 
     # --- memory of the store's own ----------------------------------------------------------------
 
@@ -545,159 +572,33 @@ class KVStore:
             )
         return tuple(sorted(rank for rank in ranks if rank is not None))
 
-    def _model(self, chosen: str | Model | None, default: Model) -> Model:
-        return default if chosen is None else consistency.parse(chosen)
-
-    def _keys(self, key: Keys) -> list[Key]:
-        self._check_open()
-        if type(key) in (str, int) and key in self._entries:
-            return [key]
-        keys = list(key) if isinstance(key, list | tuple) else [key]
-        checked: list[Key] = []
-        for one in keys:
-            if isinstance(one, np.integer | np.str_):
-                one = one.item()
-            try:
-                checked.append(wire.key(one))
-            except ValueError as error:
-                raise KeyKindError(f"key {one!r}: expected {error}, got {type(one).__name__}") from None
-        kind = self._kind or (type_of(checked[0]) if checked else "")
-        for one in checked:
-            if type_of(one) != kind:
-                raise KeyKindError(f"key {one!r}: expected {kind}, the kind of this store's keys; got {type_of(one)}")
-        return checked
-
-    def _as_many(self, keys: Sequence[Any], values: Any, what: str) -> list[Any]:
-        if values is None:
-            return [None] * len(keys)
-        if not isinstance(values, list | tuple) or len(values) != len(keys):
-            came = len(values) if isinstance(values, list | tuple) else type(values).__name__
-            raise ShapeError(f"a list call: expected {len(keys)} {what}, one per key; got {came}")
-        return list(values)
-
-    def _known(self, keys: list[Key]) -> list[Entry]:
-        entries = []
-        for key in keys:
-            entry = self._entries.get(key)
-            if entry is None:
-                raise UnknownKeyError(f"key {key!r}: expected an initialised key; init has not been called for it")
-            self._raise_unseen(entry)
-            entries.append(entry)
-        return entries
-
-    def _one(self, key: Key, what: str) -> Entry:
-        if isinstance(key, list | tuple):
-            raise KeyKindError(f"{what}: expected one key, got a list of {len(key)}")
-        (entry,) = self._known(self._keys(key))
-        return entry
-
-    def _raise_unseen(self, entry: Entry) -> None:
-        """An error nobody looked at is raised by the next call on that key."""
-        if not entry.failed:
-            return
-        with entry.lock:
-            unseen = [handle for handle in entry.failed if not handle.observed]
-            entry.failed.clear()
-        for handle in unseen:
-            error = handle.exception(0)
-            if error is not None:
-                raise error
-
-    def _check_device(self, device: int | None) -> int | None:
-        if device is None:
+    def _samples(self, samples: int | None, what: str) -> int | None:
+        """How many samples a push says that it holds, checked."""
+        per_round = self.samples_per_round
+        if per_round is None:
+            if samples is not None:
+                raise OptionError(
+                    f"{what}: expected no samples, which are for stores with samples_per_round; got {samples!r}"
+                )
             return None
-        if not self._devices_declared:
-            raise DeviceCountError(f"device={device!r}: expected a store created with devices=; it was not")
-        assert self._devices is not None
-        number = plain.whole(device)
-        if number is None or not 0 <= number < self._devices:
-            raise DeviceCountError(f"device={device!r}: expected 0..{self._devices - 1}")
+        number = plain.whole(samples)
+        if number is None or not 0 <= number <= SAMPLES_MAX:
+            raise OptionError(
+                f"{what}: expected samples, a whole number 0..{SAMPLES_MAX}, as this store has samples_per_round="
+                f"{per_round}; got {samples!r}"
+            )
         return number
 
-    def _check_push(self, keys: list[Key], values: list[Any], device: int | None) -> list[_Push]:
-        """The whole call, checked: per entry and device the arrays to be summed."""
-        entries = self._known(keys)
-        device = self._check_device(device)
-        devices: Sequence[int]
-        if device is None:
-            arrays, devices = self._arrays_of(entries, values), range(self.num_devices)
-        else:
-            devices = [device]
-            arrays = [self._of_one_device(entry, given, device) for entry, given in zip(entries, values, strict=True)]
-        pushes: dict[Key, _Push] = {}
-        for entry, some in zip(entries, arrays, strict=True):
-            per_device = pushes.setdefault(entry.key, (entry, {}))[1]
-            for d, array in zip(devices, _listed(some), strict=True):
-                per_device.setdefault(d, []).append(array)
-        return list(pushes.values())
+    def _checked(self, key: Keys) -> list[Key]:
+        self._check_open()
+        return self._entries.checked(key)
 
-    def _arrays_of(self, entries: Sequence[Entry], values: list[Any]) -> list[Arrays]:
-        """For each key what each device pushes, checked; the first push says how many devices there are."""
-        if not entries:
-            return []
-        count = self._devices
-        if count is None:
-            count = len(values[0]) if isinstance(values[0], list | tuple) else 1
-        arrays: list[Arrays] = []
-        for entry, value in zip(entries, values, strict=True):
-            some = self._of_devices(entry, value, count)
-            arrays.append(some[0] if count == 1 else some)
-        self._fix_devices(count)
-        for entry in entries:
-            if entry.level is None:
-                with entry.lock:
-                    if entry.level is None:
-                        entry.count(self.num_devices)
-        return arrays
+    def _one(self, key: Key, what: str) -> Entry:
+        self._check_open()
+        return self._entries.one(key, what)
 
-    def _of_one_device(self, entry: Entry, given: Any, device: int) -> Arrays:
-        if isinstance(given, list | tuple):
-            raise DeviceCountError(f"push of key {entry.key!r} by device {device}: expected one array, got a list")
-        return self._of_devices(entry, given, 1)
-
-    def _of_devices(self, entry: Entry, given: Any, count: int) -> list[Array]:
-        """What each of ``count`` devices pushes, checked."""
-        if count == 1 and _is_exactly(given, entry):
-            return [given]
-        arrays = list(given) if isinstance(given, list | tuple) else [given]
-        if len(arrays) != count or not arrays:
-            raise DeviceCountError(
-                f"push of key {entry.key!r}: expected {count} arrays, one per device; got {len(arrays)}"
-            )
-        return [self._fits(entry, view(array, f"push of key {entry.key!r}"), "push") for array in arrays]
-
-    def _fix_devices(self, count: int) -> None:
-        if self._devices is None:
-            with self._lock:
-                if self._devices is None:
-                    self._devices = count
-
-    def _fits(self, entry: Entry, array: Array, what: str) -> Array:
-        if array.shape != entry.shape:
-            raise ShapeError(f"{what} of key {entry.key!r}: expected shape {entry.shape}, got {array.shape}")
-        if array.dtype != entry.dtype:
-            raise DtypeError(f"{what} of key {entry.key!r}: expected dtype {entry.dtype.name}, got {array.dtype.name}")
-        return array
-
-    def _check_out(self, entry: Entry, out: Any, device: int | None) -> _Target:
-        """The arrays to write (None: in place), and what the handle's result is."""
-        if out is IN_PLACE:
-            return None, None
-        if _is_exactly(out, entry) and out.flags.writeable:
-            return [out], out
-        what = f"out for key {entry.key!r}"
-        if out is None:
-            fresh = np.empty(entry.shape, entry.dtype)
-            return [fresh], fresh
-        outs = list(out) if isinstance(out, list | tuple) else [out]
-        if device is not None and isinstance(out, list | tuple):
-            raise DeviceCountError(f"pull of key {entry.key!r} by device {device}: expected one array, got a list")
-        if isinstance(out, list | tuple) and self._devices is not None and len(outs) != self._devices:
-            raise DeviceCountError(f"{what}: expected {self._devices} arrays, one per device; got {len(outs)}")
-        arrays = [self._fits(entry, writable_view(o, what), "pull") for o in outs]
-        if isinstance(out, list | tuple):
-            return arrays, out
-        return arrays, out if is_array(out) else arrays[0]
+    def _model(self, chosen: str | Model | None, default: Model) -> Model:
+        return default if chosen is None else consistency.parse(chosen)
 
     # --- small parts of the calls ---------------------------------------------------------------
 
@@ -757,9 +658,7 @@ class KVStore:
         self._check_open()
         if not isinstance(optimizer, Optimizer):
             raise OptimizerError(f"set_optimizer: expected one of kvstore.optim, got {type(optimizer).__name__}")
-        with self._lock:
-            entries = list(self._entries.values())
-        for entry in entries:
+        for entry in self._entries.now():
             optimizer.check_dtype(entry.dtype)
         if optimizer.whole_tensor:
             self._place_whole()
@@ -775,8 +674,8 @@ class KVStore:
         for key in cut_keys() if cut_keys is not None else []:
             value = self.pull(key).result()
             self._home.place_whole(key, value.reshape(-1), self._limit(None))  # type: ignore[attr-defined]
-            if self._devices is not None:
-                self._entries[key].count(self._devices)
+            if self._entries.devices is not None:
+                self._entries[key].count(self._entries.devices)
 
     def set_updater(self, updater: Updater) -> None:
         """``updater(key, merged, stored)`` changes ``stored`` in place for every push, instead of an optimizer.
@@ -798,9 +697,7 @@ class KVStore:
     def _take_apart(self, home: LocalHome) -> None:
         """From here on each key is moved by itself."""
         home.stop_bundling()
-        with self._lock:
-            entries = list(self._entries.values())
-        for entry in entries:
+        for entry in self._entries.now():
             with entry.alone(blamed=False):
                 pass
 
@@ -822,7 +719,9 @@ class KVStore:
         """Write the optimizer's state of every key to a safetensors file, atomically."""
         self._check_open()
         self.wait_for_commits()
-        state = {key: self._home.read_state(key, self._limit(None)) for key in list(self._entries)}
+        state = {
+            key: self._home.read_state(key, self._limit(None)) for key in [entry.key for entry in self._entries.now()]
+        }
         states.save(path, state)
 
     def load_optimizer_states(self, path: str | os.PathLike[str]) -> None:
@@ -949,11 +848,11 @@ class KVStore:
         """
         limit = self._limit(timeout)
         with self._lock:
-            pushes, entries = list(self._pushes), list(self._entries.values())
+            pushes = list(self._pushes)
         for push in pushes:
             push.wait(limit)
-        for entry in entries:
-            self._raise_unseen(entry)
+        for entry in self._entries.now():
+            self._entries.raise_unseen(entry)
 
     def barrier(self, timeout: float | None = None) -> None:
         """Wait for the commit of this worker's earlier pushes, then for every live worker.
@@ -1036,25 +935,11 @@ class KVStore:
             self._leave(f"worker {self.rank} failed: {type(error).__name__}: {error}")
 
 
-def _is_exactly(array: Any, entry: Entry) -> bool:
-    """Is it an ordinary array as the key has them?"""
-    return type(array) is np.ndarray and array.shape == entry.shape and array.dtype == entry.dtype
-
-
 def _priority(priority: int) -> int:
     number = plain.whole(priority)
     if number is None:
         raise OptionError(f"priority: expected a whole number, got {priority!r}")
     return number
-
-
-def type_of(key: Key) -> str:
-    """The kind of a key."""
-    return "str" if isinstance(key, str) else "int"
-
-
-def _listed(arrays: Arrays) -> list[Array]:
-    return arrays if isinstance(arrays, list) else [arrays]
 
 
 def _at(positions: Sequence[int], items: Sequence[_T]) -> list[_T]:

@@ -24,7 +24,7 @@ class Rule(Protocol):
 
     def create_state(self, value: Array) -> dict[str, Array]: ...
     def update(
-        self, value: Array, pushes: Sequence[Array], state: dict[str, Array], step: int, target: Array
+        self, value: Array, pushes: Sequence[Array], state: dict[str, Array], step: int, target: Array, factor: float
     ) -> None: ...
 
 
@@ -57,8 +57,10 @@ class Stored:
 
     # --- changes ------------------------------------------------------------------------------
 
-    def assign(self, pushes: Sequence[Array], *, owned: bool = False, outs: Sequence[Array] = ()) -> None:
-        """The merged pushes become the value.
+    def assign(
+        self, pushes: Sequence[Array], *, owned: bool = False, outs: Sequence[Array] = (), factor: float = 1.0
+    ) -> None:
+        """The merged pushes, times ``factor``, become the value.
 
         Args:
             owned: the memory of the pushes may be used for that.
@@ -67,23 +69,32 @@ class Stored:
         if owned and self.allocate is None and pushes[0].flags.writeable:
             if len(pushes) > 1:
                 kernels.merge(pushes, pushes[0])
+            multiply(pushes[0], factor)
             with self._lock:  # who still reads the value keeps it alive
                 self._readers.clear()
                 self._spares.clear()
                 self.value = pushes[0]
             return
         target = self._unread()
-        kernels.allreduce(pushes, target, outs)
+        if factor == 1.0:
+            kernels.allreduce(pushes, target, outs)
+        else:
+            kernels.merge(pushes, target)
+            multiply(target, factor)
+            kernels.broadcast(target, outs)
         self._become(target)
 
-    def update(self, pushes: Sequence[Array], rule: Rule, generation: int = 1) -> None:
-        """Apply the merged pushes by ``rule``; another ``generation`` than before begins with a new state."""
+    def update(self, pushes: Sequence[Array], rule: Rule, generation: int = 1, factor: float = 1.0) -> None:
+        """Apply the merged pushes, times ``factor``, by ``rule``.
+
+        Another ``generation`` than before begins with a new state.
+        """
         target = self._unread()
         if generation != self._generation:
             self.state = rule.create_state(self.value)
             self.step = 0
             self._generation = generation
-        rule.update(self.value, pushes, self.state, self.step + 1, target)
+        rule.update(self.value, pushes, self.state, self.step + 1, target, factor)
         self._become(target)
         self.step += 1
 
@@ -169,3 +180,10 @@ class Stored:
             else:
                 self._readers.pop(id(self.value), None)
             self.value = array
+
+
+def multiply(array: Array, factor: float) -> None:
+    """``array`` *= ``factor``, in place; half precision in float32, rounded once."""
+    if factor != 1.0:
+        real = np.float32(factor) if array.dtype.itemsize <= 4 else np.float64(factor)
+        np.multiply(array, real, out=array, casting="same_kind")

@@ -36,9 +36,10 @@ class Trainer:
             are initialised with rank 0's (first device's) values and then written in place.
         optimizer: runs where the values live.
         store: made by :func:`kvstore.create`.
-        scale: what gradients are multiplied by before they are pushed; pushes are sums, so
-            ``1 / (global batch)`` gives a mean. The caller's arrays are not changed; a gradient that was
-            produced in ``store.staging(key)`` is scaled there, and nothing is copied.
+        scale: what gradients are multiplied by before they are pushed; pushes are sums, so ``1 / (global batch)``
+            gives a mean (with ``samples_per_round``, which is the global batch, whatever the number of workers). The
+            caller's arrays are not changed; a gradient that was produced in ``store.staging(key)`` is scaled there,
+            and nothing is copied.
 
     ``steps`` is how many steps this worker has made, and so the number of the next one. A worker that comes back or
     joins a running job begins where it, or the others, are; a step of which some keys have been pushed is completed
@@ -67,23 +68,31 @@ class Trainer:
     def __repr__(self) -> str:
         return f"<Trainer: {len(self.params)} parameters in {self.store!r}>"
 
-    def push(self, key: Key, gradient: Any) -> Handle:
-        """Push one gradient as soon as it is ready, and ask for the new weights; :meth:`step` waits for them."""
+    def push(self, key: Key, gradient: Any, *, samples: int | None = None) -> Handle:
+        """Push one gradient as soon as it is ready, and ask for the new weights; :meth:`step` waits for them.
+
+        Args:
+            samples: how many samples it is the sum over, for a store with ``samples_per_round``.
+        """
         if key not in self.params:
             raise UnknownKeyError(f"key {key!r}: expected one of the trainer's parameters")
         if self._ahead.get(key) and key not in self._pulls:
             handle = self._pulls[key] = self.store.pull(key, self.params[key], self._priority[key])
             return handle
-        handle = self.store.pushpull(key, self._scaled(key, gradient), self.params[key], self._priority[key])
+        handle = self.store.pushpull(
+            key, self._scaled(key, gradient), self.params[key], self._priority[key], samples=samples
+        )
         self._pulls[key] = handle
         return handle
 
-    def step(self, grads: Mapping[Key, Any] | None = None) -> list[Handle]:
+    def step(self, grads: Mapping[Key, Any] | None = None, *, samples: int | None = None) -> list[Handle]:
         """Push ``grads`` (in their order) and wait until every parameter holds its new weights; a cut point.
 
         Args:
             grads: gradients by key: an array, or a list with one per device. What :meth:`push` has
                 taken already may be left out.
+            samples: how many samples ``grads`` are the sum over, for a store with ``samples_per_round``: then the step
+                is that of so many samples, whatever the number of workers and the size of their batches.
 
         Returns:
             The pulls' handles, with ``.version`` and ``.staleness``, in the order of the parameters.
@@ -92,7 +101,7 @@ class Trainer:
             ShapeError: a parameter without a gradient.
         """
         for key, gradient in (grads or {}).items():
-            self.push(key, gradient)
+            self.push(key, gradient, samples=samples)
         missing = [key for key in self.params if key not in self._pulls]
         if missing:
             raise ShapeError(f"step: expected a gradient for every parameter, none came for {missing[:5]!r}")

@@ -1,20 +1,22 @@
-"""What an engine op costs, pattern by pattern, each beside a limit measured in the same run.
-
-``python -m kvstore.bench.engine_ops`` prints the table.
-"""
+"""What an engine op costs, pattern by pattern, each beside a limit, and beside MXNet's engine where that is."""
 
 from __future__ import annotations
 
 import functools
-import statistics
+import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
 
 import engine
+from kvstore.bench.cases import Line
+from kvstore.bench.statistic import Rows, row
+from kvstore.errors import KVStoreError
 
 TINY_OPS = 20_000
 SMALL_OPS = 10_000
@@ -27,28 +29,26 @@ LARGE_ELEMENTS = 1 << 19  # float64: 4 MB
 LARGE_OPS = 32
 WAIT_S = 60.0
 
-Row = dict[str, Any]
 Work = Callable[[], Any]
 Array = np.ndarray[Any, Any]
 
 
-def measure(repeats: int = 5) -> list[Row]:
-    """One row per pattern: case, unit, median, low, high, limit and limit_name.
+def measure(repeats: int, mxnet: MXNetEngine | None) -> Rows:
+    """One row per pattern, microseconds per op, with MXNet's figures for the tiny ones.
 
     Ops are pushed from one thread, which then waits for all of them; the engine has two threads
     unless the case says otherwise.
     """
-    call = _call_us()
-    round_trip = _round_trip_us()
-    rows: list[Row] = []
-    for case, run in (
-        ("chain", _chain),
-        ("independent", _independent),
-        ("1 writer, 8 readers", _fan),
-        ("bulk of 50", _bulk),
+    rows = []
+    for case, run, limit, limit_name in (
+        ("chain", _chain, _call_us, "a Python call"),
+        ("independent", _independent, _call_us, "a Python call"),
+        ("1 writer, 8 readers", _fan, _call_us, "a Python call"),
+        ("bulk of 50", _bulk, _call_us, "a Python call"),
+        ("op and wait", _op_and_wait, _round_trip_us, "a round trip"),
     ):
-        rows.append(_row(case, "us/op", _times(run, 2, repeats), call, "a Python call"))
-    rows.append(_row("op and wait", "us/op", _times(_op_and_wait, 2, repeats), round_trip, "a round trip"))
+        theirs = {} if mxnet is None else {"MXNet": functools.partial(mxnet.us, case)}
+        rows.append(_measure(case, run, 2, repeats, limit, limit_name, theirs))
     small, large = _arrays(SMALL_ELEMENTS), _arrays(LARGE_ELEMENTS)
     chains = [[engine.Var()] for _ in range(ARRAYS)]
     none: list[list[engine.Var]] = [[] for _ in range(ARRAYS)]
@@ -59,36 +59,80 @@ def measure(repeats: int = 5) -> list[Row]:
     ):
         works: list[Work] = [functools.partial(function, array, out=array) for array in arrays]
         for threads in (1, 2):
-            limit = min(_plain_us(works, ops, threads) for _ in range(repeats))
-            times = _times(functools.partial(_calls, works, writes, ops), threads, repeats)
+            run = functools.partial(_calls, works, writes, ops)
+            alone = functools.partial(_plain_us, works, ops, threads)
             what = "1 thread" if threads == 1 else f"{threads} threads"
-            rows.append(_row(f"{case}, {what}", "us/op", times, limit, "the calls alone"))
+            rows.append(_measure(f"{case}, {what}", run, threads, repeats, alone, "the calls alone", {}))
     return rows
 
 
-def _row(case: str, unit: str, values: list[float], limit: float, limit_name: str) -> Row:
-    return {
-        "case": case,
-        "unit": unit,
-        "median": statistics.median(values),
-        "low": min(values),
-        "high": max(values),
-        "limit": limit,
-        "limit_name": limit_name,
-    }
-
-
-def _times(run: Callable[[engine.Engine], int], threads: int, repeats: int) -> list[float]:
-    """Microseconds per op; ``run`` pushes, waits and says how many ops there were."""
+def _measure(
+    case: str,
+    run: Callable[[engine.Engine], int],
+    threads: int,
+    repeats: int,
+    limit: Callable[[], float],
+    limit_name: str,
+    others: Mapping[str, Callable[[], float]],
+) -> dict[str, Any]:
+    """A row; ``run`` pushes, waits and says how many ops there were."""
     runtime = engine.create("threaded", threads=threads)
-    run(runtime)  # starts the threads
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        ops = run(runtime)
-        times.append((time.perf_counter() - start) / ops * 1e6)
-    runtime.close()
-    return times
+    samples: dict[str, list[float]] = {}
+    try:
+        run(runtime)  # starts the threads
+        for _ in range(repeats):
+            start = time.perf_counter()
+            ops = run(runtime)
+            samples.setdefault("engine", []).append((time.perf_counter() - start) / ops * 1e6)
+            samples.setdefault("limit", []).append(limit())
+            for name, other in others.items():
+                samples.setdefault(name, []).append(other())
+    finally:
+        runtime.close()
+    line = Line(case, "engine", "limit", limit_name, beside={name: name for name in others})
+    return row("engine", line, samples, {}, unit="us/op")
+
+
+class MXNetEngine:
+    """MXNet's engine in a process of its own, used as its users do: by imperative operators on arrays of one element.
+
+    Raises:
+        KVStoreError: it did not come up.
+    """
+
+    def __init__(self, python: str, script: Path) -> None:
+        self._process = subprocess.Popen(
+            [python, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        self.version = self._answer()
+
+    def __enter__(self) -> MXNetEngine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(WAIT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def us(self, case: str) -> float:
+        """Microseconds per operator of one such pattern."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(case + "\n")
+        self._process.stdin.flush()
+        return float(self._answer())
+
+    def _answer(self) -> str:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline().strip()
+        if not line:
+            raise KVStoreError("MXNet's engine: expected an answer, its process has ended")
+        return line
 
 
 # --- the patterns -----------------------------------------------------------------------------
@@ -197,22 +241,3 @@ def _plain_us(works: list[Work], calls: int, threads: int) -> float:
     start = time.perf_counter()
     some(0)
     return (time.perf_counter() - start) / calls * 1e6
-
-
-def show(rows: list[Row]) -> None:
-    """The rows as a table."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title="engine ops, microseconds each", box=None)
-    for column in ("case", "median", "low", "high", "limit", ""):
-        table.add_column(column, justify="left" if column in ("case", "") else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(
-            row["case"], *(f"{row[column]:,.2f}" for column in ("median", "low", "high", "limit")), row["limit_name"]
-        )
-    Console().print(table)
-
-
-if __name__ == "__main__":
-    show(measure())

@@ -10,6 +10,7 @@ from kvstore.bench.cases import Case, Group, Line, Shapes, System
 from kvstore.bench.driver import Driver
 from kvstore.bench.models import MODELS
 from kvstore.bench.statistic import Rows
+from kvstore.bench.systems import SCRIPTS
 
 COPY, LOOP = "copy", "bare pyzmq"
 BOTH = {"MXNet": "MXNet", "gloo": "gloo"}
@@ -272,7 +273,15 @@ def engine(options: Options) -> list[Step]:
     """Ops per second of the dependency engine."""
     from kvstore.bench import engine_ops
 
-    return [lambda driver: engine_ops.measure(driver.repeats)]
+    def measure(driver: Driver) -> Rows:
+        python = driver.interpreters.of.get("mxnet")
+        if python is None:
+            return engine_ops.measure(driver.repeats, None)
+        with engine_ops.MXNetEngine(python, SCRIPTS / "engine_mxnet.py") as mxnet:
+            driver.versions["mxnet"] = mxnet.version
+            return engine_ops.measure(driver.repeats, mxnet)
+
+    return [measure]
 
 
 def kernels(options: Options) -> list[Step]:

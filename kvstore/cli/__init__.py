@@ -23,10 +23,10 @@ _KEYS = click.option(
 )
 _REPLICATION = click.option(
     "--replication",
-    type=click.IntRange(0, 1),
+    type=click.IntRange(0),
     default=0,
     show_default=True,
-    help="Servers beside its own that keep each value: with 1, a server may die.",
+    help="Servers beside its own that keep each value: so many may die at once.",
 )
 _HEARTBEAT = click.option(
     "--heartbeat",

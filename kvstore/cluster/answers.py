@@ -48,7 +48,7 @@ class Answers:
         runtime: engine.Engine,
         values: SharedValues,
     ) -> None:
-        self._serving = serving
+        self.serving = serving
         self._work = work
         self._replies = replies
         self._loop = loop
@@ -68,7 +68,7 @@ class Answers:
             near = action.near and self._lending.count(action.piece, action.rank) < LENT_MAX
         if near and action.piece not in self._shared:
             self._share(action.piece)
-        reader = Reader(action.rank, self._serving.workers.incarnations[action.rank], request_id)
+        reader = Reader(action.rank, self.serving.workers.incarnations[action.rank], request_id)
 
         def make() -> Outgoing:
             place = self._lend_in_place(action.piece, reader) if near else None
@@ -84,7 +84,7 @@ class Answers:
         """From here on the value lies in shared memory, if there is enough."""
         self._shared.add(piece)
         stored = self._work.stored[piece]
-        allocate = self._values.allocator(piece, self._serving.pieces[piece].spec)
+        allocate = self._values.allocator(piece, self.serving.pieces[piece].spec)
 
         def move() -> None:
             row = allocate()

@@ -170,7 +170,7 @@ class ClusterHome(Home):
 
     def push_remote(self, remote: Remote, gradient: Gradient, ended: Ended) -> Reading:
         """:meth:`push` of a key or a bundle."""
-        self._push(Exchange(self._session, remote, None, ended), gradient, pull=False)
+        self._push(Exchange(self._session, remote, None, ended), gradient, None)
         return None
 
     def pull_remote(self, remote: Remote, priority: int) -> Source:
@@ -195,14 +195,14 @@ class ClusterHome(Home):
     def pushpull_remote(self, remote: Remote, gradient: Gradient, ended: Ended) -> tuple[Reading, Source]:
         """:meth:`pushpull` of a key or a bundle."""
         arrivals = Arrivals(remote, self._engine, self._session.neighbourhood)
-        self._push(Exchange(self._session, remote, arrivals, ended), gradient, pull=True)
+        self._push(Exchange(self._session, remote, arrivals, ended), gradient, arrivals)
         return None, arrivals
 
     def staging(self, key: Key, timeout_s: float) -> Array:
         return self._remotes[key].staging.lend(timeout_s, f"staging of key {key!r}")
 
-    def _push(self, exchange: Exchange, gradient: Gradient, pull: bool) -> None:
-        """Stage ``gradient`` and send it, in this key's order of calls."""
+    def _push(self, exchange: Exchange, gradient: Gradient, arrivals: Arrivals | None) -> None:
+        """Stage ``gradient`` and send it, in this key's order of calls. ``arrivals``: of the pull beside it, if any."""
         remote, arrays = exchange.remote, gradient.arrays
         reads = gradient.reads
         unwritten: Gradient | None = gradient  # what is still to be written to what is sent
@@ -229,12 +229,23 @@ class ClusterHome(Home):
 
         def submit() -> None:
             remote.round += 1
-            self._stage_and_send(exchange, unwritten, sent, pull, gradient.priority)
+            is_pull = arrivals is not None
+            self._stage_and_send(exchange, unwritten, sent, is_pull, gradient.priority, gradient.samples)
 
-        self._in_order(exchange, submit, reads, "push", sent.nbytes, gradient.priority)
+        def begin() -> None:
+            if arrivals is not None and gradient.outs and len(remote.cut) > 1:
+                arrivals.begin(gradient.outs, gradient.priority)  # what comes while the rest is staged
+
+        self._in_order(exchange, submit, reads, "push", sent.nbytes, gradient.priority, begin)
 
     def _stage_and_send(
-        self, exchange: Exchange, gradient: Gradient | None, flat: Array, pull: bool, priority: int
+        self,
+        exchange: Exchange,
+        gradient: Gradient | None,
+        flat: Array,
+        pull: bool,
+        priority: int,
+        samples: int | None,
     ) -> None:
         """Send ``flat`` as the next round; before that, part by part, write the gradient to it, if there is one."""
         remote = exchange.remote
@@ -251,10 +262,12 @@ class ClusterHome(Home):
             if sources:
                 start, stop = cut.span(some[0])[0], cut.span(some[-1])[1]
                 comm.merge([source[start:stop] for source in sources], flat[start:stop])
-            requests = [self._push_request(exchange, flat, piece, pull, priority) for piece in some]
+            requests = [self._push_request(exchange, flat, piece, pull, priority, samples) for piece in some]
             self._submit(exchange, requests)
 
-    def _push_request(self, exchange: Exchange, flat: Array, piece: int, pull: bool, priority: int) -> Request:
+    def _push_request(
+        self, exchange: Exchange, flat: Array, piece: int, pull: bool, priority: int, samples: int | None
+    ) -> Request:
         remote = exchange.remote
         request_id = self._session.next_id()
         near, held = remote.hold(piece, request_id, pull=pull)
@@ -266,7 +279,7 @@ class ClusterHome(Home):
         nbytes = payload.nbytes if place is None else 0
         message = Push(
             request_id, remote.key, piece, remote.round, pull, nbytes > CREDIT_FREE_BYTES,
-            _clamped(priority), near, held, place,
+            _clamped(priority), near, held, place, samples,
         )  # fmt: skip
         return Request(
             remote.owners[piece], message, payload, nbytes, priority, remote.channel(piece), is_push=True, is_pull=pull
@@ -281,18 +294,29 @@ class ClusterHome(Home):
         exchange.sent += len(requests)
 
     def _in_order(
-        self, exchange: Exchange, submit: Callable[[], None], reads: list[Any], name: str, nbytes: int, priority: int
+        self,
+        exchange: Exchange,
+        submit: Callable[[], None],
+        reads: list[Any],
+        name: str,
+        nbytes: int,
+        priority: int,
+        before: Callable[[], None] | None = None,
     ) -> None:
-        """Run ``submit`` when ``reads`` are written, in this key's order of calls."""
+        """Run ``submit`` when ``reads`` are written, in this key's order of calls; ``before`` it, if that is now."""
         remote, runtime = exchange.remote, self._engine
         self._bundles.take_over(remote)
         order = exchange.counted.order
         if runtime.free(order) and not (reads and runtime.uses_arrays()) and not runtime.profiling:
             # Nothing is in the way, and nobody else submits meanwhile: an op would cost a sixth of a small round.
             try:
+                if before is not None:
+                    before()
                 submit()
-            except Exception as error:
+            except BaseException as error:
                 exchange.give_up(error)
+                if not isinstance(error, Exception):  # Ctrl-C
+                    raise
             return
         handle = runtime.push(
             submit, reads=reads, writes=[order], priority=priority, name=f"{name} {remote.key!r}", inline=True,

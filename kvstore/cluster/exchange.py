@@ -160,6 +160,9 @@ class Arrivals(Source):
         self._waiting: list[_Piece] = []  # come before anybody takes them
         self._take: Callable[[_Piece], None] | None = None
         self._end: Callable[[BaseException | None], None] | None = None
+        self._begun = False  # to copy to where it will be asked for
+        self._outcome: tuple[BaseException | None] | None = None  # of that
+        self._tell: Ended | None = None  # who asked
         self._taken = 0
         self._expected = len(remote.cut)
         self._error: BaseException | None = None
@@ -221,7 +224,42 @@ class Arrivals(Source):
             assert self._end is not None
             self._end(self._error)
 
+    def begin(self, outs: Sequence[Array], priority: int) -> bool:
+        """Copy the pieces to ``outs`` as they come, ahead of :meth:`deliver` if need be. False: an op is in the way."""
+        claim = self._engine.claim(outs, "pull")
+        if claim is None:
+            return False
+
+        def over(error: BaseException | None) -> None:
+            claim.end(error)
+            with self._lock:
+                self._outcome, tell = (error,), self._tell
+            if tell is not None:
+                tell(error)
+
+        self._begun = True
+        try:
+            self._consume(self._copying(outs, priority), over)
+        except BaseException as error:
+            claim.end(error)
+            raise
+        return True
+
     def deliver(self, outs: Sequence[Array], priority: int, ended: Ended) -> None:
+        if self._begun or self.begin(outs, priority):
+            with self._lock:
+                self._tell, outcome = ended, self._outcome
+            if outcome is not None:
+                ended(*outcome)
+            return
+
+        def start(completion: engine.Completion) -> None:
+            self._consume(self._copying(outs, priority), lambda error: _complete(completion, error))
+
+        when_ended(self._engine.push_async(start, writes=outs, priority=priority, name="pull", inline=True), ended)
+
+    def _copying(self, outs: Sequence[Array], priority: int) -> Callable[[_Piece], None]:
+        """What copies a piece to ``outs``: at once, or by an engine op if it is large."""
         remote = self._remote
         inline_bytes = INLINE_BYTES if len(remote.cut) > 1 else ALONE_INLINE_BYTES
 
@@ -238,24 +276,7 @@ class Arrivals(Source):
                 info = {"key": remote.key, "bytes": nbytes, "piece": piece.number}
                 self._engine.push(lambda: copy(piece), priority=priority, name="deliver", info=info)
 
-        claim = self._engine.claim(outs, "pull")
-        if claim is not None:
-
-            def over(error: BaseException | None) -> None:
-                claim.end(error)
-                ended(error)
-
-            try:
-                self._consume(take, over)
-            except BaseException as error:
-                claim.end(error)
-                raise
-            return
-
-        def start(completion: engine.Completion) -> None:
-            self._consume(take, lambda error: _complete(completion, error))
-
-        when_ended(self._engine.push_async(start, writes=outs, priority=priority, name="pull", inline=True), ended)
+        return take
 
     def hold(self, ended: Callable[[Held | BaseException], None]) -> None:
         pieces: list[_Piece] = []

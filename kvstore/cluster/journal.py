@@ -51,7 +51,7 @@ class Journal:
     def __repr__(self) -> str:
         return f"<Journal {self.path}>"
 
-    def recover(self, begin: Callable[[], Membership]) -> Membership:
+    def recover(self, begin: Callable[[], Membership], now: float) -> Membership:
         """The membership that the journal tells of; from ``begin`` when it is empty.
 
         Raises:
@@ -73,7 +73,7 @@ class Journal:
         except ProtocolError as error:
             raise OptionError(f"journal {self.path}: expected a placement, {error}") from error
         rows = self._database.execute(f"SELECT {', '.join(_MEMBER)} FROM members ORDER BY role, rank")
-        members = (Member(peer=None, request_id=0, **dict(zip(_MEMBER, row, strict=True))) for row in rows)
+        members = (Member(peer=None, request_id=0, heard=now, **dict(zip(_MEMBER, row, strict=True))) for row in rows)
         recovered.recover(members, [message for message, _ in placed])
         return recovered
 

@@ -38,7 +38,7 @@ class Scheduler:
             ended.
         heartbeat: seconds after which a member that shows no life is lost.
         network: how it is reached.
-        replication: on how many servers beside its primary a shard is kept: 0 or 1.
+        replication: on how many servers beside its primary a shard is kept.
 
     Raises:
         OptionError: an address that cannot be bound, a wrong number, or a file that is no journal of such a cluster.
@@ -90,10 +90,10 @@ class Scheduler:
 
         if self._journal is None:
             return new()
-        membership = self._journal.recover(new)
+        membership = self._journal.recover(new, self._reactor.now())
         if membership.members:
             log.warning("%s: going on with %d members", self._journal, len(membership.members))
-            self._reactor.call_later(RETURN_S, lambda: self._send(membership.absent()))
+            self._reactor.call_later(RETURN_S, lambda: self._send(membership.absent(self._reactor.now())))
         return membership
 
     def start(self) -> None:

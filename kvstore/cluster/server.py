@@ -32,6 +32,7 @@ from kvstore.protocol.messages import (
     Message,
     Placement,
     ReadPlacement,
+    Replica,
     Standby,
 )
 from kvstore.protocol.messages import Shard as Placed
@@ -191,34 +192,59 @@ class Server:
         assert self._session is not None
         me = self._session.sender.rank
         for number, placed in enumerate(placement.shards):
-            shard = self.shards.get(number)
-            if placed.primary == me:
-                if shard is None:
-                    shard = self._have(number, placed.epoch, follow=False)
-                self._lead(number, shard, placed)
-            elif placed.replica == me:
-                if shard is None or not shard.is_replica or shard.epoch != placed.epoch:
-                    self._give_up(number)
-                    shard = self._have(number, placed.epoch, follow=True)
-                self._tell(partial(Standby, shard=number, epoch=placed.epoch, address=shard.address))
-            else:
+            chain = [placed.primary, *(replica.server for replica in placed.replicas)]
+            if me not in chain:
                 self._give_up(number)
+                continue
+            place = chain.index(me)
+            if place:
+                self._follow(number, placed.replicas[place - 1])
+            else:
+                self._lead(number, placed)
+            self._replicate(number, placed.replicas[place] if placed.replicas[place:] else None)
+            if not place:
+                self._hand_over(number, placed)
 
-    def _lead(self, number: int, shard: Shard, placed: Placed) -> None:
+    def _lead(self, number: int, placed: Placed) -> None:
         """It is this server's shard as primary."""
-        assert self._session is not None
-        if shard.is_replica:
+        shard = self.shards.get(number)
+        if shard is None:
+            self._have(number, placed.epoch, follow=False)
+        elif shard.is_replica:
             log.info("shard %d: this server takes over, in epoch %d", number, placed.epoch)
-            shard.take_over(placed.epoch, self._gone.values())
-        if placed.replica == NOBODY:
+            shard.take_over(placed.epoch)
+
+    def _follow(self, number: int, replica: Replica) -> None:
+        """It is this server's shard as replica."""
+        shard = self.shards.get(number)
+        if shard is not None and replica.in_step:  # then it goes on from what it has
+            if not shard.is_replica:
+                shard.step_down(self._core(shard), replica.epoch)
+            elif shard.epoch != replica.epoch:
+                shard.follow(replica.epoch)
+            return
+        if shard is None or not shard.is_replica or shard.epoch != replica.epoch:
+            self._give_up(number)
+            shard = self._have(number, replica.epoch, follow=True)
+        self._tell(partial(Standby, shard=number, epoch=replica.epoch, address=shard.address))
+
+    def _replicate(self, number: int, following: Replica | None) -> None:
+        """Pass on the shard's log to this one."""
+        shard = self.shards[number]
+        if following is None or not following.address:
             if shard.replicated_in:
-                log.warning("shard %d: its replica is gone; it goes on unreplicated", number)
+                log.warning("shard %d: the replica after this server is gone; here it goes on without one", number)
             shard.stop_replicating()
-        elif placed.replica_address and shard.replicated_in != placed.epoch:
-            in_step = partial(InStep, shard=number, epoch=placed.epoch)
-            shard.replicate(placed.epoch, placed.replica_address, lambda: self._tell(in_step))
+        elif shard.replicated_in != following.epoch:
+            in_step = partial(InStep, shard=number, epoch=following.epoch)
+            new = not following.in_step
+            shard.replicate(following.epoch, following.address, lambda: self._tell(in_step), new=new)
+
+    def _hand_over(self, number: int, placed: Placed) -> None:
+        """Let another server be primary, if that is to be."""
+        shard = self.shards[number]
         if not placed.moving:
-            shard.go_on()
+            shard.go_on(self._gone.values())
         elif (number, placed.epoch) not in self._moving:
             self._moving.add((number, placed.epoch))
             shard.hand_over(lambda: self._tell(partial(HandedOver, shard=number, epoch=placed.epoch)))
@@ -230,15 +256,19 @@ class Server:
             shard, self._own = self._own, None
         else:
             shard = self._listen()
-        name = f"server {self._session.sender.rank} at {shard.address}"
-        if self._restore is None or follow:
-            core = Serving(self._session.num_workers, optim.from_wire, name)
-        else:
-            core = Serving(self._session.num_workers, optim.from_wire, name, self._restore.piece)
-            self._restore.begin(core.settings)
+        core = self._core(shard, None if follow else self._restore)
         shard.serve(self._session, core, epoch, self._step_back, follow=follow)
         self.shards[number] = shard
         return shard
+
+    def _core(self, shard: Shard, restore: Restoring | None = None) -> Serving:
+        assert self._session is not None
+        name = f"server {self._session.sender.rank} at {shard.address}"
+        if restore is None:
+            return Serving(self._session.num_workers, optim.from_wire, name)
+        core = Serving(self._session.num_workers, optim.from_wire, name, restore.piece)
+        restore.begin(core.settings)
+        return core
 
     def _give_up(self, number: int) -> None:
         shard = self.shards.pop(number, None)
@@ -261,7 +291,7 @@ class Server:
             log.warning("%s", self._refused)
             for shard in self.shards.values():
                 shard.close()
-            self._network.aside("kvstore-step-back", self.stop)
+            self._reactor.aside(self.stop)
 
     def _tick(self, now: float) -> None:
         for shard in self.shards.values():

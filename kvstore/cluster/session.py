@@ -157,12 +157,15 @@ class Session:
         except TimeoutError as error:
             raise self.no_answer(connect_timeout) from error
         try:
-            joined.result(timeout)
+            roster = joined.result(timeout)
         except TimeoutError as error:
             why = self.explain(SCHEDULER, 0)
             raise DeadlineError(
                 f"joining the cluster at {self.address}: not complete after {timeout:g} s; {why}"
             ) from error
+        assert isinstance(roster, Roster)
+        self.num_workers, self.servers = roster.num_workers, self.servers or roster.servers
+        self.joins = roster.joins
 
     def no_answer(self, waited_s: float) -> UnreachableError:
         """The scheduler has said nothing for so long, and why that may be."""
@@ -437,8 +440,9 @@ class Session:
                     self._connections[server].shorten(message.line)
                 self._moved(server, near)
                 continue
-            if isinstance(message, Roster):
-                self._take_roster(message)
+            if isinstance(message, Roster):  # a member from here on: should the connection end now, it says so
+                self.sender = Sender(self.sender.cluster, self.sender.epoch, message.rank, message.incarnation)
+                self.workers = set(message.workers)
             if isinstance(message, Halt):
                 if self.on_halt is not None:
                     self.on_halt(message)

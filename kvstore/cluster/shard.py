@@ -4,8 +4,8 @@ The core decides; its actions go to those who carry them out: the work on values
 answers that tell of them (``answers.py``), copies for cuts (``copies.py``). Each shard has an address of its own, at
 which workers find it whichever process has it.
 
-It is the shard's primary, or a replica that follows the primary's log until it becomes primary itself; see
-:mod:`kvstore.protocol.replicating`.
+It is the shard's primary, or a replica that follows the log until it becomes primary itself. Either may pass the log on
+to the next server that has the shard; see :mod:`kvstore.protocol.replicating`.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ from kvstore.protocol.messages import (
     Status,
     Taken,
 )
-from kvstore.protocol.replicating import Copy, Log, Replica, Steps, follow, refuse
+from kvstore.protocol.replicating import FIRST, Copy, Log, Replica, Steps, follow, forget_uncommitted, refuse
 from kvstore.protocol.serving import Serving
 from kvstore.protocol.wire import Sender, decode, paired
 from kvstore.transport.network import Frames, Loop, Network
@@ -109,7 +109,9 @@ class Shard:
         self._answers: Answers
         self.epoch = 0  # in which it became what it is
         self._replica: Replica | None = None  # it is one, and follows a log
-        self._stream: Stream | None = None  # it has one
+        self._before: bytes = b""  # where the log came from
+        self._stream: Stream | None = None  # another replica is next
+        self._number = FIRST  # of the last entry, while there is neither
         self._served = False
         self._early: list[tuple[bytes, Frames]] = []  # came before it was primary
         self._closed = False  # it takes in nothing more
@@ -154,8 +156,8 @@ class Shard:
         returns = change.reason and change.on_loss == "wait"
         if not (change.stays or returns):  # else it may go on reading
             self._life_over(change.rank, change.incarnation)
-        if self.is_replica:
-            return  # its primary's log will tell
+        if self.is_replica or self._closed:
+            return  # its primary's log will tell, or who takes over is told
         if change.reason:
             now = self._reactor.now()
             actions = self.serving.lost(change.rank, change.reason, change.on_loss, change.incarnation, now)
@@ -177,48 +179,94 @@ class Shard:
 
     @property
     def replicated_in(self) -> int:
-        """The epoch of its log; 0: it has none, and commits alone."""
+        """In which epoch the next server was appointed; 0: there is none."""
         return 0 if self._stream is None else self._stream.log.epoch
 
-    def take_over(self, epoch: int, gone: Iterable[Departed]) -> None:
-        """The replica becomes primary. ``gone``: the workers that are, of whom the log may not have told."""
-        self._replica = None
+    def take_over(self, epoch: int) -> None:
+        """The replica becomes primary; it answers from :meth:`go_on` on."""
+        assert self._replica is not None
+        self._number, self._replica = self._replica.taken, None
         self.epoch = epoch
-        for worker in gone:
-            self.changed(worker)
-        self._take_early()
+        self._closed = True
+        if self._stream is not None:
+            self._stream.log.lead(self.serving)
+
+    def step_down(self, serving: Serving, epoch: int) -> None:
+        """The primary, which has handed over, becomes a replica. ``serving``: a new core."""
+        forget_uncommitted(self.serving, serving)
+        self._replica = Replica(epoch, self._last)
+        self.serving = self._work.serving = self._answers.serving = serving
+        self.epoch = epoch
+        self._closed = False
+
+    def follow(self, epoch: int) -> None:
+        """The replica gets the log from another server from here on, and goes on from what it has."""
+        assert self._replica is not None
+        self._replica.go_on(epoch)
+        self.epoch = epoch
+
+    @property
+    def _last(self) -> int:
+        """The number of the last entry."""
+        if self._stream is not None:
+            return self._stream.log.number
+        return self._number if self._replica is None else self._replica.taken
 
     def _take_early(self) -> None:
         early, self._early = self._early, []
         for peer, frames in early:
             self._receive(peer, frames)
 
-    def replicate(self, epoch: int, address: str, on_in_step: Callable[[], None]) -> None:
-        """From here on there is a replica, new and empty."""
+    def replicate(self, epoch: int, address: str, on_in_step: Callable[[], None], *, new: bool) -> None:
+        """From here on this server is next. ``new``: it has nothing; else it was in step."""
+        if self._stream is not None and not new:
+            self._stream.go_on(epoch, address)
+            return
         self.stop_replicating()
-        began = Log(epoch)
-        steps = began.begin(self.serving)
+        began = Log(epoch, self._last)
+        if not self.is_replica:
+            began.lead(self.serving)
+        steps: Steps = []
+        if new:
+            steps = began.begin(self.serving)
+        else:
+            began.go_on(epoch)
         self._stream = Stream(
-            self._network, self._reactor, began, address, lambda: self._session.sender, self._replies.flush, on_in_step,
+            self._network, self._reactor, began, address, lambda: self._session.sender, self._news, on_in_step,
             self._refused,
         )  # fmt: skip
         self._log(self._stream, steps)
         self._replies.flush()
 
+    def _news(self) -> None:
+        """The next server has taken something, or there is none any more."""
+        if self._replica is not None and self._before:
+            self._replies.put(self._before, Taken(self._held, self._replica.epoch))
+        self._replies.flush()
+
+    @property
+    def _held(self) -> int:
+        """The last entry that this replica has, and all behind it."""
+        assert self._replica is not None
+        taken = self._replica.taken
+        return taken if self._stream is None else self._stream.log.held(taken)
+
     def _refused(self, error: KVStoreError) -> None:
-        """The replica is primary already; when it has been handed over to, that is as it should be."""
-        if not self._closed:
+        """Another server is primary already; when it has been handed over to, that is as it should be."""
+        if not (self._closed or self.is_replica):  # a replica that is none any more hears of it from the scheduler
             self._on_refused(error)
 
     def stop_replicating(self) -> None:
-        """From here on it commits alone."""
+        """From here on no other server is next."""
         if self._stream is not None:
+            self._number = self._last
             stream, self._stream = self._stream, None
             stream.close()
-            self._replies.flush()
+            stream.tell()
+            self._news()
 
     def hand_over(self, done: Callable[[], None]) -> None:
-        """Take in nothing more, and call ``done`` when the replica has everything."""
+        """Take in nothing more, and call ``done`` when the replicas have everything."""
         self._closed = True
 
         def look() -> None:
@@ -230,15 +278,23 @@ class Shard:
 
         look()
 
-    def go_on(self) -> None:
-        """It is not handed over after all."""
-        self._closed = False
+    def go_on(self, gone: Iterable[Departed]) -> None:
+        """It has been taken over, or is not handed over after all.
+
+        Args:
+            gone: the workers that are, of whom nobody may have told it.
+        """
+        if self._closed:
+            self._closed = False
+            for one in gone:
+                self.changed(one)
+            self._take_early()
 
     def tick(self, now: float) -> None:
         """Now and then."""
         if self._stream is not None:
             self._stream.tick(now)
-        if self._served and not self.is_replica:
+        if self._served and not (self.is_replica or self._closed):
             self._conclude(NOBODY, NOBODY, EndCut(0, 0), self.serving.expire_cuts(now))
             self._copies.tick(now)
             self._replies.flush()
@@ -247,7 +303,8 @@ class Shard:
     def close(self) -> None:
         """This process does not have the shard any more."""
         self._closed = True
-        self.stop_replicating()
+        if self._stream is not None:
+            self._stream.close()  # and nothing is told that waits for others
         self._endpoint.close()
 
     def _take_entry(self, peer: bytes, entry: Entry, payload: Frames) -> None:
@@ -255,10 +312,13 @@ class Shard:
             refuse(entry.epoch, self.epoch)
             return
         for due, frames in self._replica.take(entry, payload):
+            if self._stream is not None:
+                self._stream.log.relay(due, frames)
+                frames = [bytearray(frame) for frame in frames]  # they will be changed, perhaps before they are sent
             arrays = checked(self.serving, self._neighbourhood, NOBODY, due.message, frames)
             for action in follow(self.serving, due, arrays, self._reactor.now()):
                 self._perform(action)
-        self._replies.put(peer, Taken(self._replica.taken, self._replica.epoch))
+        self._before = peer
 
     def report(self) -> dict[str, int]:
         """How many keys it has, and their bytes."""
@@ -306,7 +366,7 @@ class Shard:
                     self._take_entry(peer, message, payload)
         except KVStoreError as error:
             self._replies.put(peer, Failed(0, *to_wire(error)))
-        self._replies.flush()
+        self._news()
 
     def _handle(self, peer: bytes, sender: Sender, message: Message, payload: Frames) -> None:
         if isinstance(message, Meet):
@@ -367,7 +427,7 @@ class Shard:
             if not isinstance(action, Copy):
                 self._perform(action, priority, mark)
             elif mark is not None:
-                self._work.copy(action.piece, mark)
+                self._work.copy(action.piece, action.span, mark)
 
     def _perform(self, action: Action, priority: int = 0, mark: Mark | None = None) -> None:
         """``mark``: what is to have the action's payload, or what a reply has to wait for."""

@@ -1,4 +1,4 @@
-"""The log of a shard on its way from its primary to its replica, and the replies that wait until it has arrived.
+"""The log of a shard on its way to the next server that has it, and what waits until it has arrived: replies, memory.
 
 What the log holds, and which reply waits for which entry, is decided in :mod:`kvstore.protocol.replicating`. No credit
 is needed: what is under way is bounded by the pushes that workers may have open.
@@ -38,7 +38,7 @@ class Mark:
 
     @property
     def passed(self) -> bool:
-        """Has the replica taken the entry, or does nobody wait for it (any more)?"""
+        """Have all replicas taken the entry, or does nobody wait for it (any more)?"""
         return self._stream.closed or self._stream.log.may_tell(self._number)
 
     def then(self, tell: Callable[[], None]) -> None:
@@ -47,6 +47,10 @@ class Mark:
             tell()
         else:
             self._stream.after(self._number, tell)
+
+    def when_taken(self, tell: Callable[[], None]) -> None:
+        """Call ``tell`` when the payload is not needed any more, perhaps now. Within the loop."""
+        self._stream.when_taken(self._number, tell)
 
     def complete(self, payload: tuple[Any, ...], **fields: Any) -> None:
         """The payload of the entry; see :meth:`Log.complete`. Within the loop."""
@@ -59,11 +63,11 @@ class Stream:
 
     Args:
         log: it has begun.
-        address: of the replica.
+        address: of the next server.
         sender: how this server presents itself.
-        on_news: the replica has taken something.
+        on_news: it has taken something.
         on_in_step: it may take over from here on.
-        on_refused: it says that it is primary, in a later epoch.
+        on_refused: it says that it does not get the log from here, in a later epoch.
     """
 
     def __init__(
@@ -80,20 +84,36 @@ class Stream:
         self.log = log
         self.closed = False
         self._loop = loop
+        self._network = network
         self._line = network.connect(loop, address, self._receive)
         self._sender = sender
         self._on_news = on_news
         self._on_in_step = on_in_step
         self._on_refused = on_refused
         self._held: list[tuple[int, int, Callable[[], None]]] = []  # replies, by the entry that they wait for
+        self._lent: list[tuple[int, int, Callable[[], None]]] = []  # memory, by the entry whose payload it is
         self._order = itertools.count()
 
     def __repr__(self) -> str:
         return f"<Stream to {self._line.address}: {self.log!r}, {len(self._held)} replies wait>"
 
     def after(self, number: int, tell: Callable[[], None]) -> None:
-        """Call ``tell`` when the replica has taken this entry."""
+        """Call ``tell`` when this entry may be told of."""
         heapq.heappush(self._held, (number, next(self._order), tell))
+
+    def when_taken(self, number: int, tell: Callable[[], None]) -> None:
+        """Call ``tell`` when this entry has been taken, or will not be sent any more."""
+        if self.closed or number <= self.log.taken:
+            tell()
+        else:
+            heapq.heappush(self._lent, (number, next(self._order), tell))
+
+    def go_on(self, epoch: int, address: str) -> None:
+        """The next server is another one, which was in step."""
+        self._line.close()
+        self._line = self._network.connect(self._loop, address, self._receive)
+        self.log.go_on(epoch)
+        self.flush()
 
     def flush(self) -> None:
         """Send what is ready."""
@@ -116,11 +136,14 @@ class Stream:
         self.flush()
 
     def close(self) -> None:
-        """There is no such replica any more: nobody waits for it."""
+        """Nothing is sent any more."""
         self.closed = True
         self._line.close()
-        held, self._held = self._held, []
-        for _, _, tell in sorted(held):
+
+    def tell(self) -> None:
+        """Nobody has to wait for the next server: there is none any more."""
+        waiting, self._held, self._lent = [*sorted(self._held), *self._lent], [], []
+        for _, _, tell in waiting:
             tell()
 
     def _receive(self, frames: Frames) -> None:
@@ -134,7 +157,9 @@ class Stream:
                 if isinstance(error, FencedError):
                     self._on_refused(error)
                     return
-                log.error("%r: the replica does not take the log: %s", self, error)
+                log.error("%r: the next server does not take the log: %s", self, error)
         while self._held and self.log.may_tell(self._held[0][0]):
             heapq.heappop(self._held)[2]()
+        while self._lent and self._lent[0][0] <= self.log.taken:
+            heapq.heappop(self._lent)[2]()
         self._on_news()

@@ -19,7 +19,7 @@ from kvstore.checkpoint.restoring import RestoredPiece
 from kvstore.cluster.stream import Mark
 from kvstore.protocol.actions import Apply, Create, StoreState
 from kvstore.protocol.bundles import Bundle, Part
-from kvstore.protocol.pieces import PieceId
+from kvstore.protocol.pieces import PieceId, Span
 from kvstore.protocol.serving import Serving
 from kvstore.stored import Stored
 from kvstore.transport.network import Loop
@@ -37,7 +37,7 @@ class Work:
     """
 
     def __init__(self, serving: Serving, loop: Loop, runtime: engine.Engine, on_logged: Callable[[], None]) -> None:
-        self._serving = serving
+        self.serving = serving
         self._loop = loop
         self._engine = runtime
         self._on_logged = on_logged
@@ -54,7 +54,7 @@ class Work:
         assert isinstance(value, np.ndarray)
         stored = self.stored[piece] = Stored(value, f"{piece[0]!r}[{piece[1]}]")
         if isinstance(action.restored, RestoredPiece):
-            stored.restore(action.restored.state, action.restored.step, self._serving.pieces[piece].generation)
+            stored.restore(action.restored.state, action.restored.step, self.serving.pieces[piece].generation)
         if mark is not None:  # a restored piece is copied afterwards, with its state
             self._complete(mark, [value.copy()])
 
@@ -74,6 +74,10 @@ class Work:
 
     def apply(self, action: Apply, priority: int, mark: Mark | None) -> None:
         """Pushes take effect, as one update."""
+        if not action.payloads:
+            if mark is not None:
+                self._complete(mark, [])
+            return
         stored = self.stored[action.piece]
         pushes = [_elements(payload) for payload in action.payloads]
         rule: Any = action.rule
@@ -85,26 +89,29 @@ class Work:
             name, reads = "merge, log, update", (stored.var,)
             work = partial(self._update_and_log, stored, pushes, action, mark)
         elif rule is None:
-            name, reads, work = "merge", (), lambda: stored.assign(pushes, owned=True)
+            name, reads, work = "merge", (), partial(stored.assign, pushes, owned=True, factor=action.factor)
         else:
-            name, reads, work = "merge+update", (stored.var,), lambda: stored.update(pushes, rule, action.generation)
+            name, reads = "merge+update", (stored.var,)
+            work = partial(stored.update, pushes, rule, action.generation, action.factor)
         self.do(stored, work, name, priority, reads, (stored.var,), info, far=far)
 
     def _update_and_log(self, stored: Stored, pushes: list[Array], action: Apply, mark: Mark) -> None:
         """An update whose merged payload goes to the replica; it gives the same bits as one without."""
         rule: Any = action.rule
         if rule is None:
-            stored.assign(pushes, owned=True)
+            stored.assign(pushes, owned=True, factor=action.factor)
             value = stored.lend(mark)
             self._complete(mark, [value])
-            self._loop.post(lambda: mark.then(lambda: stored.give_back(mark)))
+            self._loop.post(lambda: mark.when_taken(lambda: stored.give_back(mark)))
             return
         merged = pushes[0]
         if len(pushes) > 1:
             merged = merged if merged.flags.writeable else np.empty_like(merged)
             kernels.merge(pushes, merged)
+        elif mark.passed and not merged.flags.writeable:
+            merged = merged.copy()  # nobody waits for the replica: the worker may soon write there again
         self._complete(mark, [merged])
-        stored.update([merged], rule, action.generation)
+        stored.update([merged], rule, action.generation, action.factor)
 
     def forget(self, piece: PieceId) -> None:
         """The piece is no more."""
@@ -129,12 +136,13 @@ class Work:
         writes = [whole.var, *(part.var for part, _ in parts)]
         self._engine.push(lambda: whole.split(parts), reads=[whole.var], writes=writes, name="split", inline=True)
 
-    def copy(self, piece: PieceId, mark: Mark) -> None:
+    def copy(self, piece: PieceId, span: Span | None, mark: Mark) -> None:
         """What a new replica is to begin with."""
         stored = self.stored[piece]
+        elements = slice(None) if span is None else slice(*span)
 
         def copy() -> None:
-            arrays = [array.copy() for array in (stored.value, *stored.state.values())]
+            arrays = [array.reshape(-1)[elements].copy() for array in (stored.value, *stored.state.values())]
             names, dtypes = tuple(stored.state), tuple(array.dtype.name for array in arrays[1:])
             self._complete(mark, arrays, names=names, dtypes=dtypes)
 

@@ -92,7 +92,13 @@ class Optimizer(ABC):
         return state
 
     def update(
-        self, value: Array, pushes: Sequence[Array], state: State, step: int, target: Array | None = None
+        self,
+        value: Array,
+        pushes: Sequence[Array],
+        state: State,
+        step: int,
+        target: Array | None = None,
+        factor: float = 1.0,
     ) -> None:
         """Change ``value`` and ``state`` in place, by the sum of the pushes: in one pass, without a temporary.
 
@@ -102,14 +108,15 @@ class Optimizer(ABC):
             state: what :meth:`create_state` made, after the earlier updates.
             step: the number of this update of the value, from 1.
             target: where the new value goes, if not into ``value``, which then stays as it is.
+            factor: the sum is multiplied by it before anything else.
         """
         target = value if target is None else target
         master = state.get("master")
         lr = float(self.lr.at(step) if isinstance(self.lr, Schedule) else self.lr)
-        scale = 1.0
+        scale = factor
         clip = math.inf if self.clip_gradient is None else self.clip_gradient
         if self.clip_norm is not None:
-            scale = min(1.0, self.clip_norm / (kernels.norm(pushes) + 1e-6))
+            scale *= min(1.0, self.clip_norm / (kernels.norm(pushes) * factor + 1e-6))
         if master is None:
             self._step(Change(value, target, pushes, scale, clip), state, lr, step)
         else:

@@ -41,7 +41,7 @@ class Create:
 
 @dataclass(frozen=True, slots=True)
 class Apply:
-    """Merge these payloads in this order and apply them to the piece as one update."""
+    """Merge these payloads in this order and apply them to the piece as one update; without any, change nothing."""
 
     piece: PieceId
     round: int
@@ -49,6 +49,8 @@ class Apply:
     rule: Rule | None  # None: assign
     generation: int  # another generation than before: the optimizer's state begins anew
     contributions: tuple[tuple[int, int], ...] = ()  # the pushes (rank, round) that the payloads are of
+    samples: int | None = None  # in them, if the key's rounds are of so many
+    factor: float = 1.0  # what their sum is multiplied by for that
 
 
 @dataclass(frozen=True, slots=True)

@@ -88,7 +88,7 @@ class Binding:
         if unknown:
             raise UnknownKeyError(f"key {unknown[0]!r}: expected an initialised key, {self._name} has none such")
         specs = [self._pieces[piece_id].spec for piece_id in members]
-        alike = {(spec.dtype, spec.cluster_model, spec.participants) for spec in specs}
+        alike = {(spec.dtype, spec.cluster_model, spec.participants, spec.samples_per_round) for spec in specs}
         if len(alike) > 1 or any(len(spec.cut) > 1 for spec in specs):
             raise ProtocolError("bind: expected keys of one dtype, model and set of participants, each in one piece")
         spans, end = [], 0
@@ -121,7 +121,7 @@ class Binding:
         whole.generation, whole.steps, whole.written = first.generation, first.steps, first.written
         for piece in pieces:
             piece.level, piece.accepted = whole.level, whole.accepted
-            piece.held, piece.commits = whole.held, whole.commits
+            piece.held, piece.samples, piece.commits = whole.held, whole.samples, whole.commits
         self.united.update((piece_id, (bundle, span)) for piece_id, span in bundle)
         self._pieces[bundle.piece] = whole
         bundle.united = True
@@ -141,6 +141,7 @@ class Binding:
             piece = self._pieces[piece_id]
             piece.level, piece.accepted, piece.commits = whole.level.copy(), dict(whole.accepted), {}
             piece.held = {pushed: Part(payload, span) for pushed, payload in whole.held.items()}
+            piece.samples = dict(whole.samples)
             piece.generation, piece.steps, piece.written = whole.generation, whole.steps, whole.written
         divided = {(rank, request_id): None for (rank, _), request_id in whole.commits.items()}
         for pull in whole.level.waiting.values():

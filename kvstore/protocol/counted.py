@@ -19,6 +19,7 @@ class Piece:
     level: Level
     accepted: dict[int, int] = field(default_factory=dict)  # rank -> last accepted round
     held: dict[tuple[int, int], object] = field(default_factory=dict)  # payloads before their turn
+    samples: dict[tuple[int, int], int] = field(default_factory=dict)  # in these, if its rounds are of so many
     commits: dict[tuple[int, int], int] = field(default_factory=dict)  # (rank, round) -> request
     generation: int = 0  # of the optimizer that the state is of; 0: of none
     steps: int = 0  # updates by it

@@ -29,6 +29,7 @@ PRIORITY_MAX = (1 << 31) - 1
 HELD_MAX = 1024
 BUNDLE_KEYS_MAX = 1 << 20
 PIECES_MAX = 1024  # of a cut in one message
+SAMPLES_MAX = 1 << 40  # of a round, and of a push
 
 SMALL_HEADER_BYTES = 64 << 10  # up to this size its lists and maps need not be counted
 
@@ -55,6 +56,7 @@ class Spec:
     device_model: str
     cluster_model: str
     participants: tuple[int, ...] | None  # None: every worker
+    samples_per_round: int | None = None  # None: a round's sum is what it is, however many samples are in it
 
     @property
     def cut(self) -> Cut:
@@ -63,9 +65,10 @@ class Spec:
 
     def __str__(self) -> str:
         who = "every worker" if self.participants is None else f"workers {list(self.participants)}"
+        samples = "" if self.samples_per_round is None else f", {self.samples_per_round} samples per round"
         return (
             f"shape {self.shape}, dtype {self.dtype}, pieces of {self.piece_items} elements, "
-            f"device level {self.device_model}, cluster level {self.cluster_model}, participants: {who}"
+            f"device level {self.device_model}, cluster level {self.cluster_model}, participants: {who}{samples}"
         )
 
 
@@ -110,6 +113,7 @@ class Push(Message):
     near: bool = False  # the value asked for may stay where it is: answer with its place
     held: tuple[int, ...] = ()  # earlier requests for this piece whose places are still being read
     place: Place | None = None
+    samples: int | None = None  # that it holds, if the key's rounds are of so many samples
 
 
 @dataclass(frozen=True, slots=True)
@@ -481,16 +485,29 @@ class Status(Message):
 
 
 @dataclass(frozen=True, slots=True)
-class Shard:
-    """Which servers have one shard. No ``primary`` (-1): it is lost; no ``replica`` (-1): its primary is alone."""
+class Replica:
+    """A server that follows a shard's log, as it gets it from the one before it."""
 
-    epoch: int  # in which the two were appointed
+    epoch: int  # in which it was appointed to follow that one
+    server: int
+    address: str  # where the log may be sent; "" as long as it has not said
+    in_step: bool  # it has all that anybody was told of: it may take over
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Which servers have one shard: a chain. No ``primary`` (-1): it is lost; no ``replicas``: its primary is alone."""
+
+    epoch: int  # in which the chain became what it is
     primary: int
     address: str
-    replica: int
-    replica_address: str  # "" as long as it has not said where
-    in_step: bool  # the replica has all that is committed: it may take over
-    moving: bool  # the replica is to take over now: the primary hands over
+    replicas: tuple[Replica, ...]  # the first of them takes over
+    moving: bool  # one of them is to take over now: the primary hands over
+
+    @property
+    def in_step(self) -> bool:
+        """Has it replicas, which may all take over?"""
+        return bool(self.replicas) and all(replica.in_step for replica in self.replicas)
 
 
 @dataclass(frozen=True, slots=True)
@@ -517,7 +534,7 @@ class Standby(Message):
 
 @dataclass(frozen=True, slots=True)
 class InStep(Message):
-    """From a primary to the scheduler: nothing is committed any more that its replica has not."""
+    """From a server to the scheduler: nothing is told any more that the replica after it has not, and all behind."""
 
     shard: int
     epoch: int
@@ -525,7 +542,7 @@ class InStep(Message):
 
 @dataclass(frozen=True, slots=True)
 class HandedOver(Message):
-    """From a primary to the scheduler: its replica has everything, and it takes in nothing more."""
+    """From a primary to the scheduler: its replicas have everything, and it takes in nothing more."""
 
     shard: int
     epoch: int
@@ -538,14 +555,18 @@ class Drain(Message):
     rank: int
 
 
-# --- from a primary to its replica ----------------------------------------------------------------
+# --- from a server to the replica after it ----------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Entry(Message):
-    """The log's entry of this number (its ``request_id``): what a worker, or nobody (-1), has brought about."""
+    """The log's entry of this number (its ``request_id``): what a worker, or nobody (-1), has brought about.
+
+    ``first``: the number of the first entry that a new replica gets.
+    """
 
     epoch: int
+    first: int
     rank: int
     incarnation: int
     message: Message
@@ -553,19 +574,24 @@ class Entry(Message):
 
 @dataclass(frozen=True, slots=True)
 class Taken(Message):
-    """All entries up to this number (its ``request_id``) have been taken."""
+    """All entries up to this number (its ``request_id``) have been taken, by the replicas behind the sender, too."""
 
     epoch: int
 
 
 @dataclass(frozen=True, slots=True)
 class Updated(Message):
-    """In an entry: these pushes (rank, round) have taken effect as one update. Its frame is their sum."""
+    """In an entry: these pushes (rank, round) have taken effect as one update.
+
+    Its frame is their sum, or without an optimizer the value that they make. ``samples`` are in them, if the key's
+    rounds are of so many; of 0 there is no frame, for they change nothing.
+    """
 
     key: Key | BundleId
     piece: int
     round: int
     contributions: tuple[tuple[int, int], ...]
+    samples: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

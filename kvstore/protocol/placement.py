@@ -1,24 +1,27 @@
-"""Which server has which shard, as the scheduler decides it. Pure.
+"""Which servers have which shard, as the scheduler decides it. Pure.
 
-There are as many shards as the cluster has servers, and shard n is at home on server n. A shard has a *primary*, which
-answers for it, and with replication a *replica*: the next live server after the primary, by rank. What follows from a
-change is decided in one place, :meth:`Placing._settle`:
+There are as many shards as the cluster has servers, and shard n is at home on server n. The servers that have a shard
+are a chain: its *primary*, which answers for it, then its *replicas*, each of which gets the log from the one before it
+(see :mod:`kvstore.protocol.replicating`). What follows from a change is decided in one place, :meth:`Placing._settle`:
 
-- a lost primary's replica becomes primary, if it was in step; else the shard is lost;
-- a shard whose primary is not where it should be (its home has come back; its primary drains) gets the server where it
-  should be as its replica, and is handed over when that is in step;
-- a shard without a replica, when it is to have one, gets one; a shard with nobody left to have it stays alone.
+- who is gone is taken out of the chains. A lost primary's first replica becomes primary; without one the shard is lost;
+- a shard should be at home, and its replicas on the next servers, by rank; those that drain are passed over. Who should
+  have it comes to the chain's end, one at a time, and only when all before are in step;
+- when all who should have it are in step, the primary hands over to the one who should be it, if that is another; then
+  those leave the chain who should not have it. So a shard that moves never has fewer holders than before.
 
-Every appointment has a new epoch. What a server says about an older one is ignored.
+Whoever gets the log from another server than before has a new epoch, and so has every chain that changes. What a server
+says about an older one is ignored.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 from kvstore.errors import OptionError
-from kvstore.protocol.messages import NOBODY, Drain, Message, Placement, Shard
+from kvstore.protocol.messages import NOBODY, Drain, Message, Placement, Replica, Shard
 
 
 @dataclass(slots=True)
@@ -26,10 +29,10 @@ class Placing:
     """The shards of a cluster.
 
     Args:
-        replication: on how many servers beside its primary a shard is kept: 0 or 1.
+        replication: on how many servers beside its primary a shard is kept.
 
     Raises:
-        OptionError: another number, or more servers than there are.
+        OptionError: a negative number, or not fewer than there are servers.
     """
 
     num_servers: int
@@ -38,14 +41,12 @@ class Placing:
     shards: list[Shard] = field(default_factory=list)  # by number; none before everybody has come
     servers: dict[int, str] = field(default_factory=dict)  # those that are here, with the address of their own shard
     draining: set[int] = field(default_factory=set)
-    alone: set[int] = field(default_factory=set)  # shards that should have a replica, and nobody is there to be it
 
     def __post_init__(self) -> None:
-        if self.replication not in (0, 1):
-            raise OptionError(f"replication: expected 0 or 1, got {self.replication!r}")
-        if self.replication >= self.num_servers:
+        if not 0 <= self.replication < self.num_servers:
             raise OptionError(
-                f"replication {self.replication}: expected more servers than that, got {self.num_servers}"
+                f"replication: expected at least 0 and less than the number of servers, which is {self.num_servers}, "
+                f"got {self.replication!r}"
             )
 
     @property
@@ -64,7 +65,7 @@ class Placing:
             return self._settle()
         if len(self.servers) < self.num_servers:
             return False
-        self.shards = [Shard(self.epoch, n, self.servers[n], NOBODY, "", False, False) for n in range(self.num_servers)]
+        self.shards = [Shard(self.epoch, n, self.servers[n], (), False) for n in range(self.num_servers)]
         self._settle()
         return True
 
@@ -81,33 +82,36 @@ class Placing:
 
     def drained(self, rank: int) -> bool:
         """Has it nothing any more, or nobody to hand it over to?"""
-        return all(shard.primary != rank or self._home(number) == rank for number, shard in enumerate(self.shards))
+        return all(shard.primary != rank or self._wanted(number)[0] == rank for number, shard in enumerate(self.shards))
 
     def standby(self, rank: int, number: int, epoch: int, address: str) -> bool:
         """A replica says where its log may be sent."""
-        shard = self._current(number, epoch)
-        if shard is None or shard.replica != rank or shard.replica_address == address:
-            return False
-        self.shards[number] = replace(shard, replica_address=address)
-        return True
+        return self._change(number, rank, epoch, lambda replica: replace(replica, address=address))
 
     def in_step(self, rank: int, number: int, epoch: int) -> bool:
-        """A primary says that its replica may take over."""
-        shard = self._current(number, epoch)
-        if shard is None or shard.primary != rank or shard.in_step:
+        """A server says that the replica after it, which was appointed in this epoch, may take over."""
+        chain = self._chain(number)
+        for before, replica in pairwise(chain):
+            if before.server == rank and replica.epoch == epoch:
+                changed = self._change(number, replica.server, epoch, lambda replica: replace(replica, in_step=True))
+                return self._settle() or changed
+        return False
+
+    def handed_over(self, rank: int, number: int, epoch: int) -> bool:
+        """A primary says that its replicas have everything, and that it takes in nothing more."""
+        chain = self._chain(number)
+        if not chain or (chain[0].server, self.shards[number].epoch) != (rank, epoch) or not self.shards[number].moving:
             return False
-        self.shards[number] = replace(shard, in_step=True)
+        holders = {holder.server: holder for holder in chain}
+        self._arrange(number, [holders[server] for server in self._wanted(number)], reordered=True)
         self._settle()
         return True
 
-    def handed_over(self, rank: int, number: int, epoch: int) -> bool:
-        """A primary says that its replica has everything, and that it takes in nothing more."""
-        shard = self._current(number, epoch)
-        if shard is None or shard.primary != rank or not shard.moving:
-            return False
-        self._promote(number)
-        self._settle()
-        return True
+    def settled(self, number: int) -> bool:
+        """Is the shard where it should be, with as many replicas in step as it should have?"""
+        chain, wanted = self._chain(number), self._wanted(number)
+        holders = {holder.server for holder in chain if holder.in_step}
+        return len(wanted) > self.replication and holders == set(wanted) and chain[0].server == wanted[0]
 
     def lost(self) -> list[int]:
         """The shards that nobody has any more."""
@@ -117,7 +121,7 @@ class Placing:
         """The shards that a server has as primary, and as replica."""
         return (
             [number for number, shard in enumerate(self.shards) if shard.primary == rank],
-            [number for number, shard in enumerate(self.shards) if shard.replica == rank],
+            [n for n, shard in enumerate(self.shards) if any(replica.server == rank for replica in shard.replicas)],
         )
 
     def records(self) -> list[Message]:
@@ -140,60 +144,90 @@ class Placing:
 
     def _settle(self) -> bool:
         before = list(self.shards)
-        self.alone.clear()
-        for number in range(len(self.shards)):
-            if self.shards[number].primary not in self.servers:
-                self._promote(number)
-            shard = self.shards[number]
-            if shard.primary == NOBODY:
-                continue
-            home = self._home(number)
-            if home != shard.primary:
-                wanted = home
-            elif not self.replication:
-                wanted = NOBODY
-            elif shard.replica in self.servers and shard.replica not in self.draining:
-                wanted = shard.replica
-            else:
-                wanted = self._next(shard.primary)
-                if wanted == NOBODY:
-                    self.alone.add(number)
-            if wanted != shard.replica:
-                self._appoint(number, shard.primary, shard.address, wanted)
-            elif shard.in_step and home != shard.primary and not shard.moving:
-                self.shards[number] = replace(shard, moving=True)
+        for number, shard in enumerate(before):
+            if shard.primary != NOBODY:
+                self._bury(number)
+                self._improve(number)
         return self.shards != before
 
-    def _home(self, number: int) -> int:
-        """Where the shard should be: at home, else where it is, else with whoever is next."""
+    def _bury(self, number: int) -> None:
+        """Take those out of the chain who are gone."""
+        chain = self._chain(number)
+        here = [holder for holder in chain if holder.server in self.servers]
+        if here != chain:
+            self._arrange(number, here if here and here[0].in_step else [])
+
+    def _improve(self, number: int) -> None:
+        """One step to where the shard should be."""
+        chain = self._chain(number)
+        if not chain:
+            return
+        wanted = self._wanted(number)
+        newcomers = [server for server in wanted if server not in [holder.server for holder in chain]]
+        kept = [holder for holder in chain if holder.in_step or holder.server in wanted]
+        surplus = [holder for holder in kept[1:] if holder.server not in wanted]
+        moving = False
+        if not all(holder.in_step for holder in kept):
+            pass  # first it comes in step
+        elif newcomers:
+            kept.append(Replica(0, newcomers[0], "", False))
+        elif kept[0].server != wanted[0]:
+            moving = True
+        elif surplus:
+            kept = [holder for holder in kept if holder not in surplus]
+        if kept != chain:
+            self._arrange(number, kept)
+        elif moving != self.shards[number].moving:
+            self.epoch += 1
+            self.shards[number] = replace(self.shards[number], epoch=self.epoch, moving=moving)
+
+    def _wanted(self, number: int) -> list[int]:
+        """Who should have the shard: its primary, then its replicas, as far as there is anybody."""
         primary = self.shards[number].primary
-        for rank in (number, primary):
-            if rank in self.servers and rank not in self.draining:
-                return rank
-        following = self._next(primary)
-        return primary if following == NOBODY else following
+        may = [rank for rank in self._ring(number) if rank not in self.draining]
+        home = next((rank for rank in (number, primary) if rank in may), None)
+        if home is None:
+            home = next((rank for rank in self._ring(primary) if rank in may), primary)
+        following = [rank for rank in self._ring(home) if rank in may and rank != home]
+        return [home, *following[: self.replication]]
 
-    def _next(self, rank: int) -> int:
-        """The next server on the ring after this one, but for itself and those that drain."""
-        for step in range(1, self.num_servers):
-            following = (rank + step) % self.num_servers
-            if following in self.servers and following not in self.draining:
-                return following
-        return NOBODY
+    def _ring(self, rank: int) -> list[int]:
+        """The servers that are here, from this one on."""
+        around = [(rank + step) % self.num_servers for step in range(self.num_servers)]
+        return [one for one in around if one in self.servers]
 
-    def _promote(self, number: int) -> None:
-        """The replica becomes primary, if it may."""
+    def _chain(self, number: int) -> list[Replica]:
+        """The shard's primary, as if it followed somebody, and its replicas; nobody if it is lost, or there is none."""
+        if not 0 <= number < len(self.shards) or self.shards[number].primary == NOBODY:
+            return []
         shard = self.shards[number]
-        may = shard.in_step and shard.replica in self.servers
-        if may or shard.primary != NOBODY:
-            primary, address = (shard.replica, shard.replica_address) if may else (NOBODY, "")
-            self._appoint(number, primary, address, NOBODY)
+        return [Replica(0, shard.primary, shard.address, True), *shard.replicas]
 
-    def _appoint(self, number: int, primary: int, address: str, replica: int) -> None:
+    def _arrange(self, number: int, chain: list[Replica], *, reordered: bool = False) -> None:
+        """The shard has this chain from here on. Who was in step goes on from what it has, others begin anew.
+
+        ``reordered``: some come before others that they came after. All have the same then, and nobody may take more
+        before it knows who comes after it.
+        """
         self.epoch += 1
-        self.shards[number] = Shard(self.epoch, primary, address, replica, "", False, False)
+        if not chain:
+            self.shards[number] = Shard(self.epoch, NOBODY, "", (), False)
+            return
+        followed = {after.server: before.server for before, after in pairwise(self._chain(number))}
+        replicas = []
+        for before, replica in pairwise(chain):
+            if reordered or followed.get(replica.server) != before.server:
+                address = replica.address if replica.in_step else ""
+                replica = replace(replica, epoch=self.epoch, address=address)
+            replicas.append(replica)
+        self.shards[number] = Shard(self.epoch, chain[0].server, chain[0].address, tuple(replicas), False)
 
-    def _current(self, number: int, epoch: int) -> Shard | None:
-        """The shard, if it is of this epoch."""
-        shard = self.shards[number] if 0 <= number < len(self.shards) else None
-        return shard if shard is not None and shard.epoch == epoch else None
+    def _change(self, number: int, server: int, epoch: int, change: Callable[[Replica], Replica]) -> bool:
+        """Something new is known of a replica, if it is of this epoch."""
+        if not self._chain(number):
+            return False
+        shard = self.shards[number]
+        replicas = tuple(change(r) if (r.server, r.epoch) == (server, epoch) else r for r in shard.replicas)
+        changed = replicas != shard.replicas
+        self.shards[number] = replace(shard, replicas=replicas)
+        return changed

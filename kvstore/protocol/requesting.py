@@ -21,13 +21,14 @@ from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 
 from kvstore.errors import KVStoreError, from_wire
-from kvstore.protocol.messages import Accepted, Committed, Divided, Failed, Init, Message, Missing, Push
+from kvstore.protocol.messages import Accepted, Committed, Divided, Failed, Init, Message, Missing, Push, Register
 from kvstore.protocol.pieces import PIECE_BYTES
 
 CREDIT_BYTES = 2 * PIECE_BYTES  # what an urgent piece may have to wait for
 CREDIT_FREE_BYTES = 64 << 10  # requests up to this size need no credit
 RESEND_S = 5.0
 RESEND_S_MAX = 30.0
+REGISTER_S = 1.0  # the same for a registration: a restarted scheduler does not wait long for it
 SLOWEST_LINK = 1 << 20  # bytes/s: how long the bytes ahead of a request may take before it is resent
 
 
@@ -153,7 +154,8 @@ class Requesting:
         """What is to be sent to ``server`` now, with its payload; counts as sent when yielded."""
         while (request := self._next(server)) is not None:
             request.queued = False
-            patience = min(RESEND_S_MAX, self.resend_s * 2.0 ** min(request.sent_times, 16))
+            first = REGISTER_S if isinstance(request.message, Register) else self.resend_s
+            patience = min(RESEND_S_MAX, first * 2.0 ** min(request.sent_times, 16))
             request.sent_times += 1
             request.resend_at = now + patience + self.in_flight.get(server, 0) / SLOWEST_LINK
             yield request.message, None if _is_bare(request) else request.frames
@@ -198,6 +200,7 @@ class Requesting:
         """The connection to ``server`` was renewed: send again what it has not answered."""
         for request in self.open.values():
             if request.server == server and request.sent_times:
+                request.sent_times = 0
                 self._enqueue(request)
 
     def change(self, server: int, revise: Callable[[Request], None]) -> None:

@@ -102,6 +102,7 @@ class Membership:
     drains: list[tuple[Peer, Drain]] = field(default_factory=list)  # not answered yet
     _changed: dict[tuple[str, int], None] = field(default_factory=dict)
     _kept: list[Message] = field(default_factory=list)  # what was told of the placement
+    _newcomers: dict[int, tuple[Peer, Register]] = field(default_factory=dict)  # by token: see _may_return
     naming: Naming = field(default_factory=Naming)  # of cut points
 
     def __post_init__(self) -> None:
@@ -132,7 +133,8 @@ class Membership:
             if member is not None and member.role == "server" and isinstance(message, Standby | InStep | HandedOver):
                 return [(peer, Done(message.request_id)), *self._told(member.rank, message)]
             if member is not None and isinstance(message, ReadPlacement):
-                return [(peer, self._placement(message.request_id))]
+                lost = [(peer, notice) for notice in self._lost_shards()]  # who leaves is told of them no other way
+                return [(peer, self._placement(message.request_id)), *lost]
             if isinstance(message, Explain):
                 return [(peer, Explanation(message.request_id, self._explain(now)))]
             if member is None and isinstance(message, _OF_MEMBERS):
@@ -162,14 +164,15 @@ class Membership:
         self.placing.recover(placed, servers)
         self._kept = placed
 
-    def absent(self) -> Actions:
-        """Whoever has not come back to a scheduler that recovered is lost."""
-        gone = [m for m in self.members.values() if m.peer is None and not m.gone]
-        return [
-            action
-            for member in gone
-            for action in self._depart(member, f"it did not come back to the scheduler (pid {member.pid})")
-        ]
+    def absent(self, now: float) -> Actions:
+        """Whoever has not come back to a scheduler that recovered is lost; those who want its rank may have it."""
+        actions: Actions = []
+        for member in [m for m in self.members.values() if self._away(m)]:
+            actions += self._depart(member, f"it did not come back to the scheduler (pid {member.pid})")
+        newcomers, self._newcomers = self._newcomers, {}
+        for peer, message in newcomers.values():
+            actions += self.handle(peer, message, now)
+        return actions
 
     @property
     def has_news(self) -> bool:
@@ -214,7 +217,7 @@ class Membership:
                 "address": member.address,
                 "host": member.host,
                 "pid": member.pid,
-                "state": member.state,
+                "state": "away" if self._away(member) else member.state,
                 "incarnation": member.incarnation,
                 "heard_s": round(now - member.heard, 3),
             }
@@ -232,8 +235,13 @@ class Membership:
             "workers": [row(m) for m in everybody if m.role == "worker"],
             "servers": [held(m) for m in everybody if m.role == "server"],
             "shards": [
-                {"primary": shard.primary, "address": shard.address, "replica": shard.replica, "in_step": shard.in_step}
-                for shard in self.placing.shards
+                {
+                    "primary": shard.primary,
+                    "address": shard.address,
+                    "replicas": [replica.server for replica in shard.replicas],
+                    "settled": self.placing.settled(number),
+                }
+                for number, shard in enumerate(self.placing.shards)
             ],
         }
 
@@ -266,6 +274,7 @@ class Membership:
         if message.role == "worker":
             self._agree(message)
         if self._may_return(message.role, message.rank):
+            self._newcomers[message.token] = peer, message
             return []
         if not self.started:
             return self._found(peer, message, size, now)
@@ -274,9 +283,13 @@ class Membership:
         return self._come(peer, message, now)
 
     def _may_return(self, role: str, rank: int) -> bool:
-        """Who has that rank may come back yet to a scheduler that recovered; the newcomer will ask again."""
-        away = (m.rank for m in self.members.values() if m.role == role and m.peer is None and not m.gone)
-        return any(rank in (NOBODY, other) for other in away)
+        """May whoever has that rank come back yet to a scheduler that recovered? Until then newcomers wait."""
+        return any(m.role == role and rank in (NOBODY, m.rank) and self._away(m) for m in self.members.values())
+
+    @staticmethod
+    def _away(member: Member) -> bool:
+        """Has it not come back yet to a scheduler that recovered?"""
+        return member.peer is None and not member.gone
 
     def _agree(self, message: Register) -> None:
         """All workers name the same policy."""
@@ -351,9 +364,11 @@ class Membership:
         """A process is back on another connection: the network or the scheduler was away, or it was stopped itself."""
         if member.state == "lost" and (member.role != "worker" or self.on_loss != "wait"):
             raise FencedError(f"{member.role} {member.rank}: it was taken for lost, the others go on without it")
-        if member.state == "left":
-            raise FencedError(f"{member.role} {member.rank}: it has left")
+        if member.state == "left" and member.reason:
+            raise FencedError(f"{member.role} {member.rank}: it was taken for lost before it took part")
         member.peer, member.request_id, member.heard = peer, message.request_id, now
+        if member.state == "left":  # it does not know that it was heard, and will say so again
+            return [self._welcome(member)]
         if not self.started:
             return []
         actions: Actions = [self._welcome(member), (peer, self._placement(0))]

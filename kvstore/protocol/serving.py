@@ -80,6 +80,7 @@ from kvstore.protocol.messages import (
     WriteState,
 )
 from kvstore.protocol.pieces import BundleId, Key, PieceId, Span
+from kvstore.protocol.sampling import check_model, factor
 from kvstore.protocol.settings import Rule, Settings
 from kvstore.protocol.workers import Waiting, Workers
 
@@ -253,8 +254,9 @@ class Serving:
                 f"key {message.key!r}: expected participants among workers {sorted(self.workers.known)}, "
                 f"got {list(members)}"
             )
-        level = Level(consistency.parse(message.spec.cluster_model), members)
-        piece = Piece(message.spec, level, dict.fromkeys(members, 0))
+        model = consistency.parse(message.spec.cluster_model)
+        check_model(message.spec.samples_per_round, model, f"key {message.key!r}, cluster level")
+        piece = Piece(message.spec, Level(model, members), dict.fromkeys(members, 0))
         restored = self._restored(piece_id, message.spec)
         if restored is not None:
             self._count_restored(piece, restored)
@@ -338,9 +340,17 @@ class Serving:
             if not piece.level.is_here(rank):
                 raise DisagreementError(f"push of {self.binding.called(piece_id)} by worker {rank}: it has left")
             self._check_ahead(rank, message.round, piece_id, piece)
+            per_round = piece.spec.samples_per_round
+            if (message.samples is None) is not (per_round is None):
+                raise DisagreementError(
+                    f"push of {self.binding.called(piece_id)} by worker {rank}: its rounds are of {per_round} samples, "
+                    f"the push says that it holds {message.samples}"
+                )
             self.binding.part(piece_id)
             piece.accepted[rank] = message.round
             piece.held[rank, message.round] = payload
+            if message.samples is not None:
+                piece.samples[rank, message.round] = message.samples
             if not message.pull:
                 piece.commits[rank, message.round] = message.request_id
             actions += self._perform(piece_id, piece, *piece.level.push(rank))
@@ -406,15 +416,29 @@ class Serving:
     def _perform(self, piece_id: PieceId, piece: Piece, updates: list[Update], answers: list[Answer]) -> list[Action]:
         actions: list[Action] = []
         for update in updates:
-            rule, generation = self.settings.at(self.binding.key_of(piece_id), update.round)
-            if rule is not None:
-                piece.count_update(generation)
             payloads = tuple([piece.held.pop(contribution) for contribution in update.contributions])
-            actions.append(Apply(piece_id, update.round, payloads, rule, generation, update.contributions))
+            samples = None
+            if piece.spec.samples_per_round is not None:
+                samples = sum([piece.samples.pop(contribution) for contribution in update.contributions])
+            actions.append(self.apply(piece_id, piece, update, payloads, samples))
             if piece.commits:
                 actions += self._commits_due(piece_id, piece, update.contributions)
         actions += [self._value(answer) for answer in answers]
         return actions
+
+    def apply(
+        self, piece_id: PieceId, piece: Piece, update: Update, payloads: tuple[object, ...], samples: int | None
+    ) -> Apply:
+        """An update takes effect: by which rule, and multiplied by what. Of no samples it changes nothing."""
+        rule, generation = self.settings.at(self.binding.key_of(piece_id), update.round)
+        multiplied = 1.0
+        if samples == 0:
+            payloads = ()
+        elif samples is not None and piece.spec.samples_per_round is not None:
+            multiplied = factor(piece.spec.samples_per_round, samples)
+        if rule is not None and payloads:
+            piece.count_update(generation)
+        return Apply(piece_id, update.round, payloads, rule, generation, update.contributions, samples, multiplied)
 
     def _commits_due(
         self, piece_id: PieceId, piece: Piece, pushes: tuple[tuple[int, int], ...] | list[tuple[int, int]]

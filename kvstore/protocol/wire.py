@@ -37,6 +37,7 @@ from kvstore.protocol.messages import (
     PRIORITY_MAX,
     PROTOCOL,
     REPORT_DEPTH_MAX,
+    SAMPLES_MAX,
     SMALL_HEADER_BYTES,
     TEXT_BYTES_MAX,
     Accepted,
@@ -86,6 +87,7 @@ from kvstore.protocol.messages import (
     ReadState,
     ReadStatus,
     Register,
+    Replica,
     Restore,
     RestorePiece,
     RestoreSetting,
@@ -136,6 +138,17 @@ def _place(value: Any) -> Place:
 
 def _maybe_place(value: Any) -> Place | None:
     return None if value is None else _place(value)
+
+
+def _maybe_natural(value: Any) -> int | None:
+    return None if value is None else _natural(value)
+
+
+def _maybe_samples(value: Any) -> int | None:
+    samples = _maybe_natural(value)
+    if samples is not None and samples > SAMPLES_MAX:
+        raise ValueError(f"at most {SAMPLES_MAX} samples")
+    return samples
 
 
 def _flag(value: Any) -> bool:
@@ -241,11 +254,11 @@ def _since(value: Any) -> dict[Key, int]:
 
 
 def _spec(value: Any) -> Spec:
-    if not isinstance(value, list | tuple) or len(value) != 6:
-        raise ValueError("shape, dtype, piece items, two models and participants")
-    shape, dtype, piece_items, device_model, cluster_model, participants = value
+    if not isinstance(value, list | tuple) or len(value) != 7:
+        raise ValueError("shape, dtype, piece items, two models, participants and samples per round")
+    shape, dtype, piece_items, device_model, cluster_model, participants, samples_per_round = value
     shape = _many(_natural, NDIM_MAX)(shape)
-    if math.prod(shape) > ITEMS_MAX or _natural(piece_items) == 0:
+    if math.prod(shape) > ITEMS_MAX or _natural(piece_items) == 0 or samples_per_round == 0:
         raise ValueError("a value that fits")
     return Spec(
         shape,
@@ -254,6 +267,7 @@ def _spec(value: Any) -> Spec:
         _model(device_model),
         _model(cluster_model),
         None if participants is None else _many(_natural, PARTICIPANTS_MAX)(participants),
+        _maybe_samples(samples_per_round),
     )
 
 
@@ -280,10 +294,9 @@ _missed = _listed("a rank and a reason", _tuple, _natural, _text)
 _piece_record = _listed(
     "a piece of a cut", PieceRecord, key, _natural, _spec, _natural, _natural, _rounds, _name_list, _name_list
 )
+_replica = _listed("epoch, server, address and a boolean", Replica, _natural, _natural, _text, _flag)
 _shard = _listed(
-    "epoch, primary, address, replica, its address, and two booleans",
-    Shard,
-    *(_natural, _rank, _text, _rank, _text, _flag, _flag),
+    "epoch, primary, address, replicas and a boolean", Shard, _natural, _rank, _text, _many(_replica, 1 << 16), _flag
 )
 _shard_list = _many(_shard, 1 << 16)
 _pairs = _many(_pair, 1 << 20)
@@ -297,7 +310,7 @@ _held = _many(_natural, HELD_MAX)
 
 FORMS: dict[int, tuple[type[Message], tuple[Check, ...]]] = {
     1: (Init, (key, _natural, _spec)),
-    2: (Push, (_target, _natural, _natural, _flag, _flag, _priority, _flag, _held, _maybe_place)),
+    2: (Push, (_target, _natural, _natural, _flag, _flag, _priority, _flag, _held, _maybe_place, _maybe_samples)),
     3: (Fetch, (_target, _natural, _natural, _priority, _flag, _held)),
     4: (SetOptimizer, (_described, _flag, _since)),
     5: (SetHyperparameters, (_described, _since)),
@@ -347,9 +360,9 @@ FORMS: dict[int, tuple[type[Message], tuple[Check, ...]]] = {
     81: (Halt, (_natural,)),
     82: (Passed, (_natural, _natural, _flag)),
     83: (Named, (_natural, _natural, _rank_list)),
-    96: (Entry, (_natural, _rank, _rank, _logged)),
+    96: (Entry, (_natural, _natural, _rank, _rank, _logged)),
     97: (Taken, (_natural,)),
-    98: (Updated, (_target, _natural, _natural, _pairs)),
+    98: (Updated, (_target, _natural, _natural, _pairs, _maybe_natural)),
     99: (UniteBundle, (_bundle,)),
     100: (SplitBundle, (_bundle,)),
     101: (

@@ -176,6 +176,9 @@ class SimulatedLoop:
         self.process.world.wait(awaited, timeout_s)
         return True
 
+    def aside(self, work: Callable[[], None]) -> None:
+        self.process.later(0.0, Program(self.process, work).start)
+
     def stop(self, linger_s: float = 1.0) -> None:
         if not self._stopped:
             self.process.later(0.001, self.abandon)  # what was posted before is still done
@@ -386,10 +389,6 @@ class SimulatedNetwork:
 
     def __repr__(self) -> str:
         return f"<SimulatedNetwork of {self._process.name}>"
-
-    def aside(self, name: str, work: Callable[[], None]) -> None:
-        program = Program(self._process, work)
-        self._process.later(0.0, program.start)
 
     def loop(
         self,

@@ -174,6 +174,10 @@ class Reactor:
                         self._state.notify()
         return not self._stopping
 
+    def aside(self, work: Callable[[], None]) -> None:
+        """Do what may wait on a thread of its own, so that the loop need not."""
+        threading.Thread(target=work, name=f"{self.thread.name}-aside", daemon=True).start()
+
     def stop(self, linger_s: float = 1.0) -> None:
         """End the thread and close its sockets; what is queued is sent for up to ``linger_s``."""
         with self._state:

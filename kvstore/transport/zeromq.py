@@ -14,7 +14,6 @@ import logging
 import os
 import re
 import socket as sockets
-import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -428,10 +427,6 @@ class ZeroMQ:
         if loop not in self._gates:
             self._gates[loop] = Gate(loop, self._own, self._allowed)
         return self._gates[loop]
-
-    def aside(self, name: str, work: Callable[[], None]) -> None:
-        """Do this on a thread of its own."""
-        threading.Thread(target=work, name=name, daemon=True).start()
 
     def loop(
         self,

@@ -8,6 +8,7 @@ carried from one question to the next, so there is nothing to get wrong twice in
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 Push = tuple[int, int]  # (participant, round)
 
@@ -74,3 +75,8 @@ class Oracle:
     def staleness(self, p: int, own: int) -> int:
         slowest = self.slowest()
         return 0 if p not in self.participants or slowest is None else max(0, own - slowest)
+
+    def factors(self, samples_per_round: int, samples: dict[Push, int]) -> list[Fraction | None]:
+        """For each update what makes its sum that of so many samples; None where no sample is in it."""
+        totals = [sum(samples[push] for push in update) for update in self.updates()]
+        return [Fraction(samples_per_round, total) if total else None for total in totals]

@@ -123,7 +123,7 @@ class Soak:
     def whole(self) -> bool:
         """Is every shard at home, with a replica in step?"""
         shards = read_status(self.cluster.address)["shards"]
-        return all(shard["primary"] == n and shard["in_step"] for n, shard in enumerate(shards))
+        return all(shard["primary"] == n and shard["settled"] for n, shard in enumerate(shards))
 
     def measure(self) -> None:
         """Private memory of everybody who is alive, in KiB."""

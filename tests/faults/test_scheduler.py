@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import time
 
-from tests.faults.processes import processes
+import pytest
+
+from kvstore.cluster.status import read_status
+from tests.faults.processes import Processes, processes
 from tests.faults.test_workers import steady
+from tests.faults.training import ends, start
 
 
 def test_a_killed_scheduler_goes_on_from_its_journal():
@@ -22,6 +26,35 @@ def test_a_killed_scheduler_goes_on_from_its_journal():
         other.kill()  # and notices who is lost
         while not one.line("step ").endswith(" 2"):
             pass
+
+
+@pytest.mark.parametrize("away", [False, True])
+def test_a_restarted_scheduler_has_a_server_replaced(away: bool, undisturbed: set[str]) -> None:
+    """The server is killed when all have come back to the scheduler, or while it is away."""
+    with processes(3, 2, replication=1) as cluster:
+        workers = start(cluster)
+        cluster.scheduler.kill()
+        for worker in workers:
+            worker.line("round 100")  # nobody waits for it
+        if away:
+            cluster.servers[0].kill()
+        cluster.start_scheduler()
+        if not away:
+            back(cluster)
+            cluster.servers[0].kill()
+        weights, pause = ends(workers)
+        print(
+            f"longest round with a server killed {'before' if away else 'after'} the scheduler was back: {pause:.2f} s"
+        )
+        assert weights == undisturbed
+
+
+def back(cluster: Processes) -> None:
+    """Wait until all members have come back."""
+    while any(
+        member["state"] == "away" for role in ("workers", "servers") for member in read_status(cluster.address)[role]
+    ):
+        time.sleep(0.05)
 
 
 def test_a_barrier_survives_the_scheduler():

@@ -7,52 +7,8 @@ import time
 
 import pytest
 
-from tests.faults.processes import LIMIT_S, Processes, processes
-
-TRAIN = """
-kv = kvstore.create("dist", timeout=60)
-keys = [f"key{i}" for i in range(8)]
-shapes = [(3,), (40, 10), (100, 1000)] + [(5,)] * 5
-kv.init(keys, [np.zeros(shape, np.float32) for shape in shapes])
-kv.set_optimizer(kvstore.optim.Adam(lr=0.01))
-pause, last, round = 0.0, time.monotonic(), 0
-say("trains")
-until = ROUNDS
-while round < until:
-    round += 1
-    pushes = [np.full(shape, (kv.rank + 1) * 0.1 * ((round + i) % 7 - 3), np.float32) for i, shape in enumerate(shapes)]
-    values = kv.pushpull(keys, pushes).result()
-    pause, last = max(pause, time.monotonic() - last), time.monotonic()
-    if round == 50:
-        say("half")
-    time.sleep(0.01)
-say("pause", f"{pause:.2f}")
-import hashlib
-say("weights", hashlib.sha256(b"".join(value.tobytes() for value in values)).hexdigest())
-kv.close()
-"""
-ROUNDS = 300
-
-
-def train(running: Processes, fault: object = None, rounds: int = ROUNDS) -> tuple[set[str], float]:
-    """The digests of the workers' weights, and the longest round in seconds."""
-    workers = [running.worker(TRAIN.replace("ROUNDS", str(rounds)), rank) for rank in range(3)]
-    for worker in workers:
-        worker.line("half")
-    if callable(fault):
-        fault()
-    pauses = [float(worker.line("pause").split()[1]) for worker in workers]
-    weights = {worker.line("weights").split()[1] for worker in workers}
-    assert [worker.ends() for worker in workers] == [0, 0, 0]
-    return weights, max(pauses)
-
-
-@pytest.fixture(scope="module")
-def undisturbed() -> set[str]:
-    with processes(3, 2) as running:
-        weights, _ = train(running)
-    assert len(weights) == 1
-    return weights
+from tests.faults.processes import LIMIT_S, processes
+from tests.faults.training import TRAIN, train
 
 
 @pytest.mark.parametrize("server", [0, 1])
@@ -103,7 +59,7 @@ def test_sigterm_drains(replication: int, undisturbed: set[str]) -> None:
 def test_without_replication_a_killed_server_is_an_error() -> None:
     with processes(1, 2) as running:
         worker = running.worker(TRAIN.replace("ROUNDS", "100000"), 0)
-        worker.line("half")
+        worker.line("round 50")
         running.servers[0].kill()
         assert worker.ends(LIMIT_S) == 1
         worker.line("kvstore.errors.ServerLostError: server 0 is gone")

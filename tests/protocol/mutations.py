@@ -13,7 +13,7 @@ from typing import Any
 import msgpack
 
 from kvstore.protocol import wire
-from kvstore.protocol.messages import Bind, Drop, Message, PieceRecord, Place, Shard, Spec
+from kvstore.protocol.messages import Bind, Drop, Message, PieceRecord, Place, Replica, Shard, Spec
 from kvstore.protocol.pieces import bundle_id
 from kvstore.protocol.wire import FORMS, Sender
 
@@ -36,7 +36,8 @@ def _spec(rng: random.Random) -> Spec:
     whole = max(1, math.prod(shape))
     people = rng.choice([None, None, (0, 1), (1,)])
     model = rng.choice(["sequential", "bounded(2)", "eventual"])
-    return Spec(shape, rng.choice(DTYPES), rng.choice([whole, 4]), "sequential", model, people)
+    samples = rng.choice([None, None, 8])
+    return Spec(shape, rng.choice(DTYPES), rng.choice([whole, 4]), "sequential", model, people, samples)
 
 
 def _piece(rng: random.Random) -> PieceRecord:
@@ -45,7 +46,8 @@ def _piece(rng: random.Random) -> PieceRecord:
 
 
 def _shard(rng: random.Random) -> Shard:
-    return Shard(rng.randrange(9), rng.randrange(3), "tcp://127.0.0.1:9", rng.randrange(-1, 3), "", True, False)
+    replicas = tuple(Replica(rng.randrange(9), n, "tcp://127.0.0.1:9", True) for n in range(rng.randrange(3)))
+    return Shard(rng.randrange(9), rng.randrange(-1, 3), "tcp://127.0.0.1:9", replicas, False)
 
 
 _VALUES: dict[Any, Any] = {
@@ -75,6 +77,8 @@ _VALUES: dict[Any, Any] = {
     wire._logged: lambda rng: rng.choice([Bind(0, bundle_id(KEYS[:2]), KEYS[:2]), Drop(0, rng.choice(KEYS))]),
     wire._held: lambda rng: tuple(range(rng.randrange(4))),
     wire._place: lambda rng: Place(f"{rng.randrange(1, 1 << 20)}.9.{'0' * 16}", rng.randrange(99)),
+    wire._maybe_natural: lambda rng: None if rng.random() < 0.7 else rng.randrange(9),
+    wire._maybe_samples: lambda rng: None if rng.random() < 0.7 else rng.randrange(99),
     wire._maybe_place: lambda rng: None if rng.random() < 0.7 else _VALUES[wire._place](rng),
 }  # fmt: skip
 

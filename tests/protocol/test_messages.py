@@ -38,10 +38,12 @@ spec = st.builds(
     text,
     text,
     st.one_of(st.none(), st.lists(natural, max_size=4).map(tuple)),
+    st.one_of(st.none(), st.integers(1, messages.SAMPLES_MAX)),
 )
 texts = st.lists(text, max_size=4).map(tuple)
 place = st.builds(Place, text, natural)
 bundle = st.binary(min_size=BUNDLE_ID_BYTES, max_size=BUNDLE_ID_BYTES)
+replicas = st.lists(st.builds(messages.Replica, natural, natural, text, st.booleans()), max_size=3).map(tuple)
 piece_record = st.builds(
     PieceRecord, key, natural, spec, natural, natural, st.dictionaries(natural, natural, max_size=3), texts, texts
 )
@@ -69,9 +71,11 @@ FIELDS = {
     wire._pieces: st.lists(piece_record, max_size=3).map(tuple),
     wire._place: place,
     wire._maybe_place: st.one_of(st.none(), place),
-    wire._shard_list: st.lists(
-        st.builds(messages.Shard, natural, rank, text, rank, text, st.booleans(), st.booleans()), max_size=3
-    ).map(tuple),
+    wire._maybe_natural: st.one_of(st.none(), natural),
+    wire._maybe_samples: st.one_of(st.none(), st.integers(0, messages.SAMPLES_MAX)),
+    wire._shard_list: st.lists(st.builds(messages.Shard, natural, rank, text, replicas, st.booleans()), max_size=3).map(
+        tuple
+    ),
     wire._pairs: st.lists(st.tuples(natural, natural), max_size=3).map(tuple),
     wire._absences: st.lists(st.tuples(natural, natural, natural), max_size=3).map(tuple),
     wire._reasons: st.lists(st.tuples(natural, text), max_size=3).map(tuple),
@@ -204,9 +208,11 @@ def test_another_version_may_look_otherwise():
         (packed([3, 1, "ä" * 600, 0, 0, 0, False, [], 0]), 0, "a str of 1-1024"),
         (packed([3, 1, 1 << 63, 0, 0, 0, False, [], 0]), 0, "an int64"),
         (packed([3, 1, True, 0, 0, 0, False, [], 0]), 0, "an int64"),
-        (packed([1, 1, "k", 0, [[1] * 65, "f", 1, "", "", None], 0]), 0, "at most 64"),
-        (packed([1, 1, "k", 0, [[1 << 62, 4], "f", 1, "", "", None], 0]), 0, "a value that fits"),
-        (packed([1, 1, "k", 0, [[1], "f", 0, "", "", None], 0]), 0, "a value that fits"),
+        (packed([1, 1, "k", 0, [[1] * 65, "f", 1, "", "", None, None], 0]), 0, "at most 64"),
+        (packed([1, 1, "k", 0, [[1 << 62, 4], "f", 1, "", "", None, None], 0]), 0, "a value that fits"),
+        (packed([1, 1, "k", 0, [[1], "f", 0, "", "", None, None], 0]), 0, "a value that fits"),
+        (packed([1, 1, "k", 0, [[1], "f", 1, "", "", None, 0], 0]), 0, "a value that fits"),
+        (packed([1, 1, "k", 0, [[1], "f", 1, "", "", None, 1 << 41], 0]), 0, "samples"),
         (packed([10, 1, "x" * 65_537, False, 0]), 0, "at most 65536"),
         (packed([3, 1, "k", 0, 0, 1 << 31, False, [], 0]), 0, "a priority"),
         (packed([3, 1, "k", 0, 0, 0, False, [1] * 1025, 0]), 0, "at most 1024"),
@@ -214,8 +220,8 @@ def test_another_version_may_look_otherwise():
         (packed([11, 1, ["1.2.3", -1], 0]), 0, "a whole number"),
         (packed([11, 1, None, 0]), 0, "a segment's address"),
         (packed([3, 1, b"x" * 15, 0, 0, 0, False, [], 0]), 0, "a bundle's id of 16 bytes"),
-        (packed([2, 1, b"x" * 17, 0, 1, False, False, 0, False, [], None, 0]), 0, "a bundle's id of 16 bytes"),
-        (packed([1, 1, b"x" * 16, 0, [[1], "f", 1, "", "", None], 0]), 0, "a str of 1-1024"),
+        (packed([2, 1, b"x" * 17, 0, 1, False, False, 0, False, [], None, None, 0]), 0, "a bundle's id of 16 bytes"),
+        (packed([1, 1, b"x" * 16, 0, [[1], "f", 1, "", "", None, None], 0]), 0, "a str of 1-1024"),
         (packed([7, 1, b"x" * 16, 0, 0]), 0, "a str of 1-1024"),
         (packed([12, 1, "x" * 16, ["a"], 0]), 0, "a bundle's id of 16 bytes"),
         (packed([12, 1, b"x" * 16, [b"x" * 16], 0]), 0, "a str of 1-1024"),

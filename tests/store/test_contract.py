@@ -574,3 +574,112 @@ def test_loading_what_does_not_fit_changes_nothing(kv, make, tmp_path):
         third.load_checkpoint(tmp_path / "absent")
     with pytest.raises(errors.OptionError, match="keep"):
         third.save_checkpoint(tmp_path, keep=0)
+
+
+# --- rounds of so many samples ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float16", ml_dtypes.bfloat16, "float32", "float64"])
+@pytest.mark.parametrize("optimizer", [None, optim.SGD(lr=0.5, momentum=0.9, clip_norm=3.0), optim.Adam(lr=0.1)])
+def test_an_update_is_that_of_as_many_samples_as_a_round_has(make, dtype, optimizer):
+    plain, sampled = make(), make(samples_per_round=64)
+    first, gradients = np.linspace(-1, 1, 1000).astype(dtype), np.linspace(1, 2, 1000).astype(dtype)
+    for kv in (plain, sampled):
+        if optimizer is not None:
+            kv.set_optimizer(optimizer)
+        kv.init("w", first)
+    for samples in (64, 16, 64):
+        whole = (gradients.astype(np.float64) * (64 / samples)).astype(dtype)
+        plain.push("w", whole).result()
+        sampled.push("w", gradients, samples=samples).result()
+    a, b = plain.pull("w").result(), sampled.pull("w").result()
+    assert a.tobytes() == b.tobytes() or np.allclose(a.astype(float), b.astype(float), rtol=1e-2)
+    if dtype == "float64":
+        np.testing.assert_allclose(a, b, rtol=1e-12)
+
+
+@pytest.mark.parametrize("rule", [None, optim.SGD(lr=0.1, momentum=0.9), optim.LAMB(lr=0.1)])
+def test_as_many_samples_as_asked_for_give_the_very_same_bits(make, rule):
+    results = []
+    for options, said in (({}, {}), ({"samples_per_round": 48}, {"samples": 48})):
+        kv = make(**options)
+        if rule is not None:
+            kv.set_optimizer(rule)
+        kv.init(["v", "w"], [np.linspace(0, 1, 77, dtype=np.float32)] * 2)
+        for n in range(5):
+            kv.push(["v", "w"], [np.linspace(n, 1, 77, dtype=np.float32)] * 2, **said).result()
+        results.append([value.tobytes() for value in kv.pull(["v", "w"]).result()])
+    assert results[0] == results[1]
+
+
+def test_a_push_says_the_samples_of_all_devices(make):
+    kv = make(devices=2, samples_per_round=12)
+    kv.init(["v", "w"], [np.zeros(3), np.zeros(3)])
+    kv.push(["v", "w"], [[np.ones(3), np.ones(3)]] * 2, samples=6).result()
+    assert [list(value) for value in kv.pull(["v", "w"]).result()] == [[4.0] * 3] * 2
+    one, other = kv.push("v", np.ones(3), device=0, samples=1), kv.push("v", np.ones(3), device=1, samples=3)
+    one.result(), other.result()
+    assert list(kv.pull("v").result()) == [6.0] * 3
+    out = [np.empty(3), np.empty(3)]
+    kv.pushpull("w", [np.ones(3), np.ones(3)], out, samples=24).result()
+    assert [list(each) for each in out] == [[1.0] * 3] * 2
+
+
+def test_a_round_without_samples_changes_nothing_and_has_a_version(make):
+    kv = make(samples_per_round=12)
+    kv.set_optimizer(optim.SGD(lr=1.0, weight_decay=0.5))
+    kv.init(["v", "w"], [np.ones(3), np.ones(3)])
+    kv.push("w", np.zeros(3), samples=0).result()
+    pulled = kv.pull("w")
+    assert list(pulled.result()) == [1.0] * 3
+    assert pulled.version == 1
+    kv.push(["v", "w"], [np.ones(3), np.ones(3)], samples=12).result()
+    assert [list(value) for value in kv.pull(["v", "w"]).result()] == [[-0.5] * 3] * 2
+    assert kv.pull("w").result() is not None
+
+
+def test_trainer_steps_by_samples(make):
+    kv = make(samples_per_round=4)
+    weights = {"w": np.zeros(3), "b": np.zeros(1)}
+    trainer = kvstore.Trainer(weights, optim.SGD(lr=1.0), kv, scale=1 / 4)
+    trainer.step({"w": np.ones(3), "b": np.ones(1)}, samples=1)
+    trainer.push("b", np.ones(1), samples=4)
+    trainer.step({"w": np.ones(3)}, samples=2)
+    assert list(weights["w"]) == [-1.5] * 3
+    assert list(weights["b"]) == [-1.25]
+
+
+def test_bad_use_of_samples_raises_and_changes_nothing(make):
+    kv = make(samples_per_round=8)
+    kv.init("w", np.zeros(3))
+    for samples in (None, -1, 1.0, True, 1 << 41):
+        with pytest.raises(errors.OptionError, match="expected samples, a whole number"):
+            kv.push("w", np.ones(3), samples=samples)
+        with pytest.raises(errors.OptionError, match="expected samples, a whole number"):
+            kv.pushpull("w", np.ones(3), samples=samples)
+    with pytest.raises(errors.DtypeError, match="floating-point"):
+        kv.init("n", np.zeros(3, np.int64))
+    with pytest.raises(errors.OptionError, match="eventual"):
+        kv.init("e", np.zeros(3), device_consistency="eventual")
+    assert list(kv.pull("w").result()) == [0.0] * 3
+    plain = make()
+    plain.init("w", np.zeros(3))
+    with pytest.raises(errors.OptionError, match="no samples"):
+        plain.push("w", np.ones(3), samples=8)
+    for options in ({"samples_per_round": 0}, {"samples_per_round": "8"}, {"samples_per_round": 1 << 41}):
+        with pytest.raises(errors.OptionError, match="samples_per_round"):
+            kvstore.create("local", **options)
+    with pytest.raises(errors.OptionError, match="bounded"):
+        kvstore.create("local", device_consistency="bounded(1)", samples_per_round=8)
+    with pytest.raises(errors.OptionError, match="eventual"):
+        kvstore.create("dist_async", address="tcp://127.0.0.1:1", samples_per_round=8)
+
+
+def test_an_updater_sees_the_sum_of_as_many_samples():
+    with kvstore.create("local", samples_per_round=8) as kv:
+        kv.set_updater(lambda key, merged, stored: stored.__iadd__(merged))
+        kv.init("w", np.zeros(3))
+        given = np.ones(3)
+        kv.push("w", given, samples=2).result()
+        assert list(kv.pull("w").result()) == [4.0] * 3
+        assert list(given) == [1.0] * 3

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from kvstore.protocol.placement import Placing
 from kvstore.testing import Cluster
 from tests.testing.plans import Plan
 from tests.testing.programs import Life, Seen
@@ -105,27 +106,30 @@ class Checkers:
                 if not seen.lives[:, life.rank, first - 1 : max(first - 1, last)].all():
                     self.fail(seen, f"expected rounds {first}..{last} of worker {life.rank}")
 
-    def replicas(self, cluster: Cluster, shards: list[Any]) -> int:
+    def replicas(self, cluster: Cluster, placing: Placing) -> int:
         """Does every replica that is in step hold what its primary holds? How many could be compared?"""
         compared = 0
-        for number, placed in enumerate(shards):
-            if not placed.in_step:
-                continue
-            one = cluster.daemon("server", placed.primary).shards.get(number)
-            other = cluster.daemon("server", placed.replica).shards.get(number)
-            if one is None or other is None or not other.is_replica or one._stream is None or not one._stream.log.over:
-                continue
-            pieces = [sorted(str(piece) for piece, _ in shard.serving.counted()) for shard in (one, other)]
-            if pieces[0] != pieces[1]:
-                raise Violation(f"shard {number}: the primary has {pieces[0]}, its replica {pieces[1]}")
-            for piece, counted in one.serving.counted():
-                value, copy = one._work.stored[piece].value, other._work.stored[piece].value
-                if not (value == copy).all():
-                    raise Violation(f"shard {number}, {piece}: the primary has {value}, its replica {copy}")
-                if not counted.held and not counted.same_history(other.serving.pieces[piece]):
-                    raise Violation(f"shard {number}, {piece}: {counted} and {other.serving.pieces[piece]}")
-            compared += 1
+        for number, placed in enumerate(placing.shards):
+            for replica in placed.replicas:
+                one = cluster.daemon("server", placed.primary).shards.get(number)
+                other = cluster.daemon("server", replica.server).shards.get(number)
+                if one is None or other is None or not (replica.in_step and other.is_replica):
+                    continue
+                if one._stream is not None and one._stream.log.over:
+                    self._compare(number, one, other)
+                    compared += 1
         return compared
+
+    def _compare(self, number: int, one: Any, other: Any) -> None:
+        pieces = [sorted(str(piece) for piece, _ in shard.serving.counted()) for shard in (one, other)]
+        if pieces[0] != pieces[1]:
+            raise Violation(f"shard {number}: the primary has {pieces[0]}, its replica {pieces[1]}")
+        for piece, counted in one.serving.counted():
+            value, copy = one._work.stored[piece].value, other._work.stored[piece].value
+            if not (value == copy).all():
+                raise Violation(f"shard {number}, {piece}: the primary has {value}, its replica {copy}")
+            if not counted.held and not counted.same_history(other.serving.pieces[piece]):
+                raise Violation(f"shard {number}, {piece}: {counted} and {other.serving.pieces[piece]}")
 
     def fail(self, seen: Seen, what: str) -> None:
         lives = "; ".join(map(str, self.lives))

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
 
-from kvstore.protocol.messages import NOBODY
+from kvstore.protocol.placement import Placing
 from kvstore.testing import Cluster
 from tests.testing.plans import FAULTS_S, Fault, Plan
 
@@ -43,10 +42,10 @@ class Faults:
         self._cluster.at(FAULTS_S, self._cluster.kind)
 
     @property
-    def shards(self) -> list[Any]:
-        """The placement, as the scheduler knows it."""
-        shards: list[Any] = self._cluster.daemon("scheduler").membership.placing.shards
-        return shards
+    def placing(self) -> Placing:
+        """Which server has what, as the scheduler knows it."""
+        placing: Placing = self._cluster.daemon("scheduler").membership.placing
+        return placing
 
     def _come(self, fault: Fault) -> None:
         """Its time has come; does it happen?"""
@@ -55,11 +54,11 @@ class Faults:
             return
         if not self._may(fault):
             cluster.at(cluster.now + LOOK_S, lambda: self._come(fault))
-        elif fault.kind == "join" or (
-            cluster.alive(*fault.who) and all(cluster.alive(*other) for other in fault.others)
-        ):
-            self.done[f"{fault.kind} of a {fault.role}"] += 1
-            getattr(self, f"_{fault.kind}")(fault)
+            return
+        for one in fault.each:
+            if one.kind == "join" or all(cluster.alive(*member) for member in (one.who, *one.others)):
+                self.done[f"{one.kind} of a {one.role}"] += 1
+                getattr(self, f"_{one.kind}")(one)
 
     def _may(self, fault: Fault) -> bool:
         cluster = self._cluster
@@ -69,10 +68,7 @@ class Faults:
             return False
         if not fault.deadly:
             return True
-        here = cluster.daemon("scheduler").membership.placing.servers
-        calm = all(n in here or not cluster.alive("server", n) for n in range(self._plan.servers)) and all(
-            s.primary != NOBODY and s.in_step and not s.moving for s in self.shards
-        )
+        calm = all(self.placing.settled(number) for number in range(self._plan.servers))
         if not calm or self._leaving or cluster.now < self._calm_at:
             return False
         self._calm_at = cluster.now + max(NOTICED_S, fault.seconds) + (RETURNED_S if fault.role == "scheduler" else 0.0)
@@ -135,7 +131,7 @@ class Faults:
         cluster = self._cluster
         if cluster.now < self._calm_at or not cluster.alive("scheduler"):
             self._later(LOOK_S, lambda: self._begin_again(fault))
-        elif fault.rank not in cluster.daemon("scheduler").membership.placing.servers:
+        elif fault.rank not in self.placing.servers:
             self._leaving.discard(fault.rank)
             self._restart(fault)
         elif fault.rank in self._leaving:

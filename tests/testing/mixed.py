@@ -61,7 +61,7 @@ class Run:
                 self._start(cluster, rank)
             cluster.join(2 * self.limit_s)
             self.checkers.end()
-            self.done["replica compared"] += self.checkers.replicas(cluster, faults.shards)
+            self.done["replica compared"] += self.checkers.replicas(cluster, faults.placing)
 
     def _start(self, cluster: Cluster, rank: int) -> None:
         if sum(life.rank == rank for life in self.checkers.lives) < LIVES:

@@ -7,7 +7,7 @@ them at once, and the scheduler's.
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 MODELS = ("sequential", "bounded(0)", "bounded(2)", "eventual")
 PROFILES = ("mixed", "network", "workers", "servers")
@@ -32,6 +32,12 @@ class Fault:
     rank: int
     seconds: float
     others: tuple[Member, ...] = ()
+    also: tuple[int, ...] = ()  # to more servers at the same time
+
+    @property
+    def each(self) -> list[Fault]:
+        """One by one."""
+        return [replace(self, rank=rank, also=()) for rank in (self.rank, *self.also)]
 
     @property
     def who(self) -> Member:
@@ -69,7 +75,8 @@ class Plan:
     @classmethod
     def of(cls, seed: int, profile: str = "mixed", model: str | None = None, on_loss: str | None = None) -> Plan:
         rng = random.Random(f"{profile} {seed}")
-        replication = int(profile in ("mixed", "servers"))
+        servers = rng.choice((2, 2, 3, 4)) if profile in ("mixed", "servers") else rng.randint(1, 3)
+        replication = rng.randint(1, min(2, servers - 1)) if profile in ("mixed", "servers") else 0
         losing = profile in ("mixed", "workers")
         plan = cls(
             seed,
@@ -77,7 +84,7 @@ class Plan:
             model or rng.choice(MODELS),
             on_loss or (rng.choice(("wait", "continue")) if losing else "fail"),
             rng.randint(1, 4),
-            rng.choice((2, 2, 3)) if replication else rng.randint(1, 3),
+            servers,
             replication,
             rng.randint(4, 12),
             [f"k{n}" for n in range(rng.randint(1, 3))],
@@ -129,8 +136,7 @@ class Plan:
     def _of_server(self, rng: random.Random) -> Fault:
         at, seconds = rng.uniform(0.5, 40.0), rng.choice((2.0, 4.0, 8.0))
         kind = rng.choice(("crash", "crash", "pause", "cut", "drain"))
-        rank = rng.randrange(self.servers)
-        if kind != "cut":
-            return Fault(at, kind, "server", rank, seconds)
-        others = [("scheduler", 0), *(("server", n) for n in range(self.servers) if n != rank)]
-        return Fault(at, kind, "server", rank, seconds, tuple(rng.sample(others, rng.randint(1, len(others)))))
+        rank, *also = rng.sample(range(self.servers), rng.randint(1, self.replication))
+        others = [("scheduler", 0), *(("server", n) for n in range(self.servers) if n not in (rank, *also))]
+        cut = tuple(rng.sample(others, rng.randint(1, len(others)))) if kind == "cut" else ()
+        return Fault(at, kind, "server", rank, seconds, cut, tuple(also))

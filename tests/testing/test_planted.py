@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
+from kvstore.cluster.journal import Journal
 from kvstore.consistency import Bounded, Level, Sequential
 from kvstore.protocol import replicating
 from kvstore.protocol.actions import Action, ReplyValue
 from kvstore.protocol.messages import Committed, Push
+from kvstore.protocol.placement import Placing
 from kvstore.protocol.replicating import Log
 from kvstore.protocol.roster import Membership
 from kvstore.protocol.serving import Serving
@@ -161,3 +163,36 @@ def test_a_value_that_the_replica_does_not_have(plant: Plant) -> None:
 
     plant(Log, "_gate", gate)
     found("Violation|Error", "servers")
+
+
+# --- the scheduler --------------------------------------------------------------------------------
+
+
+def test_a_journal_that_forgets_the_epoch(plant: Plant) -> None:
+    """What the restarted scheduler says about shards looks old to everybody."""
+    right = Journal.recover
+
+    def forgets(self: Journal, *arguments: Any) -> Any:
+        membership = right(self, *arguments)
+        membership.epoch = 1
+        return membership
+
+    plant(Journal, "recover", forgets)
+    found("Deadline")
+
+
+def test_a_journal_that_forgets_the_placement(plant: Plant) -> None:
+    """The restarted scheduler believes that every shard is where it was at the very beginning."""
+
+    def forgets(self: Placing, records: Any, servers: dict[int, str]) -> None:
+        for rank, address in servers.items():
+            self.arrived(rank, address)
+
+    plant(Placing, "recover", forgets)
+    found("Violation|Error")
+
+
+def test_a_journal_that_is_not_told_of_shards(plant: Plant) -> None:
+    """It is written when members come and go only."""
+    plant(Membership, "has_news", property(lambda self: bool(self._changed)))
+    found("Violation|Error")

@@ -62,6 +62,14 @@ def test_a_crashed_scheduler_changes_no_bit(server_dies_at: float | None) -> Non
         assert all(same(values, undisturbed()) for values in cluster.run(train))
 
 
+def test_two_crash_at_once_and_come_back() -> None:
+    with Cluster(3, 4, replication=2, delay_s=(0.05, 0.1)) as cluster:
+        for server in (1, 2):
+            cluster.at(2.0, lambda server=server: cluster.crash("server", server))
+            cluster.at(4.0, lambda server=server: cluster.restart("server", server))
+        assert all(same(values, undisturbed()) for values in cluster.run(train))
+
+
 def test_a_server_that_was_stopped_steps_back() -> None:
     with Cluster(2, 2, replication=1, delay_s=(0.05, 0.1)) as cluster:
         old: Any = cluster._daemons["server", 0]
