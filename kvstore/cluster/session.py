@@ -35,6 +35,7 @@ from kvstore.protocol.messages import (
     PRIORITY_MAX,
     Admit,
     Departed,
+    Done,
     Enter,
     Explain,
     Explanation,
@@ -447,6 +448,10 @@ class Session:
                 if self.on_halt is not None:
                     self.on_halt(message)
                 continue
+            if server == SCHEDULER and isinstance(message, Done) and 0 < self._placed < sender.epoch:
+                # A barrier may have opened after commits on servers that are not known here: ask who they are first.
+                self._ask_placement()
+                continue  # it says so again
             concluded = self._requests.reply(message, payload)
             if concluded is not None:
                 self._settle(concluded)
@@ -568,8 +573,11 @@ class Session:
                     self._settle(outcome)
         registered = self.sender.incarnation != NOBODY
         if self._requests.tick(now) and registered:  # perhaps its server is another, and we were not told
-            self._connections[SCHEDULER].send(envelope(self.sender, [(ReadPlacement(self.next_id()), ())]))
+            self._ask_placement()
         self._pump()
+
+    def _ask_placement(self) -> None:
+        self._connections[SCHEDULER].send(envelope(self.sender, [(ReadPlacement(self.next_id()), ())]))
 
     def _fail_all(self, error: KVStoreError) -> None:
         with self._lock:

@@ -337,12 +337,13 @@ class Membership:
         if former is not None and not former.gone:
             raise DisagreementError(f"register as worker {rank}: expected a free rank, it is taken")
         member = self._add(peer, message, rank, now)
+        told = (peer, self._placement(0))
         if former is not None:
             member.incarnation = former.incarnation + 1
             if former.state == "lost" and self.on_loss == "wait":
-                return [self._welcome(member), *self._tell(Joined(0, rank, member.incarnation), member)]
+                return [self._welcome(member), told, *self._tell(Joined(0, rank, member.incarnation), member)]
         member.state = "joining"
-        return [self._welcome(member)]
+        return [self._welcome(member), told]
 
     def _add(self, peer: Peer, message: Register, rank: int, now: float) -> Member:
         member = Member(

@@ -1,8 +1,7 @@
 """How the faults of a plan are done to a simulated cluster, and when the next may come.
 
-A server may fail when every shard is in step on all the servers that it is to be on, and what happened before is over:
-no more holders of a piece fail at once than the cluster is made to bear. The same is true of the scheduler, because on
-a network that loses messages a member may come back to it too late.
+Servers may fail when every shard is in step on all the servers that it is to be on, and what happened before is over:
+no more holders of a piece fail at once than the cluster is made to bear. Everything else may happen at any time.
 """
 
 from __future__ import annotations
@@ -68,10 +67,13 @@ class Faults:
             return False
         if not fault.deadly:
             return True
+        if fault.role == "scheduler":
+            self._calm_at = max(self._calm_at, cluster.now + fault.seconds + RETURNED_S)
+            return True
         calm = all(self.placing.settled(number) for number in range(self._plan.servers))
         if not calm or self._leaving or cluster.now < self._calm_at:
             return False
-        self._calm_at = cluster.now + max(NOTICED_S, fault.seconds) + (RETURNED_S if fault.role == "scheduler" else 0.0)
+        self._calm_at = cluster.now + max(NOTICED_S, fault.seconds)
         return True
 
     def _later(self, seconds: float, what: Callable[[], None]) -> None:
