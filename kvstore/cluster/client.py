@@ -76,6 +76,11 @@ class ClusterHome(Home):
         """The ranks of those who take part now."""
         return sorted(self._session.workers)
 
+    @property
+    def shards(self) -> int:
+        """Over how many large values are spread."""
+        return len(self._servers)
+
     # --- keys ---------------------------------------------------------------------------------
 
     def init(self, key: Key, spec: Spec, value: Array) -> Future[Any]:

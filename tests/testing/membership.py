@@ -18,12 +18,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
 import kvstore
-from kvstore import KVStore, store
+from kvstore import KVStore
 from kvstore.errors import FencedError, KVStoreError, OptionError
+from kvstore.protocol.pieces import Cut
 from kvstore.testing import Cluster
 
 MODELS = ("sequential", "bounded(0)", "bounded(2)", "eventual")
@@ -270,11 +272,8 @@ def _lives(pieces: Any) -> Any:
 @contextmanager
 def _pieces_of(nbytes: int) -> Iterator[None]:
     """Stores cut values into pieces of that size."""
-    before, store.PIECE_BYTES = store.PIECE_BYTES, nbytes  # type: ignore[misc]
-    try:
+    with mock.patch.object(Cut, "of", lambda items, itemsize, **_: Cut(items, nbytes // itemsize)):
         yield
-    finally:
-        store.PIECE_BYTES = before  # type: ignore[misc]
 
 
 def _done(fault: Callable[[], None]) -> bool:
