@@ -18,7 +18,7 @@ from kvstore.checkpoint.cut import CutSource
 from kvstore.cluster.bundles import Bundles
 from kvstore.cluster.cutpoints import CutPoints
 from kvstore.cluster.cuts import Cuts
-from kvstore.cluster.exchange import Arrivals, Exchange, Remote, near_pieces
+from kvstore.cluster.exchange import Arrivals, Exchange, Remote, key_of, near_pieces
 from kvstore.cluster.session import SCHEDULER, Session
 from kvstore.errors import DeadlineError, OptimizerError, ServerLostError, ShapeError
 from kvstore.handle import Ended, when_ended
@@ -64,7 +64,8 @@ class ClusterHome(Home):
         self._joining: dict[Key, Remote] = {}  # init has not been answered
         self._barriers = 0
         self._cuts = Cuts(session)
-        self._cut_points = CutPoints(session, self._mark, self._coupled)
+        self._clock: Remote | None = None  # see CutPoints
+        self._cut_points = CutPoints(session, self._mark, self._coupled, self._time, session.came_later)
         session.on_halt = self._cut_points.halt
 
     def __repr__(self) -> str:
@@ -118,6 +119,7 @@ class ClusterHome(Home):
             if not exists.done():
                 remote.round = min(rounds)
                 self._remotes.setdefault(key, remote)
+                self._choose_clock(self._remotes[key])
                 exists.set_result(None)
 
         requests = []
@@ -430,6 +432,18 @@ class ClusterHome(Home):
 
     def _coupled(self) -> bool:
         return any(remote.spec.cluster_model != "eventual" for remote in list(self._remotes.values()))
+
+    def _choose_clock(self, remote: Remote) -> None:
+        """The first by name of the keys that all workers push and wait for: the same in every worker."""
+        spec, clock = remote.spec, self._clock
+        if spec.cluster_model == "eventual" or spec.participants is not None:
+            return
+        if clock is None or str(remote.key) <= str(clock.key):
+            self._clock = remote
+
+    def _time(self) -> tuple[Key, int] | None:
+        clock = self._clock
+        return None if clock is None else (key_of(clock), clock.latest.round)
 
     def _mark(self, named: Named) -> None:
         """Tell all servers which of this worker's pushes belong to a cut; later pushes are sent once they know."""

@@ -225,7 +225,7 @@ class Run:
             if any(not shard._closed for shard in daemon.shards.values()) and placed.awaits(server):
                 self.done["did not step back"] += 1
             self._restart(server)
-            self._calm_at = self.cluster.now + NOTICED_S
+            self._calm_at = max(self._calm_at, self.cluster.now + NOTICED_S)
 
     def _restart(self, server: int) -> None:
         if self.cluster._processes["server", server].alive:
