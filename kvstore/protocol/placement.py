@@ -1,8 +1,8 @@
 """Which servers have which shard, as the scheduler decides it. Pure.
 
 There are as many shards as the cluster has servers, and shard n is at home on server n; without that, on the next one,
-by rank, that has not got its part of the shards. The servers that have a shard are a chain: its *primary*, which answers
-for it, then its *replicas*, each of which gets the log from the one before it (see
+by rank, that has not got its part of the shards. The servers that have a shard are a chain: its *primary*, which
+answers for it, then its *replicas*, each of which gets the log from the one before it (see
 :mod:`kvstore.protocol.replicating`). What follows from a change is decided in one place, :meth:`Placing._settle`:
 
 - who is gone is taken out of the chains. A lost primary's first replica becomes primary; without one the shard is lost;
