@@ -295,7 +295,13 @@ def kernels(options: Options) -> list[Step]:
 def memory(options: Options) -> list[Step]:
     """What a round needs beside time."""
     size = options.some(1 << 20, 64 << 20)[-1]
-    return [lambda driver: footprint.measure(driver, one(size), size_name(size), ROUND_SYSTEMS, PYZMQ)]
+    smaller = min(size, 16 << 20)
+    many_workers, rounds = (3, (5, 10)) if options.quick else (8, (100, 1_000))
+    own = {"shared memory": KVSTORE, "tcp": TCP}
+    return [
+        lambda driver: footprint.measure(driver, one(size), size_name(size), ROUND_SYSTEMS, PYZMQ, many_workers),
+        lambda driver: footprint.measure_steady(driver, one(smaller), size_name(smaller), own, rounds),
+    ]
 
 
 def start(options: Options) -> list[Step]:

@@ -18,7 +18,7 @@ from kvstore.checkpoint.cut import CutSource
 from kvstore.cluster.bundles import Bundles
 from kvstore.cluster.cutpoints import CutPoints
 from kvstore.cluster.cuts import Cuts
-from kvstore.cluster.exchange import Arrivals, Exchange, Remote, near_pieces
+from kvstore.cluster.exchange import Arrivals, Exchange, Remote, key_of, near_pieces
 from kvstore.cluster.session import SCHEDULER, Session
 from kvstore.errors import DeadlineError, OptimizerError, ServerLostError, ShapeError
 from kvstore.handle import Ended, when_ended
@@ -64,7 +64,9 @@ class ClusterHome(Home):
         self._joining: dict[Key, Remote] = {}  # init has not been answered
         self._barriers = 0
         self._cuts = Cuts(session)
-        self._cut_points = CutPoints(session, self._mark, self._coupled)
+        self._clock: Remote | None = None  # see CutPoints
+        self._time_then = -1  # its round when it was last looked at
+        self._cut_points = CutPoints(session, self._mark, self._coupled, self._time, session.came_later)
         session.on_halt = self._cut_points.halt
 
     def __repr__(self) -> str:
@@ -75,6 +77,11 @@ class ClusterHome(Home):
     def workers(self) -> Sequence[int]:
         """The ranks of those who take part now."""
         return sorted(self._session.workers)
+
+    @property
+    def shards(self) -> int:
+        """Over how many large values are spread."""
+        return len(self._servers)
 
     # --- keys ---------------------------------------------------------------------------------
 
@@ -113,6 +120,7 @@ class ClusterHome(Home):
             if not exists.done():
                 remote.round = min(rounds)
                 self._remotes.setdefault(key, remote)
+                self._take_as_clock(self._remotes[key])
                 exists.set_result(None)
 
         requests = []
@@ -426,6 +434,23 @@ class ClusterHome(Home):
     def _coupled(self) -> bool:
         return any(remote.spec.cluster_model != "eventual" for remote in list(self._remotes.values()))
 
+    def _take_as_clock(self, remote: Remote) -> None:
+        """The first by name of the keys that all workers push and wait for: the same in every worker."""
+        if _may_be_clock(remote) and (self._clock is None or str(remote.key) <= str(self._clock.key)):
+            self._clock = remote
+
+    def _time(self) -> tuple[Key, int] | None:
+        clock = self._clock
+        if clock is None:
+            return None
+        if clock.latest.round == self._time_then:  # perhaps it is hardly ever pushed
+            others = filter(_may_be_clock, list(self._remotes.values()))
+            most = min(others, key=lambda remote: (-remote.latest.round, str(remote.key)), default=clock)
+            if most.latest.round > clock.latest.round:
+                self._clock = clock = most
+        self._time_then = clock.latest.round
+        return key_of(clock), self._time_then
+
     def _mark(self, named: Named) -> None:
         """Tell all servers which of this worker's pushes belong to a cut; later pushes are sent once they know."""
         latest = {key: remote.latest for key, remote in list(self._remotes.items())}
@@ -488,6 +513,11 @@ class ClusterHome(Home):
 
     def _ask_all(self, make: Callable[[int], Message], timeout_s: float, what: str) -> None:
         self._session.ask_each(self._servers, make, timeout_s, what)
+
+
+def _may_be_clock(remote: Remote) -> bool:
+    """Does every worker push it, and wait for the others' pushes?"""
+    return remote.spec.cluster_model != "eventual" and remote.spec.participants is None
 
 
 def _clamped(priority: int) -> int:

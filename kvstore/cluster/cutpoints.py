@@ -9,18 +9,21 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
 
 from kvstore.cluster.session import SCHEDULER, Session
-from kvstore.protocol.messages import Halt, Named, Passed
+from kvstore.protocol.messages import HISTORY_MAX, Halt, Named, Passed
 from kvstore.protocol.naming import ANSWER_S
+from kvstore.protocol.pieces import Key
 from kvstore.protocol.requesting import Answered, Divide, Outcome, Request
 
 log = logging.getLogger(__name__)
 
+STEP, BARRIER = 0, 1  # kinds of cut points
 HALT_S = 2 * ANSWER_S  # how long a worker waits at its cut point to be told more
 
 
@@ -30,10 +33,23 @@ class CutPoints:
     Args:
         mark: sends the marker of a cut to all servers, ahead of all later pushes; does not wait.
         coupled: may this worker have to wait for other workers' pushes?
+        clock: a key by whose rounds workers that wait for each other can tell where they are, with this worker's.
+        joined: did this worker come to a running job?
     """
 
-    def __init__(self, session: Session, mark: Callable[[Named], None], coupled: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        session: Session,
+        mark: Callable[[Named], None],
+        coupled: Callable[[], bool],
+        clock: Callable[[], tuple[Key, int] | None],
+        joined: bool,
+    ) -> None:
         self.passed = 0
+        self._clock = clock
+        self._joined = joined
+        self._timed: Key | None = None  # the clock that the history is of
+        self._history: deque[tuple[int, int, int]] = deque(maxlen=HISTORY_MAX - 1)  # see Passed
         self._session = session
         self._mark = mark
         self._coupled = coupled
@@ -49,11 +65,7 @@ class CutPoints:
 
     def reach(self) -> None:
         """This is a cut point."""
-        with self._changed:
-            while (wait := self._halt_left()) > 0:
-                self._changed.wait(wait)
-            self.passed += 1
-        self._mark_due()
+        self._pass(STEP)
 
     @contextmanager
     def resting(self) -> Iterator[None]:
@@ -64,9 +76,27 @@ class CutPoints:
         try:
             yield
         finally:
-            with self._changed:
-                self._resting -= 1
-            self.reach()
+            self._pass(BARRIER)
+
+    def _pass(self, kind: int) -> None:
+        """Go on from a cut point, once all cuts have names that may be marked here."""
+        with self._changed:
+            while (wait := self._halt_left()) > 0:
+                self._changed.wait(wait)
+            self._history.extend(self._next(kind))
+            self.passed += 1
+            self._resting -= kind == BARRIER
+        self._mark_due()
+
+    def _next(self, kind: int) -> list[tuple[int, int, int]]:
+        """The next cut point, as the history has it."""
+        clock = self._clock()
+        if clock is None:
+            return []
+        if clock[0] != self._timed:
+            self._timed = clock[0]
+            self._history.clear()
+        return [(self.passed + 1, clock[1], kind)]
 
     def last(self) -> None:
         """Nothing more will be pushed: from now on every cut is marked at once."""
@@ -88,7 +118,11 @@ class CutPoints:
             self._answered.add(message.cut)
             self._halted.setdefault(message.cut, time.monotonic())
             count = self.passed
-        passed = Passed(self._session.next_id(), message.cut, count, self._coupled())
+            here = self._next(BARRIER) if self._resting else []
+            history = (*self._history, *here)
+        passed = Passed(
+            self._session.next_id(), message.cut, count, self._coupled(), self._joined, self._timed, history
+        )
         self._session.submit([(Request(SCHEDULER, passed), lambda outcome: self._told(message.cut, outcome))])
 
     def _told(self, cut: int, outcome: Outcome | Divide) -> None:
@@ -96,7 +130,11 @@ class CutPoints:
             self._answered.discard(cut)
             if isinstance(outcome, Answered) and isinstance(outcome.reply, Named):
                 at = outcome.reply.at
-                if at > self.passed or self._last:
+                if not at:
+                    if self._resting:  # others come to this cut point, and may say more: it stays the next one
+                        self._halted[cut] = time.monotonic()
+                        return
+                elif at > self.passed or self._last:
                     self._named[cut] = outcome.reply
                 else:  # it waited no longer for the name, and a marker now would be wrong
                     log.warning("a cut at cut point %d: %d have been passed; it will fail", at, self.passed)

@@ -10,6 +10,7 @@ import sqlite3
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from kvstore.errors import OptionError, ProtocolError
 from kvstore.protocol.messages import NOBODY
@@ -46,7 +47,7 @@ class Journal:
             )
             self._database.execute(f"PRAGMA user_version = {FORM}")
         except sqlite3.Error as error:
-            raise OptionError(f"journal {self.path}: expected a file that can be written, {error}") from error
+            raise self._unwritable(error) from error
 
     def __repr__(self) -> str:
         return f"<Journal {self.path}>"
@@ -78,11 +79,21 @@ class Journal:
         return recovered
 
     def write(self, membership: Membership) -> None:
-        """Keep what has changed; it is on disk when this returns."""
+        """Keep what has changed; it is on disk when this returns.
+
+        Raises:
+            OptionError: it is not: nobody must be told of it, and what is in memory is worth nothing any more.
+        """
         members, placed = membership.records()
         sender = Sender(membership.cluster, membership.epoch, NOBODY, NOBODY)
         placement = encode(sender, [(message, 0) for message in placed])
         cluster = [*(getattr(membership, name) for name in _CLUSTER), placement]
+        try:
+            self._replace(cluster, members)
+        except sqlite3.Error as error:
+            raise self._unwritable(error) from error
+
+    def _replace(self, cluster: list[Any], members: list[Member]) -> None:
         self._database.execute("BEGIN")
         self._database.execute("DELETE FROM cluster")
         self._database.execute(f"INSERT INTO cluster VALUES ({', '.join('?' * len(cluster))})", cluster)
@@ -91,6 +102,9 @@ class Journal:
             [[getattr(member, name) for name in _MEMBER] for member in members],
         )
         self._database.execute("COMMIT")
+
+    def _unwritable(self, error: sqlite3.Error) -> OptionError:
+        return OptionError(f"journal {self.path}: expected a file that can be written, {error}")
 
     def close(self) -> None:
         """Let go of the file."""

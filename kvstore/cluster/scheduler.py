@@ -67,6 +67,7 @@ class Scheduler:
         self._patient_until = 0.0  # until then nobody is lost
         self._unreachable: dict[bytes, float] = {}  # peer -> since when
         self._stopped = threading.Event()
+        self._failure: OptionError | None = None
         self._journal = journal if isinstance(journal, Journal | None) else Journal(journal)
         self._reactor = network.loop("kvstore-scheduler", self._tick)
         try:
@@ -102,8 +103,15 @@ class Scheduler:
         self._reactor.start()
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait until :meth:`stop` was called; False when ``timeout`` seconds passed first."""
-        return self._stopped.wait(timeout)
+        """Wait until :meth:`stop` was called; False when ``timeout`` seconds passed first.
+
+        Raises:
+            OptionError: the journal cannot be written any more: it has stopped by itself.
+        """
+        stopped = self._stopped.wait(timeout)
+        if self._failure is not None:
+            raise self._failure
+        return stopped
 
     def stop(self) -> None:
         """Stop answering. Safe from any thread and from a signal handler, more than once."""
@@ -136,8 +144,16 @@ class Scheduler:
             self._send(self.membership.lost(former.peer))
 
     def _send(self, actions: Actions) -> None:
+        if self._failure is not None:
+            return
         if self._journal is not None and self.membership.has_news:
-            self._journal.write(self.membership)
+            try:
+                self._journal.write(self.membership)
+            except OptionError as error:
+                log.error("%s", error)
+                self._failure = error
+                self._reactor.aside(self.stop)
+                return
         for peer, message in actions:
             self._send_one(peer, message)
 

@@ -107,6 +107,7 @@ class Session:
         self.lost_workers: set[int] = set()
         self._lives: dict[int, int] = {}  # of workers that have joined since
         self.joins = False  # new to a running job: `join` is to be called
+        self.came_later = False  # to a running job, new or back
         self.servers: tuple[str, ...] = ()
         self.departed: list[Departed] = []  # servers
         self.neighbourhood = neighbourhood or Neighbourhood(0)
@@ -167,6 +168,7 @@ class Session:
         assert isinstance(roster, Roster)
         self.num_workers, self.servers = roster.num_workers, self.servers or roster.servers
         self.joins = roster.joins
+        self.came_later = roster.joins or roster.incarnation > 1
 
     def no_answer(self, waited_s: float) -> UnreachableError:
         """The scheduler has said nothing for so long, and why that may be."""

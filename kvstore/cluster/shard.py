@@ -17,6 +17,7 @@ import engine
 from kvstore.cluster.address import advertised, split
 from kvstore.cluster.answers import Answers
 from kvstore.cluster.copies import Copies
+from kvstore.cluster.early import Early
 from kvstore.cluster.near import Neighbourhood
 from kvstore.cluster.payloads import checked
 from kvstore.cluster.replies import Replies
@@ -67,7 +68,6 @@ from kvstore.protocol.wire import Sender, decode, paired
 from kvstore.transport.network import Frames, Loop, Network
 
 LOOK_S = 0.002  # how often it is looked whether the replica has everything
-EARLY_MAX = 4096  # envelopes of workers that know of a takeover before the replica does
 
 
 class Shard:
@@ -113,7 +113,7 @@ class Shard:
         self._stream: Stream | None = None  # another replica is next
         self._number = FIRST  # of the last entry, while there is neither
         self._served = False
-        self._early: list[tuple[bytes, Frames]] = []  # came before it was primary
+        self._early = Early()  # came before it was primary
         self._closed = False  # it takes in nothing more
         self._on_refused: Callable[[KVStoreError], None]
 
@@ -213,8 +213,7 @@ class Shard:
         return self._number if self._replica is None else self._replica.taken
 
     def _take_early(self) -> None:
-        early, self._early = self._early, []
-        for peer, frames in early:
+        for peer, frames in self._early.take():
             self._receive(peer, frames)
 
     def replicate(self, epoch: int, address: str, on_in_step: Callable[[], None], *, new: bool) -> None:
@@ -330,7 +329,7 @@ class Shard:
         if self._closed:
             return  # who has sent it will send it to the next primary
         if not self._served:
-            self._early.append((peer, frames))
+            self._early.keep(peer, frames)
             return
         try:
             sender, messages = decode(frames[0], len(frames) - 1)
@@ -344,8 +343,7 @@ class Shard:
             self._receive_log(peer, messages, frames)
             return
         if self._replica is not None and messages and not isinstance(messages[0][0], ReadStatus):
-            if len(self._early) < EARLY_MAX:
-                self._early.append((peer, frames))
+            self._early.keep(peer, frames)
             return
         refusal = self.serving.refuses(sender.rank, sender.incarnation)
         if refusal is None:

@@ -59,19 +59,21 @@ class Cut:
         """Whose markers are awaited."""
         return sorted(self.awaited - set(self.marks) - self.excused)
 
-    def holds_back(self, rank: int, key: Key, round: int) -> bool:
-        """Is this push later than the cut? ``key``: the first, of a bundle's, which are all in the same round."""
+    def holds_back(self, rank: int, key: Key, round: int, *, in_step: bool) -> bool:
+        """Is this push later than the cut? ``key``: the first, of a bundle's, which are all in the same round.
+
+        ``in_step``: its round takes effect when all have pushed it.
+        """
         if rank in self.excused or rank not in self.awaited:
-            return True  # it came (back) after the cut had begun
+            # It came (back) after the cut had begun. In step with the others it goes no further than they do, and they
+            # may need its push to come to their cut point.
+            return not in_step
         return rank in self.marks and round > self.marks[rank].get(key, 0)
 
     def settled(self, piece_id: tuple[Key, int], level: Level) -> bool:
         """Are all pushes of the piece that belong to the cut in effect?"""
         return level.settled(
-            {
-                rank: round if rank not in self.marks else self.marks[rank].get(piece_id[0], 0)
-                for rank, round in level.rounds.items()
-            }
+            {rank: self.marks[rank].get(piece_id[0], 0) for rank in level.rounds if rank in self.marks}
         )
 
 
@@ -84,6 +86,7 @@ class Held:
     message: Push
     payload: object
     key: Key  # of the push, or the first of the bundle's
+    in_step: bool  # see Cut.holds_back
 
 
 class Cutting:
@@ -170,7 +173,9 @@ class Cutting:
         return list(released.values())
 
     def _comes_later(self, held: Held) -> bool:
-        return any(cut.holds_back(held.rank, held.key, held.message.round) for cut in self.open.values())
+        return any(
+            cut.holds_back(held.rank, held.key, held.message.round, in_step=held.in_step) for cut in self.open.values()
+        )
 
     def _settled(self, cut: Cut, pieces: Pieces) -> bool:
         if cut.missing:

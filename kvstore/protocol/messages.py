@@ -30,6 +30,7 @@ HELD_MAX = 1024
 BUNDLE_KEYS_MAX = 1 << 20
 PIECES_MAX = 1024  # of a cut in one message
 SAMPLES_MAX = 1 << 40  # of a round, and of a push
+HISTORY_MAX = 64  # cut points of a worker in one message
 
 SMALL_HEADER_BYTES = 64 << 10  # up to this size its lists and maps need not be counted
 
@@ -456,16 +457,28 @@ class Halt(Message):
 
 @dataclass(frozen=True, slots=True)
 class Passed(Message):
-    """A worker has passed ``count`` cut points. ``coupled``: it may have to wait for others' pushes."""
+    """A worker has passed ``count`` cut points. ``coupled``: it may have to wait for others' pushes.
+
+    ``joined``: it counts from when it came to a running job. Where that was its ``history`` tells: of its latest cut
+    points, also of the one at which it waits for others, the number, its round of the key ``clock`` there, and
+    whether it was a barrier (1) or not (0).
+    """
 
     cut: int
     count: int
     coupled: bool
+    joined: bool = False
+    clock: Key | None = None
+    history: tuple[tuple[int, int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Named(Message):
-    """The answer to :class:`Passed` and :class:`AskCut`: at which cut point these workers mark the cut."""
+    """The answer to :class:`Passed` and :class:`AskCut`: at which cut point these workers mark the cut.
+
+    ``at`` is a number as the receiver counts, for who asked as those count who were here from the beginning. 0: go on,
+    you will be asked again.
+    """
 
     cut: int
     at: int

@@ -75,6 +75,7 @@ from kvstore.protocol.serving import Serving
 from kvstore.protocol.settings import Setting
 
 _AS_THEY_ARE = Bind | SetOptimizer | SetHyperparameters | Leave | Freeze | Admit | Departed  # entries of the log
+EARLY_MAX = 1024  # entries that a replica keeps because others before them have not come
 RESEND_S = 2.0  # without news of the replica, all that it has not taken is sent again
 
 
@@ -370,6 +371,8 @@ class Replica:
             self._taken = entry.first - 1
         if entry.request_id <= self._taken:
             return []
+        if entry.request_id > self._taken + EARLY_MAX:
+            return []  # it will be sent again
         self._early[entry.request_id] = entry, payload
         due = []
         while self._taken + 1 in self._early:

@@ -127,7 +127,7 @@ class Membership:
             if isinstance(message, AskCut):
                 return self.naming.ask(peer, message, self._workers_here(), now)
             if member is not None and isinstance(message, Passed):
-                return self.naming.passed(peer, member.rank, message)
+                return self.naming.passed(peer, member.rank, message, now)
             if isinstance(message, Drain):
                 return self._drain(peer, message)
             if member is not None and member.role == "server" and isinstance(message, Standby | InStep | HandedOver):

@@ -163,8 +163,8 @@ class Serving:
             handler = self._handlers.get(type(message))
             if handler is None:
                 raise ProtocolError(f"a server does not take {type(message).__name__} from rank {rank}")
-            if self.workers.joining and self._begins_something(message):
-                self.workers.hold(Waiting(rank, incarnation, message, payload))
+            if self.workers.joining and isinstance(message, Push | Init) and self._begins_something(message):
+                self.workers.hold(self._waiting(rank, incarnation, message, payload))
                 return []
             actions = handler(rank, message, payload)
         except KVStoreError as error:
@@ -534,7 +534,9 @@ class Serving:
             if key not in self.binding.bundles:
                 return False
             key = self.binding.bundles[key].keys[0]
-        return self.cutting.hold_back(Held(rank, self.workers.incarnations[rank], message, payload, key))
+        piece = self.pieces.get((key, message.piece))
+        in_step = piece is not None and piece.level.model.updates_per_round(2) == 1
+        return self.cutting.hold_back(Held(rank, self.workers.incarnations[rank], message, payload, key, in_step))
 
     def _take_cuts(self, now: float) -> list[Action]:
         """Take the cuts that are due, then let the pushes go on that waited for them."""
@@ -589,16 +591,23 @@ class Serving:
                 rounds[key] = max(rounds.get(key, 0), piece.level.begun)
         return [*ended, Reply(rank, Frozen(message.request_id, rounds))]
 
-    def _begins_something(self, message: Message) -> bool:
+    def _begins_something(self, message: Push | Init) -> bool:
         """Is it a push of a round that nobody has pushed here, or the creation of a key?"""
         if isinstance(message, Init):
             return (message.key, message.piece) not in self.pieces
-        if not isinstance(message, Push):
-            return False
         key = message.key
         bundle = self.binding.bundles.get(key) if isinstance(key, bytes) else None
         pieces = [(key, message.piece)] if bundle is None else bundle.members
-        return message.round > max([self.pieces[one].level.begun for one in pieces if one in self.pieces], default=0)
+        begun = [self.pieces[one].level.begun for one in pieces if one in self.pieces]
+        return bool(begun) and message.round > max(begun)  # of an unknown key it is refused now
+
+    def _waiting(self, rank: int, incarnation: int, message: Push | Init, payload: object) -> Waiting:
+        """It is held up. A first value will be asked for when it is its turn: nobody says how large it may be."""
+        if isinstance(message, Init):
+            return Waiting(rank, incarnation, message, None, 0)
+        spec = self.spec_of(message.key, message.piece)
+        here = payload is not None and message.place is None and spec is not None
+        return Waiting(rank, incarnation, message, payload, spec.cut.size(message.piece) if here and spec else 0)
 
     def _admit(self, rank: int, message: Admit, payload: object) -> list[Action]:
         incarnation = self.workers.incarnations[rank]

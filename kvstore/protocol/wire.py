@@ -25,6 +25,7 @@ from kvstore.protocol.messages import (
     FRAMES_MAX,
     HEADER_BYTES_MAX,
     HELD_MAX,
+    HISTORY_MAX,
     ITEMS_MAX,
     KEY_BYTES_MAX,
     MESSAGES_MAX,
@@ -184,6 +185,10 @@ def key(value: Any) -> Key:
     raise ValueError(f"a str of 1-{KEY_BYTES_MAX} UTF-8 bytes or an int64")
 
 
+def _maybe_key(value: Any) -> Key | None:
+    return None if value is None else key(value)
+
+
 def _bundle(value: Any) -> BundleId:
     if type(value) is not bytes or len(value) != BUNDLE_ID_BYTES:
         raise ValueError(f"a bundle's id of {BUNDLE_ID_BYTES} bytes")
@@ -300,6 +305,8 @@ _shard = _listed(
 )
 _shard_list = _many(_shard, 1 << 16)
 _pairs = _many(_pair, 1 << 20)
+_cut_point = _listed("a cut point's number, round and kind", _tuple, _natural, _natural, _natural)
+_history = _many(_cut_point, HISTORY_MAX)
 _absences = _many(_absence, 1 << 20)
 _reasons = _many(_missed, 1 << 20)
 _rank_list = _many(_natural, PARTICIPANTS_MAX)
@@ -358,7 +365,7 @@ FORMS: dict[int, tuple[type[Message], tuple[Check, ...]]] = {
     77: (ReadPlacement, ()),
     80: (AskCut, (_natural,)),
     81: (Halt, (_natural,)),
-    82: (Passed, (_natural, _natural, _flag)),
+    82: (Passed, (_natural, _natural, _flag, _flag, _maybe_key, _history)),
     83: (Named, (_natural, _natural, _rank_list)),
     96: (Entry, (_natural, _natural, _rank, _rank, _logged)),
     97: (Taken, (_natural,)),

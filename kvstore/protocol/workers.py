@@ -11,17 +11,27 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from kvstore.errors import FencedError
-from kvstore.protocol.messages import Message, RestoreWorkers
+from kvstore.protocol.messages import Init, Message, Push, RestoreWorkers
+from kvstore.protocol.pieces import BundleId, Key
+
+WAITING_MAX = 1 << 17  # pushes and inits of one worker that wait while somebody joins
+WAITING_ITEMS_MAX = 1 << 26  # elements in these pushes
 
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """A message that is handled when nobody is joining any more."""
+    """A push or an init that is handled when nobody is joining any more."""
 
     rank: int
     incarnation: int
-    message: Message
+    message: Push | Init
     payload: object
+    items: int  # elements of it that lie in this server's memory
+
+    @property
+    def name(self) -> tuple[int, type[Message], Key | BundleId, int]:
+        """What of it is kept only once."""
+        return self.rank, type(self.message), self.message.key, self.message.piece
 
 
 class Workers:
@@ -40,7 +50,8 @@ class Workers:
         self.hopeless: set[int] = set()  # those of them that will not come back
         self.joining: set[int] = set()
         self._admitted: dict[int, int] = {}  # by rank the life that has joined
-        self._waiting: list[Waiting] = []
+        self._waiting: dict[tuple[int, type[Message], Key | BundleId, int], Waiting] = {}  # in the order of coming
+        self._held: dict[int, tuple[int, int]] = {}  # by rank: how many of these, and their elements
 
     def __repr__(self) -> str:
         return f"<Workers {sorted(self.members)}: missed {self.missed}, joining {sorted(self.joining)}>"
@@ -130,14 +141,24 @@ class Workers:
         self.joining.discard(rank)
 
     def hold(self, waiting: Waiting) -> None:
-        """Handle this later."""
-        self._waiting.append(waiting)
+        """Handle this later, unless it is known, or its worker has too much that waits: it will send it again."""
+        known = self._waiting.get(waiting.name)
+        if known is not None and known.incarnation == waiting.incarnation:
+            return  # the same again: a worker's next push comes when this one has taken effect
+        count, items = self._held.get(waiting.rank, (0, 0))
+        if count >= WAITING_MAX or items + waiting.items > WAITING_ITEMS_MAX:
+            return
+        self._held[waiting.rank] = count + 1, items + waiting.items
+        self._waiting.pop(waiting.name, None)  # of a life that is over
+        self._waiting[waiting.name] = waiting
 
     def resumed(self) -> list[Waiting]:
         """What can be handled now, in the order in which it came: all if nobody is joining, else nothing."""
         if self.joining:
             return []
-        waiting, self._waiting = self._waiting, []
+        waiting = list(self._waiting.values())
+        self._waiting.clear()
+        self._held.clear()
         return waiting
 
     # --- in words -----------------------------------------------------------------------------

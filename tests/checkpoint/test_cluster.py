@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import ml_dtypes
@@ -315,3 +316,98 @@ def test_periodic_checkpoints_by_a_server(tmp_path, tmp_path_factory, protected)
     assert 1 <= len(names) <= 2 and names[-1] >= "checkpoint-000000000004"
     with Checkpoint(tmp_path) as one:
         assert one.verify() == [] and len({tuple(record.rounds.items()) for record in one.records}) == 1
+
+
+# --- workers that come later --------------------------------------------------------------------------
+
+
+def test_cuts_under_load_while_a_worker_joins(tmp_path):
+    """Every update adds 12 to every value, whoever is there: so all values of a cut are alike, or it is none."""
+    keys = {f"k{i}": size for i, size in enumerate((1, 5, 700_000))}
+    frozen = "a part of the model that is not trained"
+    over, joined = threading.Event(), threading.Event()
+
+    def train(kv: kvstore.KVStore, look=lambda: None) -> list[int]:
+        weights = {key: np.zeros(size) for key, size in keys.items()}
+        kv.init(frozen, np.zeros(4))
+        trainer = kvstore.Trainer(weights, optim.SGD(lr=1.0), kv)
+        steps = []
+        while not over.is_set():
+            trainer.step({key: np.full(size, -6.0) for key, size in keys.items()}, samples=6)
+            assert all(abs(weights[key][0] - 12 * trainer.steps) < 1e-6 for key in keys)
+            steps.append(trainer.steps)
+            if trainer.steps % 5 == 4:
+                kv.cut_point()  # by no means one for each step
+            look()
+        kv.leave()
+        return steps
+
+    def work(kv: kvstore.KVStore) -> list[int]:
+        if kv.rank == 0:
+            asker = threading.Thread(target=ask, args=(kv,), name="test-asker")
+            asker.start()
+        steps = train(kv)
+        if kv.rank == 0:
+            asker.join()
+        return steps
+
+    versions: list[int] = []
+    failures: list[BaseException] = []
+
+    def ask(kv: kvstore.KVStore) -> None:
+        try:
+            for _ in range(4):
+                values = kv.snapshot(wait=False).result(20)
+                assert not values.pop(frozen).any()
+                (each,) = {round(float(values[key][0]), 6) for key in keys}
+                assert all(np.allclose(value, each) for value in values.values())
+                versions.append(round(each / 12))
+                joined.wait(20) if len(versions) == 2 else None
+            checkpoint = Checkpoint(kv.save_checkpoint(tmp_path, wait=False).result(20))
+            (version,) = {record.version for record in checkpoint.records if record.key != frozen}
+            versions.append(version)
+        except BaseException as error:
+            failures.append(error)
+        finally:
+            over.set()
+
+    def late(address: str) -> list[int]:
+        with kvstore.create("dist", address=address, timeout=40, samples_per_round=12) as kv:
+            return train(kv, joined.set)
+
+    with cluster(2, 3) as running, ThreadPoolExecutor(2) as pool:
+        first = pool.submit(running.run, work, timeout=40, samples_per_round=12)
+        while len(versions) < 2 and not failures:
+            time.sleep(0.01)
+        newcomer = pool.submit(late, running.address)
+        steps = [*first.result(60), newcomer.result(60)]
+    assert not failures, failures
+    assert versions == sorted(versions) and versions[-1] >= steps[2][0]
+    assert steps[2][0] > 1  # it came later, and its steps are numbered as those of the others
+    assert abs(steps[2][-1] - steps[0][-1]) <= 1
+
+
+def test_a_checkpoint_of_all_right_after_one_has_joined(tmp_path):
+    both = threading.Barrier(3, timeout=30)
+
+    def work(kv: kvstore.KVStore) -> str | None:
+        kv.init(["a", "b", "0: never pushed"], [np.zeros(3)] * 3)
+        for _ in range(3):
+            kv.pushpull(["a", "b"], [np.ones(3), np.ones(3)]).result()
+            kv.cut_point()
+        both.wait()  # it comes
+        both.wait()  # it is there
+        return kv.save_checkpoint(tmp_path).result(20)
+
+    def late(address: str) -> None:
+        both.wait()
+        with kvstore.create("dist", address=address, timeout=40) as kv:
+            kv.init(["a", "b", "0: never pushed"], [np.zeros(3)] * 3)
+            both.wait()
+            kv.save_checkpoint(tmp_path).result(20)
+
+    with cluster(2, 2) as running, ThreadPoolExecutor(2) as pool:
+        first, newcomer = pool.submit(running.run, work, timeout=40), pool.submit(late, running.address)
+        newcomer.result(60)
+        (path,) = {path for path in first.result(60) if path}
+    assert [record.version for record in Checkpoint(path).records] == [0, 3, 3]

@@ -79,6 +79,8 @@ _VALUES: dict[Any, Any] = {
     wire._place: lambda rng: Place(f"{rng.randrange(1, 1 << 20)}.9.{'0' * 16}", rng.randrange(99)),
     wire._maybe_natural: lambda rng: None if rng.random() < 0.7 else rng.randrange(9),
     wire._maybe_samples: lambda rng: None if rng.random() < 0.7 else rng.randrange(99),
+    wire._maybe_key: lambda rng: rng.choice([None, *KEYS]),
+    wire._history: lambda rng: tuple((n, 2, rng.randrange(2)) for n in range(rng.randrange(3))),
     wire._maybe_place: lambda rng: None if rng.random() < 0.7 else _VALUES[wire._place](rng),
 }  # fmt: skip
 

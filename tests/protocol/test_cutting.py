@@ -8,7 +8,7 @@ import pytest
 
 from kvstore.protocol.actions import Apply, LoseCut, TakeCut, Unite
 from kvstore.protocol.cutting import HOLD_S
-from kvstore.protocol.messages import Bind, Init, Leave, Mark, Push, SetOptimizer
+from kvstore.protocol.messages import Admit, Bind, Freeze, Init, Leave, Mark, Push, SetOptimizer
 from kvstore.protocol.pieces import bundle_id
 from kvstore.protocol.serving import Serving
 from tests.protocol.conversation import Rule, spec
@@ -200,6 +200,28 @@ def test_a_new_life_of_a_worker_is_held_back_and_forgets_what_the_old_one_had_he
     talk.say(1, Mark(5, 9, (0, 1), {"w": 0}))
     assert talk.cuts == {9: {"w": set()}}
     assert talk.serving.pieces["w", 0].level.rounds == {0: 1, 1: 0}
+
+
+@pytest.mark.parametrize("how", ["joins", "returns"])
+def test_who_comes_during_the_cut_takes_part_in_its_rounds_and_no_later_ones(how):
+    talk = Talk({"a": "sequential", "b": "sequential"}, 2)
+    late = 2 if how == "joins" else 1
+    if how == "returns":
+        talk.do(talk.serving.lost(1, "it died", "wait"))
+    talk.do(talk.serving.open_cut(9, (0,) if how == "joins" else (0, 1), 0.0))
+    if how == "joins":
+        talk.say(1, Leave(4, ""))
+        talk.say(late, Freeze(1))
+        talk.say(late, Admit(2, {"a": 0, "b": 0}))
+    here = {"a": {(0, 1), (late, 1)}, "b": {(0, 1), (late, 1)}}
+    talk.push(late, "b", 1)
+    talk.push(0, "a", 1)
+    talk.push(0, "b", 1)  # has taken effect: so it can come to its cut point, but for a
+    talk.say(0, Mark(5, 9, (0, 1), {"a": 1, "b": 1}))
+    assert talk.cuts == {}  # b is complete, a waits for who came
+    talk.push(late, "a", 1)
+    assert talk.cuts == {9: here}
+    assert talk.versions == {9: {"a": 1, "b": 1}}
 
 
 @pytest.mark.parametrize("seed", range(150))

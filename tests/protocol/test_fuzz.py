@@ -10,9 +10,9 @@ import pytest
 
 from kvstore import consistency, optim
 from kvstore.errors import LimitError, ProtocolError
-from kvstore.protocol import binding, bundles, messages, serving
+from kvstore.protocol import binding, bundles, messages, replicating, serving, workers
 from kvstore.protocol.actions import Reply
-from kvstore.protocol.messages import Bind, Failed, Fetch, Init, Message, Push, Spec
+from kvstore.protocol.messages import Admit, Bind, Entry, Failed, Fetch, Freeze, Init, Leave, Message, Push, Spec
 from kvstore.protocol.pieces import bundle_id
 from kvstore.protocol.serving import Serving
 from kvstore.protocol.wire import FORMS, Sender, decode
@@ -108,11 +108,62 @@ class TestLimits:
         for keys, told in (("wv", []), ("vw", []), ("w", []), ("v", ["LimitError"])):
             assert self.ask(core, 0, Bind(1, bundle_id(tuple(keys)), tuple(keys))) == told
 
+    def test_what_waits_while_somebody_joins_is_kept_once(self, core):
+        self.ask(core, 2, Freeze(1))
+        for _ in range(50):  # as a worker does that has no answer
+            assert core.handle(0, 1, Push(5, "w", 0, 1, False, False), object(), 0.0) == []
+        assert len(core.workers.resumed()) == 0  # it is not the time yet
+        self.ask(core, 2, Admit(2, {"w": 0}))
+        assert (core.pieces["w", 0].accepted, len(core.pieces["w", 0].held)) == ({0: 1, 2: 0}, 1)
+
+    def test_a_new_life_replaces_what_an_old_one_had_waiting(self, core):
+        self.ask(core, 2, Freeze(1))
+        core.handle(0, 1, Push(5, "w", 0, 1, False, False), "old", 0.0)
+        core.handle(0, 2, Push(5, "w", 0, 1, False, False), "new", 0.0)
+        self.ask(core, 2, Admit(2, {"w": 0}))
+        assert core.pieces["w", 0].held == {(0, 1): "new"}
+
+    def test_first_values_are_asked_for_when_it_is_their_turn(self, core):
+        self.ask(core, 2, Freeze(1))
+        assert core.handle(0, 1, Init(5, "x", 0, SPEC), object(), 0.0) == []
+        told = core.handle(2, 1, Admit(2, {"w": 0}), None, 0.0)
+        assert [type(action.message).__name__ for action in told] == ["Done", "Missing"]
+        assert not self.ask(core, 0, Init(5, "x", 0, SPEC), object())
+        assert ("x", 0) in core.pieces
+
+    def test_how_many_and_how_much_of_a_worker_waits(self, core, monkeypatch):
+        monkeypatch.setattr(workers, "WAITING_MAX", 5)
+        monkeypatch.setattr(workers, "WAITING_ITEMS_MAX", 3 * SPEC.cut.items)
+        for key in "abcdefgh":
+            self.ask(core, 0, Init(1, key, 0, SPEC), object())
+        self.ask(core, 2, Freeze(1))
+        for n, key in enumerate("abcdefgh"):
+            self.ask(core, 0, Push(n, key, 0, 1, False, False), object())
+            self.ask(core, 1, Init(n, f"new {key}", 0, SPEC), object())
+        assert core.handle(1, 1, Push(9, "a", 0, 1, False, False), object(), 0.0) == []  # there is no room
+        told = core.handle(2, 1, Admit(2, dict.fromkeys("wabcdefgh", 0)), None, 0.0)
+        assert [key for key in "abcdefgh" if core.pieces[key, 0].held] == ["a", "b", "c"]
+        assert len(core._early) == 5 and len(told) == 1
+        self.ask(core, 0, Push(7, "h", 0, 1, False, False), object())  # it is sent again
+        assert core.pieces["h", 0].held
+
+    def test_an_unknown_key_is_refused_although_somebody_joins(self, core):
+        self.ask(core, 2, Freeze(1))
+        assert self.ask(core, 0, Push(1, "nobody's", 0, 1, False, False), object()) == ["UnknownKeyError"]
+        assert self.ask(core, 0, Push(1, b"x" * 16, 0, 1, False, False), object()) == ["UnknownKeyError"]
+
+    def test_entries_of_a_log_that_come_long_before_their_turn(self):
+        replica = replicating.Replica(1, 0)
+        for number in range(2, 3 * replicating.EARLY_MAX):
+            assert replica.take(Entry(number, 1, 1, 0, 1, Leave(0, "")), object()) == []
+        assert len(replica._early) == replicating.EARLY_MAX - 1
+        assert len(replica.take(Entry(1, 1, 1, 0, 1, Leave(0, "")), object())) == replicating.EARLY_MAX
+
     def test_every_limit_is_in_the_document(self):
         from pathlib import Path
 
         document = (Path(__file__).parents[2] / "docs" / "protocol.md").read_text()
-        for module in (messages, bundles, serving, consistency):
+        for module in (messages, bundles, serving, workers, consistency):
             for name, value in vars(module).items():
                 if name.endswith("_MAX"):
                     assert f"| {name} | {value} |" in document

@@ -70,6 +70,8 @@ FIELDS = {
     wire._rank_list: st.lists(natural, max_size=4).map(tuple),
     wire._pieces: st.lists(piece_record, max_size=3).map(tuple),
     wire._place: place,
+    wire._maybe_key: st.one_of(st.none(), key),
+    wire._history: st.lists(st.tuples(natural, natural, natural), max_size=3).map(tuple),
     wire._maybe_place: st.one_of(st.none(), place),
     wire._maybe_natural: st.one_of(st.none(), natural),
     wire._maybe_samples: st.one_of(st.none(), st.integers(0, messages.SAMPLES_MAX)),

@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
 import kvstore
-from kvstore import KVStore, store
+from kvstore import KVStore
+from kvstore.protocol.pieces import Cut
 from tests.testing.plans import LIVES, RANKS, Plan
 
 SIGN = 16.0
@@ -61,11 +63,8 @@ def lives_in(value: Any) -> Any:
 @contextmanager
 def cut_as(plan: Plan) -> Iterator[None]:
     """Stores cut the values of this plan into its number of pieces."""
-    before, store.PIECE_BYTES = store.PIECE_BYTES, RANKS * plan.rounds * 4  # type: ignore[misc]
-    try:
+    with mock.patch.object(Cut, "of", lambda items, itemsize, **_: Cut(items, RANKS * plan.rounds)):
         yield
-    finally:
-        store.PIECE_BYTES = before  # type: ignore[misc]
 
 
 def train(

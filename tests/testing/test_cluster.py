@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -144,6 +145,16 @@ def test_a_lost_server_is_told_of_without_replication() -> None:
                 kv.pushpull("w", np.ones(1)).result()
 
         cluster.run(program)
+
+
+def test_a_scheduler_that_cannot_write_its_journal_tells_nobody_and_ends() -> None:
+    with Cluster(2, 1) as cluster:
+        scheduler: Any = cluster._daemons["scheduler", 0]
+        scheduler._journal._database.execute("PRAGMA query_only = 1")
+        with pytest.raises(DeadlineError):
+            cluster.run(lambda kv: None, limit_s=30.0)
+        with pytest.raises(OptionError, match="readonly"):
+            scheduler.wait(0.0)
 
 
 def test_the_fixture_makes_clusters_and_ends_them(simulated_cluster: Callable[..., Cluster]) -> None:
