@@ -66,6 +66,7 @@ SCHEDULER = -1  # its number among the servers
 BATCH_BYTES = 256 << 10  # small messages to one server travel together up to this size
 MEET_S = 10.0  # how long a server may take to say whether it is on this host
 MEET_AGAIN_S = 1.0  # the same while a round waits
+IDS_PER_LIFE = 1 << 32
 EXPLAIN_S = 2.0  # how long a deadline's error may wait for the answer to "why"
 
 OnOutcome = Callable[[Outcome | Divide], None]
@@ -446,6 +447,8 @@ class Session:
             if isinstance(message, Roster):  # a member from here on: should the connection end now, it says so
                 self.sender = Sender(self.sender.cluster, self.sender.epoch, message.rank, message.incarnation)
                 self.workers = set(message.workers)
+                with self._lock:  # what a server still answers to an earlier life must not look like an answer to this
+                    self._ids = max(self._ids, (message.incarnation - 1) * IDS_PER_LIFE)
             if isinstance(message, Halt):
                 if self.on_halt is not None:
                     self.on_halt(message)

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from kvstore import KVStore
+from kvstore.protocol.messages import Message
+from kvstore.protocol.serving import Serving
 from kvstore.testing import Cluster
 
 
@@ -64,3 +66,29 @@ def test_a_joiner_finds_a_shard_that_has_moved_though_nobody_told_it() -> None:
         cluster.at(10.1, lambda: cluster.crash("server", 0))
         cluster.at(12.9, cluster.heal)
         assert cluster.run(program) == [[0.0] * 8] * 2
+
+
+def test_no_life_takes_what_is_answered_to_an_earlier_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer may be held back until a replica has it, and then goes to the rank's latest connection."""
+    handle = Serving.handle
+    asked: dict[int, set[int]] = {}
+
+    def listen(self: Serving, rank: int, incarnation: int, message: Message, payload: object, now: float) -> list[Any]:
+        if rank == 1:
+            asked.setdefault(incarnation, set()).add(message.request_id)
+        return handle(self, rank, incarnation, message, payload, now)
+
+    with Cluster(2, 1, on_worker_loss="wait") as cluster:
+
+        def program(kv: KVStore) -> None:
+            kv.init("w", np.zeros(1))
+            for _ in range(kv.rounds("w"), 5):
+                kv.pushpull("w", np.ones(1)).result()
+                cluster.sleep(1.0)
+
+        monkeypatch.setattr(Serving, "handle", listen)
+        cluster.at(2.5, lambda: cluster.crash("worker", 1))
+        cluster.at(3.0, lambda: cluster.start_worker(1, program))
+        cluster.run(program)
+    assert len(asked) == 2
+    assert not asked[1] & asked[2]
