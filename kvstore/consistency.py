@@ -302,9 +302,9 @@ class Level:
         self.version += 1
 
     def effective(self, participant: int) -> int:
-        """The last of its rounds that has taken effect, or of which it is not a member; 0: there is none."""
+        """The last of its rounds that has taken effect, or after which it has joined; 0: there is none."""
         round = self.rounds.get(participant, 0)
-        while not self.in_effect(participant, round) and participant in self.members_of(round):
+        while not self.in_effect(participant, round) and not self._has_just_joined(participant, round):
             round -= 1
         return round
 

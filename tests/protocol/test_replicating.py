@@ -460,6 +460,8 @@ def test_it_counts_when_it_has_taken_effect_though_the_worker_has_joined_again(l
         chain.attach()
     chain.catch_up()
     assert 1 not in chain.servers[1].core.pieces["a", 0].level.members_of(1)
+    for server in chain.servers:  # it counts from round 2 on, whatever becomes of what it had pushed before
+        assert answers(server.core, 1, Init(5, "a", 0, spec()), incarnation=2) == [Initialized(5, 1)]
     chain.say(0, push("a", 1), WHAT)
     chain.catch_up()
     one, other = (core.pieces["a", 0] for core in (server.core for server in chain.servers))
