@@ -116,6 +116,7 @@ class Session:
         self._on_change = on_change
         self._on_placement = on_placement
         self._placed = 0  # the epoch of the placement
+        self._leaving = False
         self._meeting: dict[int, int] = {}  # shards that have moved, while it is found out whether they are near
         self._strange: set[int] = set()  # those that turned out to be far
         self._on_loss = on_loss
@@ -331,6 +332,7 @@ class Session:
 
     def leave(self) -> None:
         """Tell the scheduler that this member leaves in order, then :meth:`close`."""
+        self._leaving = True
         with contextlib.suppress(KVStoreError, TimeoutError):
             self.ask(SCHEDULER, lambda i: Leave(i, "")).result(1.0)
         self.close()
@@ -453,8 +455,7 @@ class Session:
                 if self.on_halt is not None:
                     self.on_halt(message)
                 continue
-            if server == SCHEDULER and isinstance(message, Done) and 0 < self._placed < sender.epoch:
-                # A barrier may have opened after commits on servers that are not known here: ask who they are first.
+            if server == SCHEDULER and isinstance(message, Done) and self._is_behind(sender.epoch):
                 self._ask_placement()
                 continue  # it says so again
             concluded = self._requests.reply(message, payload)
@@ -580,6 +581,10 @@ class Session:
         if self._requests.tick(now) and registered:  # perhaps its server is another, and we were not told
             self._ask_placement()
         self._pump()
+
+    def _is_behind(self, epoch: int) -> bool:
+        """May a barrier have opened after commits on servers that are not known here? Who leaves need not know them."""
+        return 0 < self._placed < epoch and not self._leaving
 
     def _ask_placement(self) -> None:
         self._connections[SCHEDULER].send(envelope(self.sender, [(ReadPlacement(self.next_id()), ())]))
