@@ -11,7 +11,8 @@ of running everything in that order::
     np.float64(6.0)
 
 ``var`` and ``memory`` say what conflicts, ``scheduler`` (pure) what may run, ``threaded`` and
-``serial`` how it runs, ``base`` what they share.
+``serial`` how it runs, ``base`` what they share. Work of devices goes to ``streams``; ``devices`` says what a device is
+to the engine, and ``cuda`` what CuPy makes of that.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from typing import Any
 
 from engine.base import Engine
 from engine.claim import Claim
+from engine.cuda import Cuda
+from engine.devices import Devices
 from engine.errors import (
     ArgumentError,
     ClosedError,
@@ -44,8 +47,10 @@ __all__ = [
     "Claim",
     "ClosedError",
     "Completion",
+    "Cuda",
     "DeadlineError",
     "DeadlockError",
+    "Devices",
     "Engine",
     "EngineError",
     "ForkedError",

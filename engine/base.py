@@ -22,11 +22,13 @@ from typing import Any
 
 from engine.claim import Claim
 from engine.deadlines import Deadlines
+from engine.devices import Devices
 from engine.errors import ArgumentError, ClosedError, DeadlineError, DeadlockError, ForkedError
 from engine.handle import Completion, Handle
 from engine.memory import Memory
 from engine.mutex import Mutex
-from engine.scheduler import DONE, READY, RUNNING, WAITING, Op, Scheduler
+from engine.scheduler import DONE, ISSUED, READY, RUNNING, WAITING, Op, Scheduler
+from engine.streams import Streams
 from engine.trace import Trace
 from engine.var import Var
 
@@ -56,10 +58,13 @@ class _Here(threading.local):
 class Engine(ABC):
     """Orders functions by what they read and write. All methods are thread-safe."""
 
+    _watches_devices = True  # else it waits for each op of a device by itself
+
     def __init__(self) -> None:
         self._lock = Mutex()
         self._scheduler = Scheduler()
-        self._memory = Memory()
+        self._memory = Memory()  # of the host
+        self._streams: Streams | None = None
         self._deadlines = Deadlines(self._expire)
         self._here = _Here()
         self._idle = self._lock.condition()
@@ -76,6 +81,18 @@ class Engine(ABC):
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__}: {self._scheduler!r}>"
+
+    def use(self, devices: Devices) -> None:
+        """Have ops on arrays of these devices run on streams. Using them again changes nothing.
+
+        Raises:
+            ArgumentError: the engine uses others.
+        """
+        with self._lock:
+            if self._streams is None:
+                self._streams = Streams(self, devices)
+            elif self._streams.devices is not devices:
+                raise ArgumentError(f"use: expected {self._streams.devices!r}, which the engine uses, got {devices!r}")
 
     # --- pushing ------------------------------------------------------------------------------
 
@@ -94,12 +111,18 @@ class Engine(ABC):
     ) -> Handle:
         """Run ``fn()`` when everything it reads and writes is free, in program order per var.
 
+        With an array of a device that the engine uses (:meth:`use`) among them, ``fn`` is to enqueue work on the
+        current stream, and the op ends when the device has done that work. It is called in this thread and at once,
+        unless an op of the host that has not ended is in the way. Then what this thread has enqueued on its own
+        current streams comes before the op, and what it enqueues later comes after it; otherwise only the former.
+
         Args:
             fn: called without arguments; its return value is the handle's result.
             reads, writes: vars, arrays and groups of arrays. In both: it changes the value; in writes alone: it
                 writes it whole, whatever was there before.
             priority: larger starts sooner among the ready ones.
-            lane: a named pool of threads; None is ``cpu``.
+            lane: a named pool of threads, and of streams on each device; None is ``cpu``, or ``copy`` for an op of a
+                device that touches another memory, too.
             name: for traces and errors.
             inline: run it in the calling thread, before returning, if nothing is in the way.
             info: shown in the trace.
@@ -170,6 +193,10 @@ class Engine(ABC):
             name = getattr(fn, "__name__", "op")
         reads, writes = tuple(reads), tuple(writes)
         caller = _caller()
+        launch = None
+        if self._streams is not None:
+            launch, own_lane = self._streams.launch_for(reads, writes)
+            lane = lane or own_lane
         with self._lock:
             if self._closed:
                 raise ClosedError("the engine is closed")
@@ -177,6 +204,7 @@ class Engine(ABC):
                 op = Op(name, reads, writes, priority)
             else:
                 op = self._op_on_arrays(name, reads, writes, priority)
+                op.flight = launch
             if if_free and not self._scheduler.free(op):
                 return None
             op.fn = fn
@@ -189,6 +217,9 @@ class Engine(ABC):
                 op.lane = lane
             if op.holds is not None:
                 self._array_ops += 1
+                if launch is not None:
+                    self._streams_in_use.wrap(op, fn, is_async)
+                    inline = True
             self._retiring = False
             ready = self._scheduler.submit(op)
             if ready:
@@ -201,14 +232,21 @@ class Engine(ABC):
             self._deadlines.add(time.monotonic() + deadline, op)
         if ready and inline:
             self._run(op)
+            if launch is not None:
+                self._streams_in_use.join(launch)
         else:
             self._submitted()
         return handle
 
+    @property
+    def _streams_in_use(self) -> Streams:
+        assert self._streams is not None
+        return self._streams
+
     def _op_on_arrays(self, name: str, reads: tuple[Any, ...], writes: tuple[Any, ...], priority: int) -> Op:
         if self._claimed is not None:
             self._write_down(self._claimed)
-        self._memory.tidy()
+        self._tidy()
         read_vars: list[Var] = []
         for item in reads:
             _, whole, part = self._lookup(item)
@@ -230,8 +268,16 @@ class Engine(ABC):
         """Its own var (none if it is empty), and, with that one, those it covers whole, and those in part."""
         if isinstance(item, Var):
             return [item], [item], []
-        whole, part = self._memory.vars_of(item)
+        whole, part = self._memory_of(item).vars_of(item)
         return whole[:1], whole, part
+
+    def _memory_of(self, item: Any) -> Memory:
+        return self._memory if self._streams is None else self._streams.memory_of(item) or self._memory
+
+    def _tidy(self) -> None:
+        self._memory.tidy()
+        if self._streams is not None:
+            self._streams.tidy()
 
     def claim(self, arrays: Iterable[Any], name: str) -> Claim | None:
         """Like an asynchronous op that has begun, and writes these arrays whole until :meth:`Claim.end` is called.
@@ -239,13 +285,16 @@ class Engine(ABC):
         It costs next to nothing as long as no other op or wait comes near arrays; then it is made an op.
 
         Returns:
-            None if an op in the way, or another claim, makes :meth:`push_async` necessary.
+            None if an op in the way, another claim, or an array of a device makes :meth:`push_async` necessary.
         """
         self._check_process()
+        arrays = tuple(arrays)
+        if self._streams is not None and any(self._streams.device_of(array) is not None for array in arrays):
+            return None
         with self._lock:
             if self._claimed is not None or self._arrays_used() or self.profiling or self._closed:
                 return None
-            claim = self._claimed = Claim(self, tuple(arrays), name, sys._getframe(1))
+            claim = self._claimed = Claim(self, arrays, name, sys._getframe(1))
         return claim
 
     def _write_down(self, claim: Claim) -> None:
@@ -276,6 +325,9 @@ class Engine(ABC):
     def bulk(self) -> Iterator[None]:
         """Push many ops for the price of one wake-up: none is woken for them before the block ends.
 
+        Ops of devices can overlap, for they meet the thread's own streams only twice: what it had enqueued when the
+        first of them was pushed comes before them all, what it enqueues after the block comes after them all.
+
         Nothing else changes: an op may start at once if a thread happens to be awake, ``inline`` ops run at
         their push, and a wait for this engine within the block wakes what it needs. Only a wait
         for something else, that one of these ops would bring about, would be in vain.
@@ -286,6 +338,8 @@ class Engine(ABC):
         finally:
             self._here.bulks -= 1
             if not self._here.bulks:
+                if self._streams is not None:
+                    self._streams.end_block()
                 self._wake_up()
 
     def _before_wait(self) -> None:
@@ -327,7 +381,10 @@ class Engine(ABC):
         fn = op.fn  # first: gone when the op has been given up and finished
         error = op.given_up or (self._scheduler.poison_of(op) if op.reads else None)
         if error is not None:
-            return None, error
+            if op.flight is None:
+                return None, error
+            self._streams_in_use.issue(op, None, error)
+            return None
         op.thread = get_ident()
         stack.append(op)
         try:
@@ -336,12 +393,23 @@ class Engine(ABC):
             fn(Completion(self, op))
             return None
         except BaseException as raised:
-            _note(raised, op)
-            if not isinstance(raised, Exception):
-                op.interrupt = raised
+            self._blame(raised, op)
             return None, raised
         finally:
             stack.pop()
+
+    @staticmethod
+    def _blame(raised: BaseException, op: Op) -> None:
+        """``raised`` came out of the op."""
+        _note(raised, op)
+        if not isinstance(raised, Exception):
+            op.interrupt = raised
+
+    def _issued(self, op: Op) -> None:
+        """The work of an op of a device is in a stream; called without the lock."""
+
+    def _landed(self) -> None:
+        """Ops of devices have ended; called without the lock."""
 
     def _finish(self, op: Op, result: Any, error: BaseException | None) -> None:
         with self._lock:
@@ -393,8 +461,8 @@ class Engine(ABC):
             return [item]
         if self._claimed is not None:
             self._write_down(self._claimed)
-        self._memory.tidy()
-        whole, part = self._memory.vars_of(item)
+        self._tidy()
+        whole, part = self._memory_of(item).vars_of(item)
         return whole + part
 
     def _reader(self, item: Any) -> Handle | None:
@@ -450,8 +518,8 @@ class Engine(ABC):
 
     def _arrays_used(self) -> bool:
         if self._scarred and not self._array_ops:
-            self._memory.tidy()
-            self._scarred = self._memory.in_use()
+            self._tidy()
+            self._scarred = self._memory.in_use() or (self._streams is not None and self._streams.in_use())
         return self._array_ops > 0 or self._scarred
 
     def free(self, *vars: Var) -> bool:
@@ -480,6 +548,8 @@ class Engine(ABC):
         if stack:
             self._lend()
         try:
+            if op.state == ISSUED and timeout is None:
+                self._streams_in_use.synchronise(op)
             Future.exception(handle, timeout)
         except CancelledError:
             pass
@@ -521,8 +591,10 @@ class Engine(ABC):
             handle: Handle = op.handle
             begun = op.state == RUNNING and op.is_async
         handle._announce(None, error)
-        if begun:
+        if begun and op.flight is None:
             self._finish(op, None, error)
+        elif begun and op.flight.is_open:
+            self._streams_in_use.issue(op, None, error)
 
     # --- life ---------------------------------------------------------------------------------
 
@@ -543,6 +615,8 @@ class Engine(ABC):
         """Let the threads end when nothing is left to do."""
         with self._lock:
             self._retiring = True
+            if self._streams is not None:
+                self._streams.retire()
 
     def close(self) -> None:
         """Finish what is pending, end the threads; a later push raises ClosedError."""

@@ -111,6 +111,9 @@ class Memory:
         self._arrays[id(array)] = weakref.ref(array), array.nbytes, range_
         return range_
 
+    def _owner_of(self, array: Any) -> Any:
+        return owner_of(array)
+
     def tidy(self) -> None:
         """Now and then, forget the ranges that no op uses and no error marks.
 
@@ -143,9 +146,9 @@ class Memory:
             not var.idle or var.poison is not None for vars_ in (self._groups, self._vars) for var in vars_.values()
         )
 
-    def _watch(self, range_: Range, array: np.ndarray[Any, Any]) -> None:
+    def _watch(self, range_: Range, array: Any) -> None:
         freed = self._freed
-        self._owners[range_] = weakref.ref(owner_of(array), lambda _: freed.append(range_))
+        self._owners[range_] = weakref.ref(self._owner_of(array), lambda _: freed.append(range_))
 
     def _forget_freed(self) -> None:
         in_use = []

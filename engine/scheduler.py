@@ -4,6 +4,10 @@ Per var there is a FIFO of reads and writes. A read holds the var together with 
 it, a write holds it alone. :meth:`Scheduler.submit` says whether the op may run at once,
 :meth:`Scheduler.complete` which ops may run now. What an op does, and on what thread, is unknown here.
 
+An op of a device ends twice: it is *issued* when its work is in a stream, and complete when the device has done it. One
+that is issued is no longer in the way of other ops of devices, which have to be told to the device to come after it
+(:attr:`Flight.after`); the host's ops wait until it is complete.
+
 The order is the one of program order per var, so the outcome is that of serial execution (the
 argument is that of MXNet's engine: Chen et al. 2015, arXiv 1512.01274, section 3.2).
 """
@@ -16,15 +20,25 @@ from typing import Any
 
 from engine.var import Var
 
-WAITING, READY, RUNNING, DONE = "waiting", "ready", "running", "done"
+WAITING, READY, RUNNING, ISSUED, DONE = "waiting", "ready", "running", "issued", "done"
+
+
+class Flight:
+    """What the order of work on devices needs to know of an op there; what runs it hangs more on it."""
+
+    def __init__(self) -> None:
+        self.after: list[Op] = []  # ops that were issued before it and that its work must follow
+        self.inputs: list[Op] = []  # those of them, direct or not, whose error would be its own
+        self.error: BaseException | None = None  # that it ended with
 
 
 class Op:
     """A unit of work with what it reads and writes; what runs it hangs more on it."""
 
     __slots__ = (
-        *("caller", "caller_at", "fn", "given_up", "handle", "heals", "holds", "info", "interrupt", "is_async", "lane"),
-        *("missing", "name", "poisons", "priority", "reads", "sequence", "started_at", "state", "thread", "writes"),
+        *("caller", "caller_at", "flight", "fn", "given_up", "handle", "heals", "holds", "info", "interrupt"),
+        *("is_async", "lane", "missing", "name", "poisons", "priority", "reads", "sequence", "started_at", "state"),
+        *("thread", "writes"),
     )
 
     def __init__(self, name: str, reads: tuple[Var, ...], writes: tuple[Var, ...], priority: int = 0) -> None:
@@ -37,6 +51,7 @@ class Op:
         self.sequence = 0
         self.missing = 0  # vars that it does not hold yet
         self.state = WAITING
+        self.flight: Any = None  # a Flight, if its work is done by a device
         self.fn: Any = None
         self.handle: Any = None
         self.holds: Any = None  # arrays, kept alive until the op ends
@@ -68,6 +83,7 @@ class Scheduler:
     def __init__(self) -> None:
         self.pending: dict[int, Op] = {}  # submitted and not complete, by sequence
         self._submitted = 0
+        self._suspects: dict[Var, list[Op]] = {}  # ops that are issued, whose error the var would carry
 
     def __repr__(self) -> str:
         return f"<Scheduler: {self._submitted} submitted, {len(self.pending)} pending>"
@@ -75,10 +91,10 @@ class Scheduler:
     def free(self, op: Op) -> bool:
         """Could an op that has not been submitted run at once?"""
         for var in op.writes:
-            if not var.idle:
+            if not var.idle and (var.queue or not self._passes(op, var, True)):
                 return False
-        for var in op.reads:  # noqa: SIM110  # loops, since a generator costs more
-            if var.writer is not None or var.queue:
+        for var in op.reads:  # loops, since a generator costs more
+            if (var.writer is not None or var.queue) and (var.queue or not self._passes(op, var, False)):
                 return False
         return True
 
@@ -90,7 +106,7 @@ class Scheduler:
         missing = 0
         writes = op.writes
         for var in writes:
-            if var.writer is not None or var.readers or var.queue:
+            if (var.writer is not None or var.readers or var.queue) and (var.queue or not self._follow(op, var, True)):
                 var.queue.append((op, True))
                 missing += 1
             else:
@@ -98,7 +114,7 @@ class Scheduler:
         for var in op.reads:
             if var in writes:
                 continue
-            if var.writer is not None or var.queue:
+            if (var.writer is not None or var.queue) and (var.queue or not self._follow(op, var, False)):
                 var.queue.append((op, False))
                 missing += 1
             else:
@@ -109,6 +125,26 @@ class Scheduler:
         op.state = READY
         return True
 
+    @staticmethod
+    def _passes(op: Op, var: Var, writes: bool) -> bool:
+        """Is everything that is in the way of the op at this var in a stream, where the op can follow it?"""
+        return (
+            op.flight is not None
+            and (var.writer is None or var.writer.state == ISSUED)
+            and (not writes or all(reader.state == ISSUED for reader in var.readers))
+        )
+
+    def _follow(self, op: Op, var: Var, writes: bool) -> bool:
+        """Let the op take a var that others hold, if it can follow them."""
+        if not self._passes(op, var, writes):
+            return False
+        if var.writer is not None:
+            op.flight.after.append(var.writer)
+        if writes:
+            op.flight.after.extend(var.readers)
+            var.readers.clear()
+        return True
+
     def poison_of(self, op: Op) -> BaseException | None:
         """The error that came to the op through what it reads."""
         for var in op.reads:
@@ -116,19 +152,62 @@ class Scheduler:
                 return var.poison
         return None
 
+    def inputs_of(self, op: Op) -> BaseException | None:
+        """Note, before a device is given its work, whose errors would be the op's; one that is known already."""
+        op.flight.inputs = [suspect for var in op.reads for suspect in self._suspects.get(var, ())]
+        return self.poison_of(op)
+
+    def issue(self, op: Op, error: BaseException | None) -> list[Op]:
+        """The op's work is in a stream, or ``error`` has kept it from that.
+
+        What it writes carries the error, or is whole again as far as is known: :meth:`complete` has the last word.
+
+        Returns:
+            The ops that may run now.
+        """
+        op.state = ISSUED
+        for var in op.heals if error is None else op.poisons:
+            var.poison = error
+            self._suspects.pop(var, None)
+        if error is None:
+            for var in op.poisons:
+                self._suspects.setdefault(var, []).append(op)
+        ready: list[Op] = []
+        for var in (*op.writes, *op.reads):
+            if var.queue:
+                self._advance(var, ready)
+        return ready
+
+    def _land(self, op: Op, error: BaseException | None) -> None:
+        """An op that was issued is complete: only vars that no later op has written whole can carry its error."""
+        flight: Flight = op.flight
+        flight.error, flight.after, flight.inputs = error, [], []
+        op.heals, carriers = (), []
+        for var in op.poisons:
+            suspects = self._suspects.get(var, [])
+            if op in suspects:
+                carriers.append(var)
+                suspects.remove(op)
+                if not suspects:
+                    del self._suspects[var]
+        op.poisons = carriers
+
     def complete(self, op: Op, error: BaseException | None) -> list[Op]:
         """The op has ended; what it writes carries ``error`` (None: is whole again).
 
         Returns:
             The ops that may run now.
         """
+        if op.state == ISSUED:
+            self._land(op, error)
         op.state = DONE
         del self.pending[op.sequence]
         ready: list[Op] = []
         for var in op.heals if error is None else op.poisons:
             var.poison = error
         for var in op.writes:
-            var.writer = None
+            if var.writer is op:  # else one that follows it on a device has taken its place
+                var.writer = None
             if var.queue:
                 self._advance(var, ready)
         for var in op.reads:
@@ -142,7 +221,7 @@ class Scheduler:
         queue = var.queue
         while queue:
             op, writes = queue[0]
-            if var.writer is not None or (writes and var.readers):
+            if (var.writer is not None or (writes and var.readers)) and not self._follow(op, var, writes):
                 return
             queue.popleft()
             if writes:
@@ -189,6 +268,8 @@ class Scheduler:
         """Assert what must hold between any two calls."""
         for op in self.pending.values():
             assert (op.missing == 0) == (op.state != WAITING), op
+            if op.state == ISSUED:  # others may have followed it
+                continue
             held = 0
             for var in op.writes:
                 assert var.writer is op or any(queued is op for queued, _ in var.queue), (op, var)
@@ -197,5 +278,7 @@ class Scheduler:
                 if var not in op.writes:
                     assert op in var.readers or any(queued is op for queued, _ in var.queue), (op, var)
                     held += op in var.readers
-                assert not (var.writer is not None and var.readers), var
+                assert not var.readers or var.writer is None or var.writer.state == ISSUED, var
             assert held + op.missing == len({*op.reads, *op.writes}), op
+        for suspects in self._suspects.values():
+            assert all(suspect.state == ISSUED for suspect in suspects), suspects

@@ -10,7 +10,9 @@ from engine.scheduler import Op
 
 
 class SerialEngine(Engine):
-    """Runs ops in program order; one behind an asynchronous op runs when that is complete."""
+    """Runs ops in program order; one behind an asynchronous op runs when that is complete. It waits for devices."""
+
+    _watches_devices = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -25,6 +27,12 @@ class SerialEngine(Engine):
 
     def _finish(self, op: Op, result: object, error: BaseException | None) -> None:
         super()._finish(op, result, error)
+        self._landed()
+
+    def _issued(self, op: Op) -> None:
+        self._streams_in_use.synchronise(op)
+
+    def _landed(self) -> None:
         if not getattr(self._draining, "depth", 0):  # else the loop below comes to them, without recursion
             self._drain()
 

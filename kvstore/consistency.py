@@ -233,8 +233,9 @@ class Level:
 
     @property
     def begun(self) -> int:
-        """The largest round that any participant has pushed."""
-        return max(self.rounds.values(), default=0)
+        """The largest round that any participant has pushed; who has just joined has pushed none."""
+        pushed = (n for p, n in self.rounds.items() if not (self.away and self._has_just_joined(p, n)))
+        return max(self.closed, *pushed, 0)
 
     def push(self, participant: int) -> tuple[list[Update], list[Answer]]:
         """Count one push. Raises KeyError when ``participant`` is not a member."""
@@ -292,19 +293,29 @@ class Level:
     def follow(self, update: Update) -> None:
         """Count an update that took effect elsewhere: nothing is known here of pushes that have not."""
         for participant, round in update.contributions:
-            self.rounds[participant] = round
-            spans = self.away.get(participant)
-            if spans and spans[-1][1] == FOR_GOOD:
-                spans[-1] = (max(spans[-1][0], round + 1), FOR_GOOD)
+            self.rounds[participant] = max(self.rounds[participant], round)
+            if participant in self.away:  # perhaps it had pushed that round before it left, which was not known here
+                self.away[participant] = [
+                    (round + 1 if first <= round <= last else first, last) for first, last in self.away[participant]
+                ]
         self.closed = max(self.closed, update.round)
         self.version += 1
 
     def effective(self, participant: int) -> int:
-        """The last of its rounds that has taken effect, or of which it is not a member."""
-        round = self.rounds[participant]
-        while not self.in_effect(participant, round) and participant in self.members_of(round):
+        """The last of its rounds that has taken effect, or after which it has joined; 0: there is none."""
+        round = self.rounds.get(participant, 0)
+        while not self.in_effect(participant, round) and not self._has_just_joined(participant, round):
             round -= 1
         return round
+
+    def effective_absences(self, participant: int) -> list[Absence]:
+        """Its absences, as if it had not pushed what has not taken effect, when it left."""
+        absences: list[Absence] = []
+        for first, last in self._absences(participant):
+            while not self.in_effect(participant, first - 1) and participant in self.members_of(first - 1):
+                first -= 1
+            absences.append((first, last))
+        return absences
 
     def push_alone(self) -> None:
         """Count a push of the only participant: in every model it takes effect at once, and nobody waits."""

@@ -123,6 +123,10 @@ class Home(Protocol):
     def workers(self) -> Sequence[int]:
         """The ranks of those who take part now."""
 
+    @property
+    def shards(self) -> int:
+        """Over how many large values are spread."""
+
     def init(self, key: Key, spec: Spec, value: Array) -> Future[Any]:
         """Create the key; done when it exists. ``value`` is flat and stays unchanged until then."""
 

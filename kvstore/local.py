@@ -56,6 +56,7 @@ class LocalHome(Home):
 
     rank = 0
     workers = (0,)
+    shards = 1
 
     def __init__(self, runtime: engine.Engine) -> None:
         self._engine = runtime

@@ -46,7 +46,7 @@ from kvstore.lists import Arrays, EntryBundle, Lists, Plan
 from kvstore.local import LocalHome
 from kvstore.optim import Optimizer
 from kvstore.protocol.messages import SAMPLES_MAX, Spec
-from kvstore.protocol.pieces import PIECE_BYTES, Cut, Key
+from kvstore.protocol.pieces import Cut, Key
 from kvstore.protocol.sampling import check_model
 
 _T = TypeVar("_T")
@@ -178,7 +178,7 @@ class KVStore:
             whole = self._optimizer is not None and self._optimizer.whole_tensor
             waiting = []
             for k, array in zip(keys, arrays, strict=True):
-                cut = Cut.of(array.size, array.dtype.itemsize, whole=whole, piece_bytes=PIECE_BYTES)
+                cut = Cut.of(array.size, array.dtype.itemsize, shards=self._home.shards, whole=whole)
                 spec = Spec(
                     array.shape, array.dtype.name, cut.piece_items, str(device_model), str(cluster_model), ranks,
                     self.samples_per_round,

@@ -20,7 +20,7 @@ from kvstore.checkpoint.tensors import NAMES, Tensor, TensorFile
 from kvstore.errors import CheckpointError, KVStoreError, OptionError
 from kvstore.protocol import wire
 from kvstore.protocol.messages import Spec
-from kvstore.protocol.pieces import PIECE_BYTES, Cut, Key
+from kvstore.protocol.pieces import Cut, Key
 
 
 class _Given(CutSource):
@@ -41,7 +41,7 @@ class _Given(CutSource):
 
 
 def _spec(value: Array) -> Spec:
-    cut = Cut.of(value.size, value.dtype.itemsize, piece_bytes=PIECE_BYTES)
+    cut = Cut.of(value.size, value.dtype.itemsize)
     return Spec(value.shape, value.dtype.name, cut.piece_items, "sequential", "sequential", None)
 
 

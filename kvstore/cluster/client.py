@@ -65,6 +65,7 @@ class ClusterHome(Home):
         self._barriers = 0
         self._cuts = Cuts(session)
         self._clock: Remote | None = None  # see CutPoints
+        self._time_then = -1  # its round when it was last looked at
         self._cut_points = CutPoints(session, self._mark, self._coupled, self._time, session.came_later)
         session.on_halt = self._cut_points.halt
 
@@ -76,6 +77,11 @@ class ClusterHome(Home):
     def workers(self) -> Sequence[int]:
         """The ranks of those who take part now."""
         return sorted(self._session.workers)
+
+    @property
+    def shards(self) -> int:
+        """Over how many large values are spread."""
+        return len(self._servers)
 
     # --- keys ---------------------------------------------------------------------------------
 
@@ -114,7 +120,7 @@ class ClusterHome(Home):
             if not exists.done():
                 remote.round = min(rounds)
                 self._remotes.setdefault(key, remote)
-                self._choose_clock(self._remotes[key])
+                self._take_as_clock(self._remotes[key])
                 exists.set_result(None)
 
         requests = []
@@ -428,17 +434,22 @@ class ClusterHome(Home):
     def _coupled(self) -> bool:
         return any(remote.spec.cluster_model != "eventual" for remote in list(self._remotes.values()))
 
-    def _choose_clock(self, remote: Remote) -> None:
+    def _take_as_clock(self, remote: Remote) -> None:
         """The first by name of the keys that all workers push and wait for: the same in every worker."""
-        spec, clock = remote.spec, self._clock
-        if spec.cluster_model == "eventual" or spec.participants is not None:
-            return
-        if clock is None or str(remote.key) <= str(clock.key):
+        if _may_be_clock(remote) and (self._clock is None or str(remote.key) <= str(self._clock.key)):
             self._clock = remote
 
     def _time(self) -> tuple[Key, int] | None:
         clock = self._clock
-        return None if clock is None else (key_of(clock), clock.latest.round)
+        if clock is None:
+            return None
+        if clock.latest.round == self._time_then:  # perhaps it is hardly ever pushed
+            others = filter(_may_be_clock, list(self._remotes.values()))
+            most = min(others, key=lambda remote: (-remote.latest.round, str(remote.key)), default=clock)
+            if most.latest.round > clock.latest.round:
+                self._clock = clock = most
+        self._time_then = clock.latest.round
+        return key_of(clock), self._time_then
 
     def _mark(self, named: Named) -> None:
         """Tell all servers which of this worker's pushes belong to a cut; later pushes are sent once they know."""
@@ -502,6 +513,11 @@ class ClusterHome(Home):
 
     def _ask_all(self, make: Callable[[int], Message], timeout_s: float, what: str) -> None:
         self._session.ask_each(self._servers, make, timeout_s, what)
+
+
+def _may_be_clock(remote: Remote) -> bool:
+    """Does every worker push it, and wait for the others' pushes?"""
+    return remote.spec.cluster_model != "eventual" and remote.spec.participants is None
 
 
 def _clamped(priority: int) -> int:

@@ -91,6 +91,8 @@ class Journal:
         try:
             self._replace(cluster, members)
         except sqlite3.Error as error:
+            if self._database.in_transaction:
+                self._database.rollback()
             raise self._unwritable(error) from error
 
     def _replace(self, cluster: list[Any], members: list[Member]) -> None:

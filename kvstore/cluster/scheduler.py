@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import secrets
 import threading
 from pathlib import Path
@@ -19,7 +20,7 @@ from kvstore.transport.zeromq import NETWORK
 log = logging.getLogger(__name__)
 
 GRACE = 1 / 6  # of the heartbeat's deadline: so long a connection that ended may take to come back
-RETURN_S = 10.0  # so long the members may take to come back to a scheduler that was restarted
+RETURN_S = 10.0  # so long the members may take to come back to a scheduler that was restarted, or stopped for a while
 
 REMIND_S = 5.0  # so often everybody is told again who is lost
 
@@ -60,7 +61,10 @@ class Scheduler:
                 f"a cluster: expected at least 1 worker and 1 server, got {num_workers} and {num_servers}"
             )
         self._replication = replication
+        self._heartbeat_s = heartbeat
         self._grace_s = heartbeat * GRACE
+        self._ticked_at = math.inf
+        self._patient_until = 0.0  # until then nobody is lost
         self._unreachable: dict[bytes, float] = {}  # peer -> since when
         self._stopped = threading.Event()
         self._failure: OptionError | None = None
@@ -158,6 +162,12 @@ class Scheduler:
         return self._endpoint.send(peer, envelope(sender, [(message, ())]))
 
     def _tick(self, now: float) -> None:
+        if (
+            now > self._ticked_at + self._heartbeat_s
+        ):  # this process was stopped: that the others fell silent is its own doing
+            log.warning("%r: it was stopped for %.1f s; everybody may come back", self, now - self._ticked_at)
+            self._patient_until = now + RETURN_S
+        self._ticked_at = now
         self._send(self.membership.tick(now))
 
     def _remind(self) -> None:
@@ -176,7 +186,7 @@ class Scheduler:
         since = self._unreachable
         self._unreachable = {peer: since.get(peer, now) for peer in unreachable}
         for peer in unreachable:
-            if now - self._unreachable[peer] >= self._grace_s / 2:
+            if now >= max(self._unreachable[peer] + self._grace_s / 2, self._patient_until):
                 del self._unreachable[peer]
                 self._send(self.membership.lost(peer))
         if self._unreachable:

@@ -96,7 +96,7 @@ class Server:
         self.address = self._own.address
         self.shards: dict[int, Shard] = {}  # by number
         self._session: Session | None = None
-        self._gone: dict[int, Departed] = {}  # workers
+        self._gone: dict[int, Departed] = {}  # workers that are lost or have left
         self._moving: set[tuple[int, int]] = set()  # shards that are handed over, and the epoch
         self._asked: Future[Any] | None = None
         self._asked_at = 0.0
@@ -180,6 +180,8 @@ class Server:
         """A member is gone, or a worker has joined."""
         if isinstance(change, Joined):
             self._gone.pop(change.rank, None)
+        elif self._gone.get(change.rank) == change:
+            return  # a reminder
         elif change.role == "worker":
             self._gone[change.rank] = change
         for shard in self.shards.values():

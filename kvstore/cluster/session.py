@@ -35,6 +35,7 @@ from kvstore.protocol.messages import (
     PRIORITY_MAX,
     Admit,
     Departed,
+    Done,
     Enter,
     Explain,
     Explanation,
@@ -65,6 +66,7 @@ SCHEDULER = -1  # its number among the servers
 BATCH_BYTES = 256 << 10  # small messages to one server travel together up to this size
 MEET_S = 10.0  # how long a server may take to say whether it is on this host
 MEET_AGAIN_S = 1.0  # the same while a round waits
+IDS_PER_LIFE = 1 << 32
 EXPLAIN_S = 2.0  # how long a deadline's error may wait for the answer to "why"
 
 OnOutcome = Callable[[Outcome | Divide], None]
@@ -114,6 +116,7 @@ class Session:
         self._on_change = on_change
         self._on_placement = on_placement
         self._placed = 0  # the epoch of the placement
+        self._leaving = False
         self._meeting: dict[int, int] = {}  # shards that have moved, while it is found out whether they are near
         self._strange: set[int] = set()  # those that turned out to be far
         self._on_loss = on_loss
@@ -329,6 +332,7 @@ class Session:
 
     def leave(self) -> None:
         """Tell the scheduler that this member leaves in order, then :meth:`close`."""
+        self._leaving = True
         with contextlib.suppress(KVStoreError, TimeoutError):
             self.ask(SCHEDULER, lambda i: Leave(i, "")).result(1.0)
         self.close()
@@ -445,14 +449,27 @@ class Session:
             if isinstance(message, Roster):  # a member from here on: should the connection end now, it says so
                 self.sender = Sender(self.sender.cluster, self.sender.epoch, message.rank, message.incarnation)
                 self.workers = set(message.workers)
+                with self._lock:  # what a server still answers to an earlier life must not look like an answer to this
+                    self._ids = max(self._ids, (message.incarnation - 1) * IDS_PER_LIFE)
             if isinstance(message, Halt):
                 if self.on_halt is not None:
                     self.on_halt(message)
                 continue
+            if server == SCHEDULER and isinstance(message, Done) and self._is_behind(sender.epoch):
+                self._ask_placement()
+                continue  # it says so again
             concluded = self._requests.reply(message, payload)
             if concluded is not None:
                 self._settle(concluded)
         self._pump()
+
+    def _take_roster(self, roster: Roster) -> None:
+        """The scheduler says who this process is; once more whenever it has been connected anew."""
+        self.workers = set(roster.workers)
+        if self.sender.incarnation == NOBODY:
+            self.num_workers, self.servers = roster.num_workers, self.servers or roster.servers
+            self.joins = roster.joins
+            self.sender = Sender(self.sender.cluster, self.sender.epoch, roster.rank, roster.incarnation)
 
     def _take_departed(self, message: Departed) -> None:
         if message.role == "worker":
@@ -560,9 +577,17 @@ class Session:
             if connection.refused and (error := self._server_gone(server)) is not None:
                 for outcome in self._requests.abandon(server, error):
                     self._settle(outcome)
-        if self._requests.tick(now) and self._placed:  # perhaps its server is another, and we were not told
-            self._connections[SCHEDULER].send(envelope(self.sender, [(ReadPlacement(self.next_id()), ())]))
+        registered = self.sender.incarnation != NOBODY
+        if self._requests.tick(now) and registered:  # perhaps its server is another, and we were not told
+            self._ask_placement()
         self._pump()
+
+    def _is_behind(self, epoch: int) -> bool:
+        """May a barrier have opened after commits on servers that are not known here? Who leaves need not know them."""
+        return 0 < self._placed < epoch and not self._leaving
+
+    def _ask_placement(self) -> None:
+        self._connections[SCHEDULER].send(envelope(self.sender, [(ReadPlacement(self.next_id()), ())]))
 
     def _fail_all(self, error: KVStoreError) -> None:
         with self._lock:

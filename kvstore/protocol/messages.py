@@ -659,6 +659,7 @@ class RestoreWorkers(Message):
     admitted: tuple[tuple[int, int], ...]
     missed: tuple[tuple[int, str], ...]
     hopeless: tuple[int, ...]
+    joining: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,12 @@
-"""How a value is cut into pieces and which server owns each. Pure.
+"""How a value is cut into pieces and which shard owns each. Pure.
 
-Every worker computes the same answer from the key, the value's description and the number of
-servers; nobody has to be asked.
+Every worker computes the same answer from the key, the value's size and the number of shards; nobody has to be asked,
+and the order of calls does not matter.
+
+So the bytes can be balanced only by what a single key says. A large value is cut so that every shard has an equal part
+of it. What is too small for that lies on one shard, by a consistent hash of its key: there are many such keys, or they
+are few bytes. Large is what would be much for one of so many shards: a round over two servers takes longer than over
+one, unless there is enough to move.
 """
 
 from __future__ import annotations
@@ -15,7 +20,10 @@ BundleId = bytes  # of keys that travel together as one piece, see kvstore.proto
 PieceId = tuple[Key | BundleId, int]
 Span = tuple[int, int]  # the first element, and the one after the last
 
-PIECE_BYTES = 4 << 20
+PIECE_BYTES = 4 << 20  # the most that a piece has
+WHOLE_BYTES = 2 * PIECE_BYTES  # divided by the number of shards: up to this size a value stays whole, with one shard
+SHARE_BYTES = 256 << 10  # a larger one is spread over as many shards as get so much of it, or over all
+PAGE_BYTES = 4096  # pieces begin at a multiple of it, counted from the value's beginning
 BUNDLE_ID_BYTES = 16
 
 
@@ -27,9 +35,18 @@ class Cut:
     piece_items: int
 
     @classmethod
-    def of(cls, items: int, itemsize: int, *, whole: bool = False, piece_bytes: int = PIECE_BYTES) -> Cut:
-        """Pieces of ``piece_bytes``; one piece if ``whole``. An empty value is one empty piece."""
-        return cls(items, max(1, items) if whole else max(1, piece_bytes // itemsize))
+    def of(cls, items: int, itemsize: int, *, shards: int = 1, whole: bool = False) -> Cut:
+        """As many pieces as shards, or a multiple, if the value is large; one if ``whole``. An empty value is one."""
+        nbytes = items * itemsize
+        pieces = -(-nbytes // PIECE_BYTES)
+        if nbytes * shards > WHOLE_BYTES:
+            pieces = max(pieces, min(shards, nbytes // SHARE_BYTES))
+        if whole or pieces <= 1:
+            return cls(items, max(1, items))
+        if pieces > shards:
+            pieces = -(-pieces // shards) * shards
+        page = max(1, PAGE_BYTES // itemsize)
+        return cls(items, -(-items // (pieces * page)) * page)
 
     def __len__(self) -> int:
         return max(1, -(-self.items // self.piece_items))
@@ -45,10 +62,20 @@ class Cut:
         return stop - start
 
 
-def owner(key: Key, piece: int, num_servers: int) -> int:
-    """The server of a piece: a stable hash of the key, then in turn, so that big values spread evenly."""
+def owner(key: Key, piece: int, shards: int) -> int:
+    """The shard of a piece: that of the key for the first, then in turn."""
     digest = hashlib.blake2b(_bytes(key), digest_size=8).digest()
-    return (int.from_bytes(digest, "big") + piece) % num_servers
+    return (_jump(int.from_bytes(digest, "big"), shards) + piece) % shards
+
+
+def _jump(number: int, shards: int) -> int:
+    """A consistent hash (Lamping and Veach 2014, arXiv 1406.2294): with one shard more, only what comes to it moves."""
+    shard, following = 0, 0
+    while following < shards:
+        shard = following
+        number = (number * 2862933555777941757 + 1) & 0xFFFFFFFFFFFFFFFF
+        following = int((shard + 1) * ((1 << 31) / ((number >> 33) + 1)))
+    return shard
 
 
 def bundle_id(keys: Sequence[Key]) -> BundleId:

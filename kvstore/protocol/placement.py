@@ -1,12 +1,13 @@
 """Which servers have which shard, as the scheduler decides it. Pure.
 
-There are as many shards as the cluster has servers, and shard n is at home on server n. The servers that have a shard
-are a chain: its *primary*, which answers for it, then its *replicas*, each of which gets the log from the one before it
-(see :mod:`kvstore.protocol.replicating`). What follows from a change is decided in one place, :meth:`Placing._settle`:
+There are as many shards as the cluster has servers, and shard n is at home on server n; without that, on the next one,
+by rank, that has not got its part of the shards. The servers that have a shard are a chain: its *primary*, which
+answers for it, then its *replicas*, each of which gets the log from the one before it (see
+:mod:`kvstore.protocol.replicating`). What follows from a change is decided in one place, :meth:`Placing._settle`:
 
 - who is gone is taken out of the chains. A lost primary's first replica becomes primary; without one the shard is lost;
-- a shard should be at home, and its replicas on the next servers, by rank; those that drain are passed over. Who should
-  have it comes to the chain's end, one at a time, and only when all before are in step;
+- a shard should be at home, and its replicas on the next servers; those that drain are passed over. Who should have it
+  comes to the chain's end, one at a time, and only when all before are in step;
 - when all who should have it are in step, the primary hands over to the one who should be it, if that is another; then
   those leave the chain who should not have it. So a shard that moves never has fewer holders than before.
 
@@ -16,6 +17,7 @@ says about an older one is ignored.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -183,18 +185,30 @@ class Placing:
 
     def _wanted(self, number: int) -> list[int]:
         """Who should have the shard: its primary, then its replicas, as far as there is anybody."""
-        primary = self.shards[number].primary
-        may = [rank for rank in self._ring(number) if rank not in self.draining]
-        home = next((rank for rank in (number, primary) if rank in may), None)
-        if home is None:
-            home = next((rank for rank in self._ring(primary) if rank in may), primary)
-        following = [rank for rank in self._ring(home) if rank in may and rank != home]
+        homes = self._homes()
+        home = homes[number] if homes else self.shards[number].primary
+        following = [rank for rank in self._ring(home) if rank != home]
         return [home, *following[: self.replication]]
 
+    def _homes(self) -> list[int]:
+        """Where each shard is at home; nothing if nobody stays.
+
+        Consistent hashing with bounded loads (Mirrokni et al. 2018): without its own server it goes to the next one
+        that has not got its part yet. All shards are about equal in bytes, see :mod:`kvstore.protocol.pieces`.
+        """
+        staying = self._ring(0)
+        homes = {number: number for number in staying}
+        for number in range(self.num_servers if staying else 0):
+            if number not in homes:
+                most = -(-self.num_servers // len(staying))
+                held = Counter(homes.values())
+                homes[number] = next(rank for rank in self._ring(number) if held[rank] < most)
+        return [home for _, home in sorted(homes.items())]
+
     def _ring(self, rank: int) -> list[int]:
-        """The servers that are here, from this one on."""
+        """The servers that are here and do not drain, from this one on."""
         around = [(rank + step) % self.num_servers for step in range(self.num_servers)]
-        return [one for one in around if one in self.servers]
+        return [one for one in around if one in self.servers and one not in self.draining]
 
     def _chain(self, number: int) -> list[Replica]:
         """The shard's primary, as if it followed somebody, and its replicas; nobody if it is lost, or there is none."""

@@ -53,6 +53,8 @@ from kvstore.protocol.messages import (
     Drop,
     Entry,
     Failed,
+    Freeze,
+    Frozen,
     Init,
     Initialized,
     Leave,
@@ -72,7 +74,7 @@ from kvstore.protocol.pieces import PieceId, Span
 from kvstore.protocol.serving import Serving
 from kvstore.protocol.settings import Setting
 
-_AS_THEY_ARE = Bind | SetOptimizer | SetHyperparameters | Leave | Admit | Departed  # entries of the log
+_AS_THEY_ARE = Bind | SetOptimizer | SetHyperparameters | Leave | Freeze | Admit | Departed  # entries of the log
 EARLY_MAX = 1024  # entries that a replica keeps because others before them have not come
 RESEND_S = 2.0  # without news of the replica, all that it has not taken is sent again
 
@@ -210,7 +212,7 @@ class Log:
         match action:
             case ReplyAfter(_, _, piece) | ReplyValue(_, _, piece) | SendState(_, _, piece):
                 return max(self._latest.get(piece, 0), self._told)
-            case Reply(_, Done() | Initialized()):
+            case Reply(_, Done() | Initialized() | Frozen()):
                 return self._number
         return 0
 
@@ -324,7 +326,7 @@ def _restore(key: Any, number: int, piece: Piece, counted: Piece) -> RestorePiec
     """``counted``: the piece itself, or the bundle that it is in."""
     level = counted.level
     rounds = tuple((p, level.effective(p)) for p in level.rounds)
-    away = tuple((p, *span) for p, spans in level.away.items() for span in spans)
+    away = tuple((p, *span) for p in level.away for span in level.effective_absences(p))
     return RestorePiece(
         0, key, number, piece.spec, level.closed, level.version, rounds, away, counted.generation, counted.steps,
         counted.written is not None, (), (),
@@ -418,7 +420,7 @@ def follow(serving: Serving, entry: Entry, payload: object, now: float) -> list[
             serving.lost(message.rank, message.reason, message.on_loss, message.incarnation, now)
         case Departed():
             serving.leaves(message.rank, message.incarnation)
-        case Init() | Drop() | WriteState() | Restore() | Leave() | Admit():
+        case Init() | Drop() | WriteState() | Restore() | Leave() | Freeze() | Admit():
             rank, incarnation = entry.rank, entry.incarnation
             if isinstance(message, Init):  # it was created, whoever came first
                 rank = serving.workers.first or 0
@@ -447,7 +449,7 @@ def _create(serving: Serving, message: RestorePiece, payload: Any) -> list[Actio
     for participant, first, last in message.away:
         level.away.setdefault(participant, []).append((first, last))
     level.closed, level.version = message.closed, message.version
-    piece = Piece(message.spec, level, {p: n for p, n in message.rounds if n})
+    piece = Piece(message.spec, level, dict(message.rounds))
     piece.generation, piece.steps = message.generation, message.step
     piece.written = (message.names, message.dtypes) if message.written else None
     serving.pieces[piece_id] = piece

@@ -180,9 +180,13 @@ class Membership:
         return bool(self._changed) or self._kept != self.placing.records()
 
     def reminders(self) -> Actions:
-        """Who is lost, once more: that message may have been lost, too, with a connection."""
-        workers = [self._notice(m) for m in self.members.values() if m.reason and m.role == "worker"]
-        return [action for notice in [*workers, *self._lost_shards()] for action in self._tell(notice)]
+        """Who is gone, once more: that message may have been lost, too, with a connection."""
+        return [action for notice in [*self._departed(), *self._lost_shards()] for action in self._tell(notice)]
+
+    def _departed(self, besides: Member | None = None) -> list[Departed]:
+        """What is said of the workers that take part no more."""
+        workers = [m for m in self.members.values() if m.role == "worker" and m is not besides]
+        return [self._notice(m) for m in workers if m.gone or m.state == "apart"]
 
     def _lost_shards(self) -> list[Departed]:
         """What is said of shards that nobody has any more: as if the server of that number were lost."""
@@ -333,12 +337,13 @@ class Membership:
         if former is not None and not former.gone:
             raise DisagreementError(f"register as worker {rank}: expected a free rank, it is taken")
         member = self._add(peer, message, rank, now)
+        told = (peer, self._placement(0))
         if former is not None:
             member.incarnation = former.incarnation + 1
             if former.state == "lost" and self.on_loss == "wait":
-                return [self._welcome(member), *self._tell(Joined(0, rank, member.incarnation), member)]
+                return [self._welcome(member), told, *self._tell(Joined(0, rank, member.incarnation), member)]
         member.state = "joining"
-        return [self._welcome(member)]
+        return [self._welcome(member), told]
 
     def _add(self, peer: Peer, message: Register, rank: int, now: float) -> Member:
         member = Member(
@@ -368,11 +373,7 @@ class Membership:
         if not self.started:
             return []
         actions: Actions = [self._welcome(member), (peer, self._placement(0))]
-        actions += [
-            (peer, self._notice(m))
-            for m in self.members.values()
-            if m is not member and m.role == "worker" and (m.gone or m.state == "apart")
-        ]
+        actions += [(peer, notice) for notice in self._departed(member)]
         actions += [(peer, notice) for notice in self._lost_shards()]
         if member.state == "lost":  # nobody has taken over meanwhile
             member.state, member.reason = "here", ""
@@ -492,7 +493,7 @@ class Membership:
     # --- going --------------------------------------------------------------------------------
 
     def _depart(self, member: Member, reason: str, *, stays: bool = False) -> Actions:
-        if member.gone:
+        if member.gone or (stays and member.state == "apart"):
             return []
         counted = member.role != "worker" or member.state == "here"
         member.reason = reason

@@ -256,7 +256,7 @@ class Serving:
             )
         model = consistency.parse(message.spec.cluster_model)
         check_model(message.spec.samples_per_round, model, f"key {message.key!r}, cluster level")
-        piece = Piece(message.spec, Level(model, members))
+        piece = Piece(message.spec, Level(model, members), dict.fromkeys(members, 0))
         restored = self._restored(piece_id, message.spec)
         if restored is not None:
             self._count_restored(piece, restored)
@@ -287,7 +287,8 @@ class Serving:
 
     def _agree(self, rank: int, message: Init, piece: Piece) -> Action:
         if message.spec == piece.spec:
-            return Reply(rank, Initialized(message.request_id, piece.accepted.get(rank, 0)))
+            # What took effect: a takeover may lose what is only accepted, and then it takes a push again.
+            return Reply(rank, Initialized(message.request_id, piece.level.effective(rank)))
         return failure(
             rank,
             message,
@@ -579,12 +580,16 @@ class Serving:
         return actions + self._settle_early()
 
     def _freeze(self, rank: int, message: Freeze, payload: object) -> list[Action]:
-        self.workers.begin_to_join(rank, self.workers.incarnations[rank])
+        incarnation = self.workers.incarnations[rank]
+        ended: list[Action] = []
+        if not self.workers.is_admitted(rank, incarnation):  # else this comes late
+            ended = self._go_on_without(rank)  # an earlier life, of whose end this server may not have heard
+            self.workers.begin_to_join(rank)
         rounds: dict[Key, int] = {}
         for (key, _), piece in self.pieces.items():
             if not isinstance(key, bytes):
                 rounds[key] = max(rounds.get(key, 0), piece.level.begun)
-        return [Reply(rank, Frozen(message.request_id, rounds))]
+        return [*ended, Reply(rank, Frozen(message.request_id, rounds))]
 
     def _begins_something(self, message: Push | Init) -> bool:
         """Is it a push of a round that nobody has pushed here, or the creation of a key?"""

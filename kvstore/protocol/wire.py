@@ -380,11 +380,11 @@ FORMS: dict[int, tuple[type[Message], tuple[Check, ...]]] = {
         ),
     ),
     102: (RestoreSetting, (_described, _since, _natural, _described)),
-    103: (RestoreWorkers, (_rank_list, _rank_list, _pairs, _pairs, _reasons, _rank_list)),
+    103: (RestoreWorkers, (_rank_list, _rank_list, _pairs, _pairs, _reasons, _rank_list, _rank_list)),
     104: (Arrived, ()),
 }
 LOGGED = (
-    Init, Bind, Drop, SetOptimizer, SetHyperparameters, WriteState, Restore, Leave, Admit, Departed,
+    Init, Bind, Drop, SetOptimizer, SetHyperparameters, WriteState, Restore, Leave, Freeze, Admit, Departed,
     Updated, UniteBundle, SplitBundle, RestorePiece, RestoreSetting, RestoreWorkers, Arrived,
 )  # fmt: skip
 _KINDS = {form[0]: kind for kind, form in FORMS.items()}

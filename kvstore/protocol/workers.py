@@ -111,20 +111,20 @@ class Workers:
             tuple(self._admitted.items()),
             tuple(self.missed.items()),
             tuple(sorted(self.hopeless)),
+            tuple(sorted(self.joining)),
         )
 
     def restore(self, other: RestoreWorkers) -> None:
         """As another server has :meth:`described`."""
         self.members, self.known, self.hopeless = set(other.members), set(other.known), set(other.hopeless)
         self.incarnations, self._admitted = dict(other.incarnations), dict(other.admitted)
-        self.missed = dict(other.missed)
+        self.missed, self.joining = dict(other.missed), set(other.joining)
 
     # --- joining ------------------------------------------------------------------------------
 
-    def begin_to_join(self, rank: int, incarnation: int) -> None:
+    def begin_to_join(self, rank: int) -> None:
         """From now on no round begins."""
-        if self._admitted.get(rank) != incarnation:  # else it comes late
-            self.joining.add(rank)
+        self.joining.add(rank)
 
     def is_admitted(self, rank: int, incarnation: int) -> bool:
         return self._admitted.get(rank) == incarnation

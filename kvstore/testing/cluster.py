@@ -62,6 +62,7 @@ class Cluster:
         replication: on how many servers beside its primary a shard is kept.
         delay_s, loss, repetition: of the network; see :class:`kvstore.testing.Weather`.
         heartbeat_s: after so long without a sign of life a member is lost.
+        excused: errors that end a worker's program as a crash would: :meth:`run` does not raise them.
         options: of :func:`kvstore.create`, for every worker.
     """
 
@@ -76,6 +77,7 @@ class Cluster:
         repetition: float = 0.0,
         heartbeat_s: float = HEARTBEAT_S,
         replication: int = 0,
+        excused: tuple[type[Exception], ...] = (),
         **options: Any,
     ) -> None:
         self.world = World(seed)
@@ -83,6 +85,7 @@ class Cluster:
         self.workers = workers
         self.servers = servers
         self._replication = replication
+        self._excused: tuple[type[BaseException], ...] = (Crashed, *excused)
         self._journal = Journal(":memory:")  # which outlives the schedulers that write it
         self._options = {"heartbeat": heartbeat_s, **options}
         self._heartbeat_s = heartbeat_s
@@ -150,15 +153,15 @@ class Cluster:
 
     def join(self, limit_s: float = 3600.0) -> list[Any]:
         """Wait until all programs are over; see :meth:`run`."""
-        outcomes = [self._outcomes[member] for member in sorted(self._outcomes)]
-        over = self.world.run(lambda: all(outcome.done() for outcome in outcomes), limit_s)
+        over = self.world.run(lambda: all(outcome.done() for outcome in self._outcomes.values()), limit_s)
         errors = [*self._errors, *(outcome.exception() for outcome in self._over)]
         for error in errors:
-            if error is not None and not isinstance(error, Crashed):
+            if error is not None and not isinstance(error, self._excused):
                 error.add_note(f"in a simulated cluster of seed {self.world.seed}, at {self.now:.3f} s")
                 raise error
         if not over:
             raise DeadlineError(f"seed {self.world.seed}: programs are not over after {limit_s:g} s of simulated time")
+        outcomes = [self._outcomes[member] for member in sorted(self._outcomes)]
         return [None if outcome.exception() is not None else outcome.result() for outcome in outcomes]
 
     def sleep(self, seconds: float) -> None:
@@ -209,14 +212,35 @@ class Cluster:
         self.world.note(f"partition between {list(one)} and {list(other)}")
         self.web.cut([self._processes[m] for m in one], [self._processes[m] for m in other])
 
-    def heal(self) -> None:
-        """The network is whole again."""
-        self.world.note("the network is whole again")
-        self.web.heal()
+    def drain(self, rank: int) -> None:
+        """Tell this server to hand over its shards and end, as ``kill`` would."""
+        self.world.note(f"server {rank} is told to end")
+        process, server = self._alive("server", rank), self.daemon("server", rank)
+        self._begin(process, server.drain)
+
+    def heal(self, one: Sequence[Member] = (), other: Sequence[Member] = ()) -> None:
+        """The network is whole again; or only between these members."""
+        if not one:
+            self.world.note("the network is whole again")
+            self.web.heal()
+            return
+        self.world.note(f"no partition between {list(one)} and {list(other)} any more")
+        self.web.mend([self._processes[m] for m in one], [self._processes[m] for m in other])
 
     def kind(self) -> None:
         """From now on no message is lost or repeated."""
         self.web.weather.loss = self.web.weather.repetition = 0.0
+
+    # --- looking in ---------------------------------------------------------------------------
+
+    def alive(self, role: str, rank: int = 0) -> bool:
+        """Is there such a process, paused or not?"""
+        process = self._processes.get((role, rank))
+        return process is not None and process.alive
+
+    def daemon(self, role: str, rank: int = 0) -> Any:
+        """The latest :class:`Scheduler` or :class:`Server` of this rank, for tests that look inside."""
+        return self._daemons[role, rank]
 
     # --- life ---------------------------------------------------------------------------------
 

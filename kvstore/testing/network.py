@@ -72,9 +72,13 @@ class Web:
         return self._peers
 
     def cut(self, one: Iterable[Process], other: Iterable[Process]) -> None:
-        """Nothing passes between these processes, either way, until :meth:`heal`."""
-        others = list(other)
-        self._cuts.update(frozenset((a, b)) for a in one for b in others if a is not b)
+        """Nothing passes between these processes, either way, until :meth:`mend` or :meth:`heal`."""
+        self._cuts.update(_pairs(one, other))
+        self.look_again()
+
+    def mend(self, one: Iterable[Process], other: Iterable[Process]) -> None:
+        """These reach each other again."""
+        self._cuts.difference_update(_pairs(one, other))
         self.look_again()
 
     def heal(self) -> None:
@@ -108,6 +112,11 @@ class Web:
             delay = chance.uniform(*weather.delay_s)
             if chance.random() >= weather.loss:
                 self.world.later(delay, lambda: deliver([memoryview(bytearray(frame)) for frame in copied]))
+
+
+def _pairs(one: Iterable[Process], other: Iterable[Process]) -> set[frozenset[Process]]:
+    others = list(other)
+    return {frozenset((a, b)) for a in one for b in others if a is not b}
 
 
 class SimulatedLoop:

@@ -316,7 +316,8 @@ def test_a_close_that_is_interrupted_closes_all_the_same():
         return left.exception(DEADLINE_S)
 
     with cluster() as c:
-        assert isinstance(c.run(work)[1], errors.ClosedError)
+        ended = c.run(work)[1]  # by whatever came first: its own end, the servers' word that it is gone, or the commit
+        assert ended is None or isinstance(ended, errors.ClosedError | errors.FencedError)
 
 
 def test_barrier_names_who_is_missing():

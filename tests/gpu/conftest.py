@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -24,3 +25,10 @@ def pytest_report_header():
     import cupy
 
     return f"GPU: {cupy.cuda.runtime.getDeviceProperties(0)['name'].decode()}, CuPy {cupy.__version__}"
+
+
+@pytest.fixture(scope="session")
+def cupy() -> ModuleType:
+    import cupy
+
+    return cupy

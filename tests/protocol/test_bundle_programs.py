@@ -276,6 +276,9 @@ class Program:
         if asked is None:
             return
         bare = asked.push and self.rng.random() < 0.5
+        counted = [self.oracle.serving.pieces[key, 0].accepted.get(rank, 0) for key in asked.keys]
+        if bare and not asked.sent and max(counted) >= asked.round:  # an earlier life has made some of it
+            bare = False
         if bare and not asked.sent:
             self.ask(asked, bare=True)
             singles = [self.oracle.heard(rank, message.request_id, Missing) for message in asked.singles()]

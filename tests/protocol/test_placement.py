@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 
 import pytest
 
@@ -92,6 +93,15 @@ def test_who_catches_up_from_a_lost_one_begins_anew():
     assert (newcomer.server, newcomer.in_step, newcomer.address) == (3, False, "")
     assert newcomer.epoch > epoch
     assert not one.in_step(2, 0, epoch)
+
+
+def test_the_shards_of_lost_servers_are_shared_out():
+    one = placing(6)
+    for lost in (1, 2, 3):
+        one.gone(lost)
+        settle(one)
+    assert not one.lost()
+    assert [shard.primary for shard in one.shards] == [0, 4, 5, 0, 4, 5]
 
 
 def test_a_server_returns_and_takes_its_shard_back():
@@ -235,6 +245,8 @@ def test_random_changes():
                 one.arrived(back, f"tcp://again{back}")
                 settle(one)
             assert not one.lost()
+            primaries = Counter(shard.primary for shard in one.shards)
+            assert max(primaries.values()) <= -(-servers // len(one.servers))
             for shard in one.shards:
                 chain = [shard.primary, *(replica.server for replica in shard.replicas)]
                 assert len(set(chain)) == len(chain)

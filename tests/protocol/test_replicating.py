@@ -10,11 +10,16 @@ import pytest
 from kvstore.errors import FencedError
 from kvstore.protocol.actions import Apply, Create, StoreState
 from kvstore.protocol.messages import (
+    Admit,
     Bind,
+    Departed,
     Drop,
     Entry,
     Fetch,
+    Freeze,
+    Frozen,
     Init,
+    Initialized,
     Leave,
     Message,
     Push,
@@ -368,3 +373,97 @@ def test_a_primary_that_becomes_a_replica_forgets_what_only_waits():
     former.core = core
     chain.check()
     assert core.pieces[bundle, 0].accepted == {0: 1, 1: 1}
+
+
+# --- workers that come and go while a server takes over -------------------------------------------
+
+
+def answers(core: Serving, rank: int, message: Message, payload: Any = None, incarnation: int = 1) -> list[Any]:
+    """What a worker is told by a server, and Apply where a round takes effect."""
+    actions = core.handle(rank, incarnation, message, payload, 0.0)
+    return [getattr(action, "message", action) for action in actions]
+
+
+def loses(chain: Chain, rank: int, on_loss: str) -> None:
+    """The scheduler says that the worker is lost."""
+    said, first = Departed(0, "worker", rank, "killed", 1, on_loss), chain.servers[0]
+    chain._perform(first, chain.log.conclude(-1, -1, said, first.core.lost(rank, "killed", on_loss, 1)))
+
+
+def takes_over(chain: Chain) -> Serving:
+    """The core of the replica, when its primary has died."""
+    chain.catch_up()
+    return chain.servers[1].core
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_join_goes_on_with_the_server_that_takes_over(late):
+    chain = Chain(late=late)
+    begin(chain, model="eventual")
+    chain.say(0, push("a", 1), WHAT)
+    chain.say(2, Freeze(1))
+    if late:
+        chain.attach()
+    successor = takes_over(chain)
+    assert answers(successor, 0, push("a", 2), WHAT) == []  # no round begins until the join has ended
+    told, applied, *_ = answers(successor, 2, Admit(2, {"a": 1}))
+    assert told.request_id == 2
+    assert applied.contributions == ((0, 2),)
+
+
+def test_who_joins_is_told_what_has_begun_when_the_replica_knows_of_it():
+    chain = Chain()
+    begin(chain)
+    chain.catch_up()
+    chain.replies.clear()
+    chain.say(2, Freeze(1))
+    ((_, number, frozen),) = chain.replies
+    assert isinstance(frozen, Frozen)
+    assert not chain.log.may_tell(number)
+
+
+def test_a_life_that_returns_makes_again_what_a_takeover_has_lost():
+    """What was only accepted of the life before: the primary has it, and so it counts; its successor takes it anew."""
+    chain = Chain()
+    begin(chain)
+    chain.say(1, push("a", 1), WHAT)
+    loses(chain, 1, "wait")
+    assert answers(chain.servers[0].core, 1, Init(5, "a", 0, spec()), incarnation=2) == [Initialized(5, 0)]
+    successor = takes_over(chain)
+    assert answers(successor, 1, push("a", 1), ("new",) * 4, incarnation=2) == []
+    (applied, *_) = answers(successor, 0, push("a", 1), WHAT)
+    assert applied.payloads == (WHAT, ("new",) * 4)
+    (applied, *_) = answers(chain.servers[0].core, 0, push("a", 1), WHAT)
+    assert applied.payloads == (WHAT, WHAT)
+
+
+def test_a_replica_waits_for_no_push_of_one_who_has_left_that_only_its_primary_had():
+    chain = Chain(late=True)
+    begin(chain)
+    chain.say(1, push("a", 1), WHAT)  # waits for worker 0's
+    chain.say(1, Leave(9, ""))
+    chain.attach()
+    successor = takes_over(chain)
+    (applied, *_) = answers(successor, 0, push("a", 1), WHAT)
+    assert applied.contributions == ((0, 1),)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_it_counts_when_it_has_taken_effect_though_the_worker_has_joined_again(late):
+    chain = Chain(late=late)
+    begin(chain)
+    chain.say(1, push("a", 1), WHAT)
+    chain.say(1, Leave(9, ""))
+    chain.say(1, Freeze(1), incarnation=2)
+    chain.say(1, Admit(2, {"a": 1}), incarnation=2)
+    if late:
+        chain.attach()
+    chain.catch_up()
+    assert 1 not in chain.servers[1].core.pieces["a", 0].level.members_of(1)
+    for server in chain.servers:  # it counts from round 2 on, whatever becomes of what it had pushed before
+        assert answers(server.core, 1, Init(5, "a", 0, spec()), incarnation=2) == [Initialized(5, 1)]
+    chain.say(0, push("a", 1), WHAT)
+    chain.catch_up()
+    one, other = (core.pieces["a", 0] for core in (server.core for server in chain.servers))
+    assert list(other.level.members_of(1)) == [0, 1]
+    assert one.same_history(other)

@@ -1,4 +1,4 @@
-"""The scheduler's core when it has been started again: who may come back, and who waits for it."""
+"""The scheduler's core: who has left, who may come back when it has been started again, and who waits for it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from kvstore.cluster.journal import Journal
 from kvstore.errors import OptionError
 from kvstore.protocol.messages import (
     Barrier,
+    Departed,
     Done,
     Failed,
     InStep,
@@ -138,3 +139,23 @@ def test_a_file_that_is_no_journal_is_refused(tmp_path):
 def test_a_stranger_is_refused():
     (peer, answer), *_ = begun().handle("stranger", Done(1), 0.0)
     assert (peer, type(answer)) == ("stranger", Failed)
+
+
+def departed(actions: Actions) -> list[tuple[int, bool, bool]]:
+    """Of whom a server is told that it is gone: rank, does it stay, is it lost."""
+    said = [message for peer, message in actions if peer == "server0" and isinstance(message, Departed)]
+    return [(one.rank, one.stays, bool(one.reason)) for one in said]
+
+
+def test_who_leaves_the_rounds_stays_although_it_says_so_twice():
+    one = begun()
+    assert departed(one.handle("worker1", Leave(2, "", True), 1.0)) == [(1, True, False)]
+    assert departed(one.handle("worker1", Leave(2, "", True), 1.0)) == []
+    assert one.members["worker", 1].state == "apart"
+
+
+def test_everybody_is_reminded_of_who_has_left_and_who_is_lost():
+    one = begun()
+    one.handle("worker0", Leave(2, "", True), 1.0)
+    one.lost("worker1")
+    assert departed(one.reminders()) == [(0, True, False), (1, False, True)]

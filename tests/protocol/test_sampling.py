@@ -85,7 +85,7 @@ def test_a_push_that_says_too_little_or_too_much_is_refused(per_round, samples):
     (said,) = talk.say(0, push(1, samples), "g")
     assert "DisagreementError" in said
     assert f"its rounds are of {per_round} samples" in said
-    assert talk.serving.pieces["w", 0].accepted == {}
+    assert talk.serving.pieces["w", 0].accepted == {0: 0}
 
 
 @pytest.mark.parametrize("model", ["eventual", "bounded(2)"])

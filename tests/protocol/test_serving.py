@@ -9,6 +9,7 @@ from kvstore.protocol.messages import (
     Drop,
     Explain,
     Fetch,
+    Freeze,
     Init,
     Leave,
     Push,
@@ -314,6 +315,25 @@ def test_a_newer_incarnation_fences_the_older_one_and_goes_on():
     assert talk.say(1, Init(1, "w", 0, spec("eventual")), incarnation=2) == ["1 < Initialized(request_id=1, round=1)"]
     assert "FencedError" in talk.say(1, push(4, 2), "c", incarnation=1)[0]
     assert talk.say(1, push(2, 2), "d", incarnation=2)[0] == "apply round 2: d"
+
+
+def test_a_new_life_is_told_what_took_effect_and_its_push_again_changes_nothing():
+    talk = begun()
+    talk.say(1, push(3, 1), "b")
+    assert talk.say(1, Init(1, "w", 0, spec()), incarnation=2) == ["1 < Initialized(request_id=1, round=0)"]
+    assert talk.say(1, push(2, 1), "d", incarnation=2) == []
+    assert talk.say(0, push(5, 1), "a")[0] == "apply round 1: a + b"
+
+
+def test_a_joining_life_ends_the_one_before():
+    """This server may not have been told of its loss."""
+    talk = begun()
+    talk.say(0, push(5, 1), "a")
+    assert talk.say(1, Freeze(1), incarnation=2) == [
+        "apply round 1: a",
+        "0 < Committed(request_id=5) when applied",
+        "1 < Frozen(request_id=1, rounds={'w': 1})",
+    ]
 
 
 def test_settings_that_are_over_are_forgotten():

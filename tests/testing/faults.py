@@ -1,242 +1,140 @@
-"""Whole clusters under random faults: stores, servers and scheduler as they are, and checkers that look at every value.
+"""How the faults of a plan are done to a simulated cluster, and when the next may come.
 
-A worker's n-th push of a key adds 1 to an element of its own, by SGD. So every value
-that is ever read tells which pushes it contains, and how often: a push that is lost, applied twice, or
-seen too early or too late shows at once.
-
-``python -m tests.testing.faults --seeds 2000`` runs many, ``--seed 17`` one, with its trace.
+Servers may fail when every shard is in step on all the servers that it is to be on, and what happened before is over:
+no more holders of a piece fail at once than the cluster is made to bear. Everything else may happen at any time.
 """
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import logging
-import random
-import sys
-import time
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
 
-import numpy as np
-
-import kvstore
-from kvstore import KVStore
+from kvstore.protocol.placement import Placing
 from kvstore.testing import Cluster
+from tests.testing.plans import FAULTS_S, Fault, Plan
 
-MODELS = ("sequential", "bounded(0)", "bounded(2)", "eventual")
-FAULTS_S = 60.0  # after this nothing bad happens any more
-LIMIT_S = 3000.0
-
-
-class Violation(AssertionError):
-    """A checker's finding."""
+LOOK_S = 0.05  # how often it is looked whether the next fault may come
+NOTICED_S = 5.0  # until the scheduler knows of a fault, or of none
+RETURNED_S = 15.0  # until a scheduler that was away knows who is there
+STEPPED_BACK_S = 15.0  # so long after it was paused or cut off a server that lost its place has stepped back
 
 
-@dataclass(slots=True)
-class Plan:
-    """What a seed decides before the clock starts."""
+class Faults:
+    """The faults of one run.
 
-    seed: int
-    model: str
-    workers: int
-    servers: int
-    rounds: int
-    keys: list[str]
-    loss: float
-    repetition: float
-    slow_s: float
-    faults: list[tuple[float, str, tuple[Any, ...]]]  # when, what, to whom
+    Args:
+        start: starts a worker, again or for the first time.
+    """
 
-    @classmethod
-    def of(cls, seed: int, model: str | None = None) -> Plan:
-        rng = random.Random(seed)
-        workers, servers = rng.randint(1, 4), rng.randint(1, 3)
-        plan = cls(
-            seed,
-            model or rng.choice(MODELS),
-            workers,
-            servers,
-            rng.randint(3, 12),
-            [f"k{n}" for n in range(rng.randint(1, 4))],
-            rng.choice((0.0, 0.02, 0.1)),
-            rng.choice((0.0, 0.1)),
-            rng.choice((0.001, 0.02, 0.3)),
-            [],
-        )
-        for _ in range(rng.randint(0, 3)):
-            plan.faults.append(plan._fault(rng))
-        return plan
+    def __init__(self, cluster: Cluster, plan: Plan, start: Callable[[int], None]) -> None:
+        self.done: Counter[str] = Counter()
+        self._cluster = cluster
+        self._plan = plan
+        self._start = start
+        self._calm_at = 0.0  # nothing is wrong with any server from here on
+        self._leaving: set[int] = set()  # servers that have been told to end
 
-    def _fault(self, rng: random.Random) -> tuple[float, str, tuple[Any, ...]]:
-        at = rng.uniform(1.0, FAULTS_S)
-        role, rank = rng.choice((("worker", self.workers), ("server", self.servers)))
-        short = rng.uniform(0.05, 2.0)  # no reason to give anybody up
-        kind = rng.choice(("pause", "partition"))
-        if kind == "pause":
-            return at, "pause", (role, rng.randrange(rank), short)
-        return (
-            at,
-            "partition",
-            (("worker", rng.randrange(self.workers)), ("server", rng.randrange(self.servers)), short),
-        )
+    def begin(self) -> None:
+        """From here on things happen."""
+        for fault in self._plan.faults:
+            self._cluster.at(fault.at, lambda fault=fault: self._come(fault))  # type: ignore[misc]
+        self._cluster.at(FAULTS_S, self._cluster.kind)
 
+    @property
+    def placing(self) -> Placing:
+        """Which server has what, as the scheduler knows it."""
+        placing: Placing = self._cluster.daemon("scheduler").membership.placing
+        return placing
 
-@dataclass(slots=True)
-class Seen:
-    """One value that a worker read."""
+    def _come(self, fault: Fault) -> None:
+        """Its time has come; does it happen?"""
+        cluster = self._cluster
+        if cluster.now > FAULTS_S:
+            return
+        if not self._may(fault):
+            cluster.at(cluster.now + LOOK_S, lambda: self._come(fault))
+            return
+        for one in fault.each:
+            if one.kind == "join" or all(cluster.alive(*member) for member in (one.who, *one.others)):
+                self.done[f"{one.kind} of a {one.role}"] += 1
+                getattr(self, f"_{one.kind}")(one)
 
-    rank: int
-    key: str
-    own: int  # its own rounds of the key before
-    counts: Any  # (workers, rounds): how often each push is in it
+    def _may(self, fault: Fault) -> bool:
+        cluster = self._cluster
+        if not self._plan.replication and fault.role == "server":
+            return True
+        if not cluster.alive("scheduler") or not cluster.daemon("scheduler").membership.started:
+            return False
+        if not fault.deadly:
+            return True
+        if fault.role == "scheduler":
+            self._calm_at = max(self._calm_at, cluster.now + fault.seconds + RETURNED_S)
+            return True
+        calm = all(self.placing.settled(number) for number in range(self._plan.servers))
+        if not calm or self._leaving or cluster.now < self._calm_at:
+            return False
+        self._calm_at = cluster.now + max(NOTICED_S, fault.seconds)
+        return True
 
+    def _later(self, seconds: float, what: Callable[[], None]) -> None:
+        if seconds < float("inf"):
+            self._cluster.at(self._cluster.now + seconds, what)
 
-@dataclass(slots=True)
-class Run:
-    """One seed's run and what was seen in it."""
+    def _crash(self, fault: Fault) -> None:
+        self._cluster.crash(*fault.who)
+        self._later(fault.seconds, lambda: self._restart(fault))
 
-    plan: Plan
-    limit_s: float = LIMIT_S
-    seen: list[Seen] = field(default_factory=list)
-    begun: dict[tuple[str, int], int] = field(default_factory=dict)  # (key, rank) -> rounds handed over
-    committed: dict[tuple[str, int], int] = field(default_factory=dict)
+    def _drain(self, fault: Fault) -> None:
+        self._cluster.drain(fault.rank)
+        self._leaving.add(fault.rank)
+        self._later(fault.seconds, lambda: self._begin_again(fault))
 
-    def run(self) -> None:
-        """Raises Violation, or whatever error a program met."""
-        plan = self.plan
-        with Cluster(
-            plan.workers,
-            plan.servers,
-            seed=plan.seed,
-            loss=plan.loss,
-            repetition=plan.repetition,
-            delay_s=(0.0001, plan.slow_s),
-            cluster_consistency=plan.model,
-            timeout=self.limit_s,
-        ) as cluster:
-            for at, kind, arguments in plan.faults:
-                self._plan_fault(cluster, at, kind, arguments)
-            cluster.at(FAULTS_S, cluster.kind)
-            finals = cluster.run(lambda kv: self._program(cluster, kv), limit_s=2 * self.limit_s)
-        self._check_end(finals)
+    def _join(self, fault: Fault) -> None:
+        self._start(fault.rank)
 
-    def _plan_fault(self, cluster: Cluster, at: float, kind: str, arguments: tuple[Any, ...]) -> None:
-        if kind == "pause":
-            role, rank, seconds = arguments
-            cluster.at(at, lambda: _if_alive(cluster.pause, role, rank))
-            cluster.at(at + seconds, lambda: _if_alive(cluster.resume, role, rank))
-        else:
-            one, other, seconds = arguments
-            cluster.at(at, lambda: cluster.partition([one], [other]))
-            cluster.at(at + seconds, cluster.heal)
+    def _restart(self, fault: Fault) -> None:
+        if fault.role == "worker":
+            self._start(fault.rank)
+            return
+        if fault.role == "scheduler":
+            self._cluster.restart("scheduler")
+            return
+        self._calm_at = max(self._calm_at, self._cluster.now + NOTICED_S)
+        if self._cluster.alive(*fault.who):  # it lives, but its place is gone
+            self._cluster.crash(*fault.who)
+        self._cluster.restart(*fault.who)
 
-    # --- what workers do ------------------------------------------------------------------------
+    def _pause(self, fault: Fault) -> None:
+        self._cluster.pause(*fault.who)
+        self._later(fault.seconds, lambda: self._resume(fault))
 
-    def _program(self, cluster: Cluster, kv: KVStore) -> dict[str, Any]:
-        plan, rng = self.plan, random.Random(f"{self.plan.seed} {kv.rank}")
-        shape = (plan.workers, plan.rounds)
-        kv.set_optimizer(kvstore.optim.SGD(lr=1.0))
-        kv.init(plan.keys, [np.zeros(shape, np.float32) for _ in plan.keys])
-        for round in range(plan.rounds):
-            gradient = np.zeros(shape, np.float32)
-            gradient[kv.rank, round] = -1
-            cluster.sleep(rng.choice((0.0, 0.5, 8.0)))
-            together = rng.random() < 0.5
-            for keys in [plan.keys] if together else [[key] for key in plan.keys]:
-                self._step(kv, keys, gradient, round + 1, rng)
-        kv.barrier()
-        return {key: kv.pull(key).result() for key in plan.keys}
+    def _resume(self, fault: Fault) -> None:
+        if self._cluster.alive(*fault.who):
+            self._cluster.resume(*fault.who)
+            self._look_after(fault)
 
-    def _step(self, kv: KVStore, keys: list[str], gradient: Any, round: int, rng: random.Random) -> None:
-        for key in keys:
-            self.begun[key, kv.rank] = round
-        how = rng.choice(("push", "pushpull", "push and pull"))
-        values: list[Any] = []
-        if how == "pushpull":
-            values = kv.pushpull(keys, [gradient] * len(keys), [np.empty_like(gradient) for _ in keys]).result()
-        else:
-            pushed = kv.push(keys, [gradient] * len(keys))
-            if how == "push and pull":
-                values = kv.pull(keys).result()
-            if rng.random() < 0.5 and how == "push":
-                pushed.result()
-                for key in keys:
-                    self.committed[key, kv.rank] = round
-        for key, value in zip(keys, values, strict=False):
-            self._look(Seen(kv.rank, key, round, value.copy()))
+    def _cut(self, fault: Fault) -> None:
+        self._cluster.partition([fault.who], fault.others)
+        self._later(fault.seconds, lambda: self._mend(fault))
 
-    # --- what must hold --------------------------------------------------------------------------
+    def _mend(self, fault: Fault) -> None:
+        self._cluster.heal([fault.who], fault.others)
+        self._look_after(fault)
 
-    def _look(self, seen: Seen) -> None:
-        """Check a value when it is read, and keep it for :meth:`_check_end`."""
-        counts, model = seen.counts, self.plan.model
-        if not ((counts == 0) | (counts == 1)).all():
-            self.fail(seen, "a push is in it more than once")
-        rounds = counts.sum(axis=1).astype(int)
-        for rank, n in enumerate(rounds):
-            if not counts[rank, :n].all():
-                self.fail(seen, f"worker {rank}'s pushes are in it out of their order")
-            if n > self.begun.get((seen.key, rank), 0):
-                self.fail(seen, f"worker {rank}'s pushes are in it before they were made")
-        if rounds[seen.rank] < seen.own:
-            self.fail(seen, "its reader's own pushes are not in it")
-        if model == "sequential" and (rounds != seen.own).any():
-            self.fail(seen, f"expected {seen.own} rounds of everybody")
-        if model.startswith("bounded"):
-            slack = int(model[8:-1])
-            if rounds.min() < seen.own - slack:
-                self.fail(seen, f"expected at least {seen.own - slack} rounds of everybody")
-        self.seen.append(seen)
+    def _look_after(self, fault: Fault) -> None:
+        if fault.deadly and fault.role == "server":
+            self._later(STEPPED_BACK_S, lambda: self._begin_again(fault))
 
-    def _check_end(self, finals: list[Any]) -> None:
-        for rank, values in enumerate(finals):
-            for key, value in values.items():
-                if not (value == 1).all():
-                    self.fail(Seen(rank, key, self.plan.rounds, value), "expected every push, once, after the barrier")
+    def _begin_again(self, fault: Fault) -> None:
+        """A server that lost its place has stepped back by now; its supervisor starts it again.
 
-    def fail(self, seen: Seen, what: str) -> None:
-        raise Violation(
-            f"seed {self.plan.seed}, {self.plan.model}: worker {seen.rank} read {seen.key} after its round {seen.own}: "
-            f"{what}; it contains\n{seen.counts.astype(int)}\n"
-            f"replay: python -m tests.testing.faults --seed {self.plan.seed}"
-        )
-
-
-def _if_alive(fault: Callable[..., None], *arguments: Any) -> None:
-    with contextlib.suppress(kvstore.errors.OptionError):  # it has ended already
-        fault(*arguments)
-
-
-def main() -> int:
-    """Run seeds from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seed", type=int)
-    parser.add_argument("--seeds", type=int, default=100)
-    parser.add_argument("--first", type=int, default=0)
-    parser.add_argument("--model")
-    options = parser.parse_args()
-    logging.disable(logging.WARNING)
-    seeds = [options.seed] if options.seed is not None else range(options.first, options.first + options.seeds)
-    failed, began = 0, time.monotonic()
-    for seed in seeds:
-        run = Run(Plan.of(seed, options.model))
-        try:
-            run.run()
-        except BaseException as error:
-            if isinstance(error, KeyboardInterrupt):
-                raise
-            failed += 1
-            print(
-                f"seed {seed}: {run.plan}\n{type(error).__name__}: {error}", *getattr(error, "__notes__", ()), sep="\n"
-            )
-        else:
-            if options.seed is not None:
-                print(run.plan, f"{len(run.seen)} values seen", sep="\n")
-    print(f"{len(list(seeds))} seeds, {failed} failed, {time.monotonic() - began:.0f} s")
-    return 1 if failed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        Not while another is down: to take its shards back it becomes their replica, in the place of another.
+        """
+        cluster = self._cluster
+        if cluster.now < self._calm_at or not cluster.alive("scheduler"):
+            self._later(LOOK_S, lambda: self._begin_again(fault))
+        elif fault.rank not in self.placing.servers:
+            self._leaving.discard(fault.rank)
+            self._restart(fault)
+        elif fault.rank in self._leaving:
+            self._later(LOOK_S, lambda: self._begin_again(fault))

@@ -1,0 +1,284 @@
+"""Ops on arrays of devices that do not exist: what comes before what, who waits, and what reaches the handle."""
+
+from __future__ import annotations
+
+import random
+import threading
+
+import numpy as np
+import pytest
+
+import engine
+from engine.scheduler import ISSUED
+from tests.engine.device_programs import Boom, mixed, with_streams
+from tests.engine.simulated import Nowhere, Simulated
+
+PROGRAMS = 10_000
+LIMIT_S = 30
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("program", [mixed, with_streams])
+def test_agrees_with_the_serial_engine_on_the_host(program):
+    serial = engine.create("serial")
+    for seed in range(PROGRAMS // 2):
+        if seed % 25 == 0:
+            devices = Simulated(seed)
+            streams = engine.create("threaded", threads=3)
+            streams.use(devices)
+        got = program(streams, devices, seed)
+        assert got == program(serial, Nowhere(), seed), f"seed {seed}"
+        if seed % 25 == 24:
+            streams.close()
+    serial.close()
+
+
+@pytest.mark.parametrize("program", [mixed, with_streams])
+def test_the_serial_engine_waits_for_devices(program):
+    serial, devices = engine.create("serial"), Simulated(1)
+    with_devices = engine.create("serial")
+    with_devices.use(devices)
+    for seed in range(300):
+        assert program(with_devices, devices, seed) == program(serial, Nowhere(), seed), f"seed {seed}"
+    with_devices.close()
+    serial.close()
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(lambda to, of: to == of == "lane", id="between lanes"),
+        pytest.param(lambda to, of: (to, of) == ("lane", "caller"), id="what the caller did before"),
+        pytest.param(lambda to, of: (to, of) == ("caller", "lane"), id="what the caller does after"),
+    ],
+)
+def test_a_planted_missing_event_is_caught(kind):
+    """The comparison can fail: each kind of event is needed."""
+    serial = engine.create("serial")
+    for seed in range(500):
+        streams = engine.create("threaded", threads=3)
+
+        def lose(stream, event, streams=streams):
+            own = {one for place in streams._streams._lanes.values() for one in place}
+            to, of = ("lane" if one in own else "caller" for one in (stream, event.stream))
+            return kind(to, of)
+
+        devices = Simulated(seed, lose=lose)
+        streams.use(devices)
+        differs = with_streams(streams, devices, seed) != with_streams(serial, Nowhere(), seed)
+        streams.close()
+        if differs:
+            break
+    assert differs
+    serial.close()
+
+
+@pytest.fixture
+def devices():
+    return Simulated(3)
+
+
+@pytest.fixture
+def streams(devices):
+    one = engine.create("threaded", threads=1)
+    one.use(devices)
+    yield one
+    devices.frozen = False
+    one.wait_all(LIMIT_S)
+    one.validate()
+    one.close()
+
+
+def fill(devices, array, value):
+    return lambda: devices.enqueue(lambda: array.data.fill(value))
+
+
+def test_no_thread_waits_for_a_device(streams, devices):
+    """While the devices stand still a thousand ops are issued, and the only thread of the lane is free."""
+    devices.frozen = True
+    arrays = [devices.array(np.zeros(4), n % 2) for n in range(6)]
+    choose = random.Random(0)
+    handles = []
+    for _ in range(1000):
+        one, other = choose.sample(arrays, 2)
+
+        def add(one=one, other=other):
+            devices.enqueue(lambda: one.data.__iadd__(other.data[0] + 1))
+
+        handles.append(streams.push(add, reads=[one, other], writes=[one], lane=choose.choice([None, "copy"])))
+        assert handles[-1].op.state == ISSUED
+    host = np.zeros(1)
+    behind = streams.push(lambda: host.fill(arrays[0].data[0]), reads=[arrays[0]], writes=[host])
+    var = engine.Var()
+    of_host = streams.push(lambda: 1, writes=[var])
+    assert of_host.result(LIMIT_S) == 1
+    assert not any(handle.done() for handle in handles)
+    assert not behind.done()
+    assert devices.synchronised == []
+    devices.frozen = False
+    streams.wait_all(LIMIT_S)
+    assert devices.synchronised == []  # nor did anybody to complete them
+    assert all(handle.done() for handle in handles)
+
+
+def test_an_op_of_the_host_starts_when_what_it_reads_is_complete(streams, devices):
+    devices.frozen = True
+    array, cell, var = devices.array(np.zeros(4), 0), [0], engine.Var()
+
+    def on_device():
+        devices.enqueue(lambda: cell.__setitem__(0, 1))
+
+    streams.push(on_device, reads=[array], writes=[var])
+    on_host = streams.push(lambda: cell[0], reads=[var])
+    assert not on_host.done()
+    devices.frozen = False
+    assert on_host.result(LIMIT_S) == 1
+    assert devices.synchronised == []  # nobody has waited for the device itself
+
+
+def test_who_waits_without_a_timeout_waits_for_the_event_himself(streams, devices):
+    array = devices.array(np.zeros(4), 0)
+    devices.diligence = 0.0
+    streams.push(fill(devices, array, 1), writes=[array]).result()
+    assert array.data[0] == 1
+    assert set(devices.synchronised) <= {threading.current_thread().name}
+
+
+def test_the_same_address_is_another_place_on_another_device_and_on_the_host(streams, devices):
+    host = np.zeros(4)
+    devices.start = host.__array_interface__["data"][0]
+    devices.frozen = True
+    first, second = (devices.array(np.zeros(4), device) for device in range(2))
+    assert first.address == second.address == devices.start
+    streams.push(fill(devices, first, 1), writes=[first])
+    handle = streams.push(fill(devices, second, 2), writes=[second])
+    assert handle.op.flight.after == []
+    assert streams.pending(first) and streams.pending(second) and not streams.pending(host)
+    streams.push(lambda: host.fill(3), writes=[host]).result(LIMIT_S)
+
+
+def test_views_of_one_devices_memory_conflict(streams, devices):
+    devices.frozen = True
+    array = devices.array(np.zeros(8), 0)
+    first = streams.push(fill(devices, array[:4], 1), writes=[array[:4]])
+    assert streams.push(fill(devices, array[4:], 1), writes=[array[4:]]).op.flight.after == []
+    assert streams.push(fill(devices, array[2:6], 1), writes=[array[2:6]]).op.flight.after[0] is first.op
+
+
+def test_independent_ops_of_a_bulk_can_overlap(streams, devices):
+    arrays = [devices.array(np.zeros(4), 0) for _ in range(100)]
+    devices.frozen = True
+    with streams.bulk():
+        handles = [streams.push(fill(devices, array, 1), writes=[array]) for array in arrays]
+    used = {handle.op.flight.stream for handle in handles}
+    assert len(used) > 1
+    caller = devices.current(0)
+    for stream in used:
+        waits = [item[0] for item in stream.queue if isinstance(item, tuple)]
+        assert {event.stream for event in waits} <= {caller}  # not for each other
+        assert len(set(waits)) <= 1  # and for him as he was before
+
+
+def test_an_error_of_the_device_reaches_the_handle_and_who_reads(streams, devices):
+    array, other, host = devices.array(np.zeros(4), 0), devices.array(np.zeros(4), 1), np.zeros(4)
+    devices.frozen = True
+
+    def fails():
+        raise Boom("on the device")
+
+    first = streams.push(lambda: devices.enqueue(fails), writes=[array], name="first")
+    second = streams.push(fill(devices, other, 1), reads=[array], writes=[other])
+    third = streams.push(lambda: host.fill(1), reads=[other], writes=[host])
+    healed = streams.push(fill(devices, array, 2), writes=[array])
+    devices.frozen = False
+    for handle in (first, second, third):
+        error = handle.exception(LIMIT_S)
+        assert isinstance(error, Boom)
+        assert any("first" in note for note in error.__notes__)
+    healed.result(LIMIT_S)
+    streams.wait(array, timeout=LIMIT_S)
+    with pytest.raises(Boom):
+        streams.wait(host, timeout=LIMIT_S)
+    streams.push(fill(devices, other, 1), writes=[other]).result(LIMIT_S)
+    streams.push(lambda: None, writes=[host]).result(LIMIT_S)
+    assert not streams.uses_arrays()
+
+
+def test_an_op_whose_function_fails_ends_after_what_it_follows(streams, devices):
+    array = devices.array(np.zeros(4), 0)
+    devices.frozen = True
+    streams.push(fill(devices, array, 1), writes=[array])
+    failed = streams.push(lambda: 1 / 0, reads=[array], writes=[array])
+    assert not failed.done()  # else a later op could start too early
+    devices.frozen = False
+    assert isinstance(failed.exception(LIMIT_S), ZeroDivisionError)
+    streams.push(fill(devices, array, 2), writes=[array]).result(LIMIT_S)
+
+
+def test_arrays_are_kept_until_the_device_is_done(streams, devices):
+    devices.frozen = True
+    array = devices.array(np.zeros(4), 0)
+    handle = streams.push(lambda: None, writes=[array])
+    assert handle.op.holds == ((), (array,))
+    devices.frozen = False
+    handle.result(LIMIT_S)
+    streams.wait_all(LIMIT_S)
+    assert handle.op.holds is None
+
+
+def test_push_if_free_takes_what_can_be_issued(streams, devices):
+    devices.frozen = True
+    array, begun, go = devices.array(np.zeros(4), 0), threading.Event(), threading.Event()
+    streams.push(fill(devices, array, 1), writes=[array])
+    assert streams.push_if_free(fill(devices, array, 2), writes=[array]) is not None
+    var = engine.Var()
+    streams.push(lambda: (begun.set(), go.wait(LIMIT_S)), writes=[var])
+    assert begun.wait(LIMIT_S)
+    assert streams.push_if_free(fill(devices, array, 3), reads=[var], writes=[array]) is None
+    go.set()
+
+
+def test_a_deadline_passes_on_the_device(streams, devices):
+    devices.frozen = True
+    array = devices.array(np.zeros(4), 0)
+    handle = streams.push(fill(devices, array, 1), writes=[array], deadline=0.01)
+    with pytest.raises(engine.DeadlineError):
+        handle.result(LIMIT_S)
+    assert streams.pending(array)  # the device does not know
+    devices.frozen = False
+    with pytest.raises(engine.DeadlineError):
+        streams.wait(array, timeout=LIMIT_S)
+    streams.push(fill(devices, array, 2), writes=[array]).result(LIMIT_S)
+
+
+def test_callbacks_and_waits_of_concurrent_futures_learn_of_it(streams, devices):
+    array, told = devices.array(np.zeros(4), 0), threading.Event()
+    handle = streams.push(fill(devices, array, 1), writes=[array])
+    handle.add_done_callback(lambda _: told.set())
+    assert told.wait(LIMIT_S)
+    assert handle.done()
+
+
+def test_a_copy_has_a_lane_of_its_own(streams, devices):
+    first, second, host = devices.array(np.ones(4), 0), devices.array(np.zeros(4), 1), np.zeros(4)
+
+    def copy(source, target):
+        return lambda: devices.enqueue(lambda: np.copyto(target, source))
+
+    across = streams.push(copy(first.data, second.data), reads=[first], writes=[second])
+    down = streams.push(copy(second.data, host), reads=[second], writes=[host])
+    within = streams.push(fill(devices, first, 1), writes=[first])
+    assert [handle.op.lane for handle in (across, down, within)] == ["copy", "copy", "cpu"]
+    streams.wait(host, timeout=LIMIT_S)
+    assert host[0] == 1
+
+
+def test_an_engine_uses_one_kind_of_devices(streams, devices):
+    streams.use(devices)
+    with pytest.raises(engine.ArgumentError):
+        streams.use(Simulated(4))
+
+
+def test_an_array_of_a_device_that_is_not_used_is_refused(devices):
+    with engine.create("threaded").bulk(), pytest.raises(engine.ArgumentError):
+        engine.create("threaded").push(lambda: None, writes=[devices.array(np.zeros(4), 0)])
