@@ -87,7 +87,8 @@ def _state(spec: Spec | None, message: WriteState | Restore | RestorePiece, fram
     state = {}
     for name, dtype, frame in zip(message.names, message.dtypes, frames, strict=True):
         kind = dtype_named(dtype)
-        if spec is not None and len(frame) != spec.cut.size(message.piece) * kind.itemsize:
+        items, rest = divmod(len(frame), kind.itemsize)
+        if rest or (spec is not None and items != spec.cut.size(message.piece)):
             raise ProtocolError(f"optimizer state of key {message.key!r}: a frame of {len(frame)} bytes")
         state[name] = np.frombuffer(frame, kind).copy()
     return state

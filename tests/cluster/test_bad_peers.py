@@ -96,6 +96,18 @@ def test_garbage_costs_a_server_nothing():
     context.term()
 
 
+@pytest.mark.parametrize("key", ["w", "unknown"])
+def test_a_state_of_odd_size_is_refused(key):
+    with cluster(workers=1) as c, kvstore.create("dist", address=c.address) as kv:
+        kv.init("w", np.zeros(3, np.float32))
+        session = kv._home._session
+        answer = session.ask(
+            0, lambda i: messages.WriteState(i, key, 0, 1, ("momentum",), ("float32",)), b"thirteen byte"
+        )
+        with pytest.raises(errors.ProtocolError, match=r"a frame of 13 bytes"):
+            answer.result(30)
+
+
 def test_an_oversized_frame_costs_its_sender_the_connection(monkeypatch):
     """Before it is read; and the server nothing."""
     monkeypatch.setattr("kvstore.cluster.shard.FRAME_BYTES_MAX", 1 << 20)

@@ -114,7 +114,7 @@ class TestLimits:
             assert core.handle(0, 1, Push(5, "w", 0, 1, False, False), object(), 0.0) == []
         assert len(core.workers.resumed()) == 0  # it is not the time yet
         self.ask(core, 2, Admit(2, {"w": 0}))
-        assert (core.pieces["w", 0].accepted, len(core.pieces["w", 0].held)) == ({0: 1, 2: 0}, 1)
+        assert (core.pieces["w", 0].accepted, len(core.pieces["w", 0].held)) == ({0: 1, 1: 0, 2: 0}, 1)
 
     def test_a_new_life_replaces_what_an_old_one_had_waiting(self, core):
         self.ask(core, 2, Freeze(1))
