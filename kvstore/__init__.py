@@ -18,7 +18,7 @@ One ``pushpull``, file by file:
 14. back the same way; ``comm/`` copies the new weights to the devices.
 
 In a ``local`` store ``local.py`` stands in for 6 to 12. The small keys of a list call take the same way together, as
-one value: ``lists.py``, ``cluster/bundles.py`` and ``protocol/binding.py``.
+one value: ``lists.py``, ``cluster/bundles.py`` (``together.py`` in a local store) and ``protocol/binding.py``.
 """
 
 from kvstore import errors, optim

@@ -719,9 +719,8 @@ class KVStore:
         """Write the optimizer's state of every key to a safetensors file, atomically."""
         self._check_open()
         self.wait_for_commits()
-        state = {
-            key: self._home.read_state(key, self._limit(None)) for key in [entry.key for entry in self._entries.now()]
-        }
+        limit = self._limit(None)
+        state = {entry.key: self._home.read_state(entry.key, limit) for entry in self._entries.now()}
         states.save(path, state)
 
     def load_optimizer_states(self, path: str | os.PathLike[str]) -> None:

@@ -7,7 +7,7 @@ until they leave, and then gets its part. :mod:`kvstore.lists` decides which key
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ import numpy as np
 from kvstore.arrays import Array
 from kvstore.handle import Ended
 from kvstore.home import Gradient, HomeBundle, Reading, Source
+from kvstore.protocol.bundles import BLAMED_MAX, alike
 from kvstore.protocol.messages import Spec
 from kvstore.protocol.pieces import Key
 from kvstore.stored import Stored
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 MEMBER_BYTES = 64 << 10  # larger values are not worth two more copies
 BUNDLE_BYTES = 4 << 20
-BLAMED_MAX = 4  # a key that has ended so many bundles stays alone: it is never in the same list
 
 _ALL = slice(None)
 _numbers = itertools.count()
@@ -108,24 +108,15 @@ class LocalBundle(HomeBundle):
 
 
 def bundles_of(values: Iterable[Value], home: LocalHome) -> list[HomeBundle]:
-    """Bundles of those that are small and alike."""
-    return [LocalBundle(members, home) for members in _alike(filter(_joins, values)) if len(members) > 1]
+    """Bundles of those that are small, and alike: an optimizer's next update is the same for all of a bundle."""
+    groups = alike(filter(_joins, values), lambda value: (value.own.value.dtype, value.rounds), _nbytes, BUNDLE_BYTES)
+    return [LocalBundle(members, home) for members in groups]
 
 
 def _joins(value: Value) -> bool:
     """May it be moved together with others, from here on?"""
-    return 0 < value.own.value.nbytes <= MEMBER_BYTES and value.whole is None and value.blamed < BLAMED_MAX
+    return 0 < _nbytes(value) <= MEMBER_BYTES and value.whole is None and value.blamed < BLAMED_MAX
 
 
-def _alike(values: Iterable[Value]) -> Iterator[list[Value]]:
-    """By type, and by the number of updates: for an optimizer's next one is the same for all of a bundle."""
-    groups: dict[object, list[Value]] = {}
-    sizes: dict[object, int] = {}
-    for value in values:
-        kind, nbytes = (value.own.value.dtype, value.rounds), value.own.value.nbytes
-        if sizes.get(kind, 0) + nbytes > BUNDLE_BYTES:
-            yield groups.pop(kind)
-            sizes[kind] = 0
-        groups.setdefault(kind, []).append(value)
-        sizes[kind] = sizes.get(kind, 0) + nbytes
-    yield from groups.values()
+def _nbytes(value: Value) -> int:
+    return value.own.value.nbytes

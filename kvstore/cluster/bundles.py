@@ -8,7 +8,7 @@ divided: see :mod:`kvstore.protocol.dividing`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from itertools import accumulate, pairwise
@@ -21,6 +21,7 @@ from kvstore.cluster.session import Session
 from kvstore.errors import KVStoreError
 from kvstore.handle import Ended
 from kvstore.home import Gradient, HomeBundle, Reading, Source
+from kvstore.protocol.bundles import BLAMED_MAX, alike
 from kvstore.protocol.messages import Bind
 from kvstore.protocol.pieces import PIECE_BYTES, Key, bundle_id
 
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from kvstore.cluster.client import ClusterHome
 
 PATIENCE_S = 0.05  # what is open is divided then: this costs as much as it would have without bundles
-BLAMED_MAX = 4  # a key that has ended so many bundles stays alone: it is never in the same list
 
 
 class RemoteBundle:
@@ -97,8 +97,7 @@ class Bundles:
             return []
         groups = {
             tuple(map(key_of, members)): members
-            for members in _alike([remote for remote in remotes if _joins(remote)])
-            if len(members) > 1
+            for members in alike(filter(_joins, remotes), _kind, _nbytes, PIECE_BYTES)
         }
         asked = {keys: self._bind(keys, members[0]) for keys, members in groups.items() if keys not in self._wholes}
         for keys, answer in asked.items():
@@ -148,24 +147,17 @@ class Bundles:
 
 def _joins(remote: Remote) -> bool:
     """May it be moved together with others, from here on?"""
-    nbytes = remote.cut.items * remote.dtype.itemsize
-    return 0 < nbytes < NEAR_BYTES and remote.bundle is None and remote.blamed < BLAMED_MAX and remote.quiet
+    return 0 < _nbytes(remote) < NEAR_BYTES and remote.bundle is None and remote.blamed < BLAMED_MAX and remote.quiet
 
 
-def _alike(remotes: Iterable[Remote]) -> Iterator[list[Remote]]:
-    """Those that one server can take as one piece, which is no larger than others."""
-    groups: dict[object, list[list[Remote]]] = {}
-    size: dict[object, int] = {}  # bytes in the last list of a group
-    for remote in remotes:
-        spec, nbytes = remote.spec, remote.cut.items * remote.dtype.itemsize
-        kind = (remote.owners, spec.dtype, spec.cluster_model, spec.participants, remote.latest.round)
-        lists = groups.setdefault(kind, [[]])
-        size[kind] = size.get(kind, 0) + nbytes
-        if size[kind] > PIECE_BYTES:
-            lists.append([])
-            size[kind] = nbytes
-        lists[-1].append(remote)
-    return (members for lists in groups.values() for members in lists)
+def _kind(remote: Remote) -> object:
+    """What those have in common that a server can take as one piece."""
+    spec = remote.spec
+    return remote.owners, spec.dtype, spec.cluster_model, spec.participants, remote.latest.round
+
+
+def _nbytes(remote: Remote) -> int:
+    return remote.cut.items * remote.dtype.itemsize
 
 
 def _agreed(answer: Future[Any], timeout_s: float) -> bool:

@@ -463,14 +463,6 @@ class Session:
                 self._settle(concluded)
         self._pump()
 
-    def _take_roster(self, roster: Roster) -> None:
-        """The scheduler says who this process is; once more whenever it has been connected anew."""
-        self.workers = set(roster.workers)
-        if self.sender.incarnation == NOBODY:
-            self.num_workers, self.servers = roster.num_workers, self.servers or roster.servers
-            self.joins = roster.joins
-            self.sender = Sender(self.sender.cluster, self.sender.epoch, roster.rank, roster.incarnation)
-
     def _take_departed(self, message: Departed) -> None:
         if message.role == "worker":
             if message.incarnation < self._lives.get(message.rank, 0):

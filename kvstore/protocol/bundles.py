@@ -12,14 +12,18 @@ bundle, and its worker asks for key by key (see :mod:`kvstore.protocol.dividing`
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 from kvstore.protocol.messages import Spec
 from kvstore.protocol.pieces import BundleId, Key, PieceId, Span
 
 BUNDLES_MAX = 4096  # per server
 BUNDLED_MAX = 1 << 22  # keys in all of them together
+BLAMED_MAX = 4  # a key that has ended so many bundles stays alone: it is never in the same list
+
+_T = TypeVar("_T")
 
 
 @dataclass(slots=True)
@@ -55,3 +59,20 @@ class Part:
 
     payload: object
     span: Span
+
+
+def alike(
+    items: Iterable[_T], kind: Callable[[_T], object], nbytes: Callable[[_T], int], bytes_max: int
+) -> list[list[_T]]:
+    """Those of one kind together, in their order, in lists of two or more that have no more bytes than that."""
+    groups: dict[object, list[list[_T]]] = {}
+    sizes: dict[object, int] = {}  # bytes in the last list of a group
+    for item in items:
+        this, more = kind(item), nbytes(item)
+        lists = groups.setdefault(this, [[]])
+        sizes[this] = sizes.get(this, 0) + more
+        if sizes[this] > bytes_max:
+            lists.append([])
+            sizes[this] = more
+        lists[-1].append(item)
+    return [members for lists in groups.values() for members in lists if len(members) > 1]
