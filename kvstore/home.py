@@ -23,6 +23,8 @@ from kvstore.protocol.pieces import Key
 Reading = Future[Any] | None  # an engine op that is still reading what the caller gave
 Updater = Callable[[Key, Array, Array], object]
 
+BLAMED_MAX = 4  # a key that has ended so many bundles stays alone: it is never in the same list
+
 
 @dataclass(eq=False, slots=True)
 class Gradient:
@@ -110,7 +112,7 @@ class HomeBundle(Protocol):
         """The key is moved by itself again; called for all of them, and then the bundle is not used any more.
 
         Args:
-            blamed: it is this key's fault. It will be in no bundle any more if it is so again and again.
+            blamed: it is this key's fault. After :data:`BLAMED_MAX` times it will be in no bundle any more.
         """
 
 

@@ -15,8 +15,8 @@ import numpy as np
 
 from kvstore.arrays import Array
 from kvstore.handle import Ended
-from kvstore.home import Gradient, HomeBundle, Reading, Source
-from kvstore.protocol.bundles import BLAMED_MAX, alike
+from kvstore.home import BLAMED_MAX, Gradient, HomeBundle, Reading, Source
+from kvstore.protocol.bundles import alike
 from kvstore.protocol.messages import Spec
 from kvstore.protocol.pieces import Key
 from kvstore.stored import Stored

@@ -20,8 +20,8 @@ from kvstore.cluster.near import NEAR_BYTES
 from kvstore.cluster.session import Session
 from kvstore.errors import KVStoreError
 from kvstore.handle import Ended
-from kvstore.home import Gradient, HomeBundle, Reading, Source
-from kvstore.protocol.bundles import BLAMED_MAX, alike
+from kvstore.home import BLAMED_MAX, Gradient, HomeBundle, Reading, Source
+from kvstore.protocol.bundles import alike
 from kvstore.protocol.messages import Bind
 from kvstore.protocol.pieces import PIECE_BYTES, Key, bundle_id
 

@@ -21,7 +21,6 @@ from kvstore.protocol.pieces import BundleId, Key, PieceId, Span
 
 BUNDLES_MAX = 4096  # per server
 BUNDLED_MAX = 1 << 22  # keys in all of them together
-BLAMED_MAX = 4  # a key that has ended so many bundles stays alone: it is never in the same list
 
 _T = TypeVar("_T")
 
