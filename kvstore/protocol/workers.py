@@ -146,10 +146,12 @@ class Workers:
         if known is not None and known.incarnation == waiting.incarnation:
             return  # the same again: a worker's next push comes when this one has taken effect
         count, items = self._held.get(waiting.rank, (0, 0))
+        if known is not None:  # of a life that is over
+            count, items = count - 1, items - known.items
         if count >= WAITING_MAX or items + waiting.items > WAITING_ITEMS_MAX:
             return
         self._held[waiting.rank] = count + 1, items + waiting.items
-        self._waiting.pop(waiting.name, None)  # of a life that is over
+        self._waiting.pop(waiting.name, None)
         self._waiting[waiting.name] = waiting
 
     def resumed(self) -> list[Waiting]:

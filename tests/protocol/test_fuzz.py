@@ -147,6 +147,14 @@ class TestLimits:
         self.ask(core, 0, Push(7, "h", 0, 1, False, False), object())  # it is sent again
         assert core.pieces["h", 0].held
 
+    def test_a_new_life_has_the_room_of_the_one_before(self, core, monkeypatch):
+        monkeypatch.setattr(workers, "WAITING_MAX", 1)
+        self.ask(core, 2, Freeze(1))
+        core.handle(0, 1, Push(5, "w", 0, 1, False, False), "old", 0.0)
+        core.handle(0, 2, Push(5, "w", 0, 1, False, False), "new", 0.0)
+        self.ask(core, 2, Admit(2, {"w": 0}))
+        assert core.pieces["w", 0].held == {(0, 1): "new"}
+
     def test_an_unknown_key_is_refused_although_somebody_joins(self, core):
         self.ask(core, 2, Freeze(1))
         assert self.ask(core, 0, Push(1, "nobody's", 0, 1, False, False), object()) == ["UnknownKeyError"]
