@@ -14,7 +14,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from threading import get_ident
 from time import perf_counter
 from types import FrameType
@@ -532,8 +532,41 @@ class Engine(ABC):
 
     def _await(self, handle: Handle, timeout: float | None) -> None:
         """Until the handle is done: run its op here if it is ready, else wait."""
-        self._check_process()
+        self._meet(handle.op)
+        if handle.done():
+            return
+        with self._waiting_for(handle.op, timeout):
+            if handle.op.state == ISSUED and timeout is None:
+                self._streams_in_use.synchronise(handle.op)
+            with suppress(CancelledError):
+                Future.exception(handle, timeout)
+
+    def _follow(self, handle: Handle, timeout: float | None) -> None:
+        """See :meth:`Handle.follow`."""
         op = handle.op
+        if op.flight is None:
+            with suppress(CancelledError):
+                handle.exception(timeout)
+            return
+        self._meet(op)
+        issued = threading.Event()
+        with self._lock:
+            if op.state in (ISSUED, DONE):
+                issued.set()
+            else:
+                op.flight.followers.append(issued.set)
+        if not issued.is_set():
+            handle.add_done_callback(lambda _: issued.set())  # it may be given up
+            self._before_wait()
+            with self._waiting_for(op, timeout):
+                if not issued.wait(timeout):
+                    raise TimeoutError
+        if op.state == ISSUED:
+            self._streams_in_use.follow(op)
+
+    def _meet(self, op: Op) -> None:
+        """This thread is about to wait for the op: run it here if it is ready."""
+        self._check_process()
         stack = self._here.ops
         with self._lock:
             if stack and op.state != DONE:
@@ -543,16 +576,15 @@ class Engine(ABC):
             mine = self._claim(op)
         if mine:
             self._run(op)
-            if handle.done():
-                return
-        if stack:
+
+    @contextmanager
+    def _waiting_for(self, op: Op, timeout: float | None) -> Iterator[None]:
+        """Within the block this thread waits for the op; a TimeoutError becomes the one that names the ops awaited."""
+        inside = bool(self._here.ops)
+        if inside:
             self._lend()
         try:
-            if op.state == ISSUED and timeout is None:
-                self._streams_in_use.synchronise(op)
-            Future.exception(handle, timeout)
-        except CancelledError:
-            pass
+            yield
         except TimeoutError:
             with self._lock:
                 ahead = self._list(self._scheduler.blockers(op)) if op.state == WAITING else repr(op)
@@ -560,7 +592,7 @@ class Engine(ABC):
                 f"op {op.name!r} pushed at {op.site}: not done after {timeout:g} s; waits for {ahead}"
             ) from None
         finally:
-            if stack:
+            if inside:
                 self._take_back()
 
     def _lend(self) -> None:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
 from concurrent.futures._base import FINISHED, PENDING
+from contextlib import AbstractContextManager, nullcontext
 from threading import Condition
 from typing import TYPE_CHECKING, Any
 
@@ -103,6 +104,21 @@ class Handle(Future[Any]):
             return self._exception
         raise CancelledError
 
+    def follow(self, timeout: float | None = None) -> None:
+        """Have what this thread does from now on come after the op, without waiting for a device.
+
+        For an op of a device: wait until its work is in its stream. Then what this thread enqueues on its current
+        streams, of the devices whose arrays the op was pushed with, starts when that work is done. For an op of the
+        host, or one that has been given up: wait until the handle is done.
+
+        The op's error is not raised: an op of a device need not have met it yet. The handle tells it.
+
+        Raises:
+            DeadlineError: after ``timeout`` seconds, naming the ops awaited.
+            DeadlockError: inside an op, for something that this op blocks.
+        """
+        self._engine._follow(self, timeout)
+
     def add_done_callback(self, fn: Callable[[Future[Any]], Any]) -> None:
         """Call ``fn(handle)`` when the op has ended, or now if it has."""
         with self._engine._lock:
@@ -119,7 +135,7 @@ class Handle(Future[Any]):
 
 
 class Completion:
-    """Given to the function of an asynchronous op, which calls one of these later, once, from any thread."""
+    """Given to the function of an asynchronous op, which sets result or exception later, once, from any thread."""
 
     __slots__ = ("_engine", "_op")
 
@@ -129,6 +145,13 @@ class Completion:
 
     def __repr__(self) -> str:
         return f"<Completion of {self._op!r}>"
+
+    def on(self) -> AbstractContextManager[Any]:
+        """Within the block, in any thread, the op's stream is the current one, if it is an op of a device.
+
+        So more of its work can be enqueued after its function has returned, and before its result is set.
+        """
+        return nullcontext()
 
     def set_result(self, result: Any) -> None:
         """The op is complete."""

@@ -45,6 +45,7 @@ class Launch(Flight):
         self.is_open = False  # ends when its function's completion is told, rather than when the function returns
         self.stream: Stream = None
         self.event: Event = None  # behind its work; None: there is no telling
+        self.followers: list[Callable[[], None]] = []  # to be told that it is issued
         self.result: Any = None
         self.error_at_issue: BaseException | None = None
 
@@ -56,6 +57,10 @@ class Issue(Completion):
     """Of an asynchronous op of a device: its work is what is in its stream when one of these is called."""
 
     __slots__ = ()
+
+    def on(self) -> contextlib.AbstractContextManager[Any]:
+        """Within the block, the op's stream is this thread's current one."""
+        return self._engine._streams_in_use.devices.on(self._op.flight.stream)
 
     def set_result(self, result: Any) -> None:
         """The op's work is in its stream."""
@@ -212,6 +217,9 @@ class Streams:
             for ready in engine._scheduler.issue(op, launch.error_at_issue):
                 engine._dispatch(ready)
             self._watch()
+            followers, launch.followers = launch.followers, []
+        for tell in followers:
+            tell()
         engine._issued(op)
 
     def join(self, launch: Launch) -> None:
@@ -224,6 +232,14 @@ class Streams:
                 ends[stream, launch.stream] = launch.event
         if not self._in_block():
             self._meet(ends)
+
+    def follow(self, op: Op) -> None:
+        """What the thread at hand enqueues from now on is to come after an op that is issued."""
+        for launch in list(_launches([op])):
+            for device in op.flight.callers:
+                stream = self.devices.current(device)
+                if stream != launch.stream:
+                    self.devices.wait(stream, launch.event)
 
     def _in_block(self) -> bool:
         """Are this thread's own streams to be looked at only when the bulk begins and ends? Not in an op."""

@@ -78,10 +78,8 @@ def mixed(runtime, machine, seed):
         if rng.random() < 0.15:
 
             def start(completion, op=op):
-                stream = machine.stream_here()
-
                 def complete():
-                    with machine.on(stream):
+                    with completion.on():
                         try:
                             completion.set_result(op())
                         except Boom as error:
@@ -130,6 +128,13 @@ def with_streams(runtime, machine, seed):
     rng = random.Random(seed)
     arrays = [machine.array(np.arange(8, dtype=np.int64) + 100 * n, n % 2) for n in range(4)]
     outcome, bulk = [], contextlib.ExitStack()
+    late, completers = [], []  # what may not have been issued when its push returned
+
+    def follow():
+        for handle in late:
+            handle.follow(rng.choice([None, LIMIT_S]))
+        late.clear()
+
     with machine.callers(rng):
         for number in range(rng.randrange(2, 20)):
             views = [(array[view], n % 2) for n, array in enumerate(arrays) for view in VIEWS]
@@ -138,6 +143,7 @@ def with_streams(runtime, machine, seed):
                 bulk.enter_context(runtime.bulk())
             elif luck < 0.4:
                 bulk.close()
+                follow()
                 device = rng.randrange(2)
                 picked = rng.sample([view for view, where in views if where == device], rng.randrange(1, 4))
                 machine.enqueue(lambda n=number, p=picked: mix(n, p[1:], p[:1], False), device)
@@ -146,6 +152,7 @@ def with_streams(runtime, machine, seed):
                 runtime.push(lambda: None, reads=[item]).result()  # waits for the caller's work, too
                 outcome.append(values(item).tolist())
             else:
+                in_pieces = rng.random() < 0.15
                 picked = [view for view, _ in rng.sample(views, rng.randrange(1, 5))]
                 cut, modify = rng.randrange(len(picked)), rng.random() < 0.5
                 reads, writes = picked[:cut], picked[cut:]
@@ -154,8 +161,23 @@ def with_streams(runtime, machine, seed):
                 def op(number=number, reads=reads, writes=writes, modify=modify):
                     machine.enqueue(lambda: mix(number, reads, writes, modify))
 
-                runtime.push(op, reads, writes, lane=rng.choice([None, None, "other"]))
+                def start(completion, op=op):
+                    def complete():
+                        with completion.on():
+                            op()
+                        completion.set_result(None)
+
+                    completers.append(threading.Thread(target=complete))
+                    completers[-1].start()
+
+                push = runtime.push_async if in_pieces else runtime.push
+                handle = push(start if in_pieces else op, reads, writes, lane=rng.choice([None, None, "other"]))
+                if in_pieces or late:
+                    late.append(handle)
         bulk.close()
+        follow()
+    for thread in completers:
+        thread.join(LIMIT_S)
     runtime.wait_all(LIMIT_S)
     machine.drain()
     runtime.validate()

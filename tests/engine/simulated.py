@@ -157,10 +157,6 @@ class Simulated:
             self.current(self.here.device if device is None else device).queue.append(Kernel(work))
             self.advance()
 
-    def stream_here(self):
-        """The current stream of the current device."""
-        return self.current(self.here.device)
-
     @contextlib.contextmanager
     def callers(self, rng):
         """Within the block, the thread has a stream of its own on some devices."""
@@ -213,12 +209,6 @@ class Nowhere:
 
     def enqueue(self, work, device=None):
         work()
-
-    def stream_here(self):
-        return None
-
-    def on(self, stream):
-        return contextlib.nullcontext()
 
     def callers(self, rng):
         rng.random(), rng.random()

@@ -130,3 +130,15 @@ def test_any_number_of_threads_may_wait_for_one_handle(runtime):
         for thread in threads:
             thread.join(LIMIT_S)
         assert seen == [number] * len(ways)
+
+
+def test_to_follow_an_op_of_the_host_is_to_wait_for_it_whatever_its_outcome(runtime):
+    handle, completion = begun(runtime)
+    with completion.on(), pytest.raises(engine.DeadlineError):
+        handle.follow(0.01)
+    completion.set_exception(ValueError("seen by result, not by follow"))
+    handle.follow(LIMIT_S)
+    assert isinstance(handle.exception(LIMIT_S), ValueError)
+    done = runtime.push(lambda: 3)
+    done.follow()
+    assert done.done()
