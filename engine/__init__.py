@@ -25,7 +25,7 @@ from typing import Any
 
 from engine.base import Engine
 from engine.claim import Claim
-from engine.cuda import Cuda
+from engine.cuda import Cuda, CudaStream
 from engine.devices import Devices
 from engine.errors import (
     ArgumentError,
@@ -48,6 +48,7 @@ __all__ = [
     "ClosedError",
     "Completion",
     "Cuda",
+    "CudaStream",
     "DeadlineError",
     "DeadlockError",
     "Devices",

@@ -73,7 +73,7 @@ def test_one_module_reads_the_environment():
 def test_cupy_comes_in_through_the_seam_only():
     for path in MODULES:
         if any(one.split(".")[0] == "cupy" for one in imports(path)):
-            assert name(path) == "kvstore/arrays.py" or name(path).startswith("kvstore/kernels/")
+            assert name(path) == "kvstore/arrays/gpu.py" or name(path).startswith("kvstore/kernels/cuda/")
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name)

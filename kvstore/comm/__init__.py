@@ -1,5 +1,31 @@
-"""How the arrays of one process's devices become one, and one becomes many."""
+"""How the arrays of one process's devices become one, and one becomes many, whichever memories they lie in."""
 
-from kvstore.comm.host import broadcast, merge
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from kvstore.arrays import Array
+from kvstore.comm import device, host
 
 __all__ = ["broadcast", "merge"]
+
+
+def merge(arrays: Sequence[Array], out: Array) -> None:
+    """``out`` = the sum of ``arrays``, left to right, in the accumulation rules of :mod:`kvstore.kernels`."""
+    (host if _in_host_memory(out, arrays) else device).merge(arrays, out)
+
+
+def broadcast(source: Array, outs: Sequence[Array], start: int = 0) -> None:
+    """Copy the flat ``source`` into each of ``outs``, all of one shape, from element ``start`` on in C order."""
+    (host if _in_host_memory(source, outs) else device).broadcast(source, outs, start)
+
+
+def _in_host_memory(one: Array, more: Sequence[Array]) -> bool:
+    if not isinstance(one, np.ndarray):
+        return False
+    for array in more:  # noqa: SIM110  a generator costs more than the rest
+        if not isinstance(array, np.ndarray):
+            return False
+    return True

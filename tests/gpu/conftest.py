@@ -7,7 +7,7 @@ from types import ModuleType
 
 import pytest
 
-from kvstore.kernels.cuda import missing
+from kvstore.arrays.gpu import missing
 
 HERE = Path(__file__).parent
 

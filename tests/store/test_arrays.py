@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 
 import ml_dtypes
 import numpy as np
@@ -53,3 +54,34 @@ def test_an_out_that_repeats_its_elements_is_none():
         arrays.writable_view(repeated, "out")
     for shape in ((0, 3), (1, 3), (3, 1), ()):
         arrays.writable_view(np.zeros(shape), "out")
+
+
+class OnGpu:
+    """What an array of a GPU shows."""
+
+    def __dlpack_device__(self):
+        return 2, 0
+
+    def __dlpack__(self, **options):
+        raise AssertionError("nobody could use it")
+
+
+def test_an_array_of_a_gpu_where_there_is_none_is_refused_with_the_reason():
+    if (reason := arrays.gpu.missing()) is None:
+        pytest.skip("there is a GPU")
+    assert arrays.is_array(OnGpu())
+    with pytest.raises(
+        DtypeError, match=re.escape(f"it: expected an array in host memory, got one of a GPU, {reason}")
+    ):
+        arrays.view(OnGpu(), "it")
+    assert not arrays.is_writable(OnGpu())
+
+
+def test_the_memory_of_the_host():
+    array = np.arange(6.0).reshape(2, 3)
+    assert arrays.memory_of(array) == arrays.memory_of(array[:, 1]) == arrays.HOST
+    assert arrays.to_host(array) is array
+    like = arrays.empty_like(array.T)
+    assert (like.shape, like.dtype, like.flags.c_contiguous) == ((3, 2), array.dtype, True)
+    arrays.copy_to(array.T, like)
+    assert np.array_equal(like, array.T)

@@ -1,0 +1,390 @@
+"""Arrays in the memory of GPUs: the one file of this seam that imports CuPy, with the first such array.
+
+Everything is put in the queue of a stream, and nothing waits for a GPU but :func:`to_host`, and :func:`copy` where the
+array in host memory is not pinned. The *current* device and stream are CuPy's, of the calling thread; within an op of
+the engine they are the op's.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+import engine
+from kvstore.arrays import host
+from kvstore.arrays.host import Array
+from kvstore.errors import DtypeError
+
+_CUDA, _MANAGED = 2, 13  # types of devices in DLPack
+_REGISTER_PORTABLE, _REGISTER_READ_ONLY = 1, 8  # flags of cudaHostRegister
+_SHARED_KINDS = ("Memory", "PooledMemory")  # of CuPy's, that come from cudaMalloc
+_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+
+def missing() -> str | None:
+    """Why there are no GPUs here. None: there are. The first call imports CuPy, where it is installed."""
+    try:
+        import cupy
+    except ImportError as error:
+        return f"CuPy cannot be imported: {error}"
+    try:
+        cupy.cuda.runtime.getDeviceCount()  # an error where there is none
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        return f"CuPy {cupy.__version__} finds no GPU: {error}"
+    return None
+
+
+@functools.cache
+def module() -> Any:
+    """CuPy."""
+    import cupy
+
+    return cupy
+
+
+@functools.cache
+def devices() -> engine.Cuda:
+    """The GPUs of this process, for :meth:`engine.Engine.use`."""
+    return engine.Cuda(module())
+
+
+# --- the caller's arrays ------------------------------------------------------------------------
+
+
+def is_there(value: object) -> bool:
+    """Is this an array in the memory of a GPU, of whatever library?"""
+    if _library(value) == "cupy":
+        return hasattr(value, "__dlpack__")
+    if hasattr(value, "__dlpack_device__"):
+        try:
+            return value.__dlpack_device__()[0] in (_CUDA, _MANAGED)
+        except (TypeError, ValueError, RuntimeError, BufferError):
+            return False
+    return hasattr(value, "__cuda_array_interface__")
+
+
+def imported(value: Any, what: str) -> Array:
+    """The array as CuPy's, on the same memory. Raises DtypeError."""
+    if _library(value) == "cupy":
+        return value  # type: ignore[no-any-return]
+    if reason := missing():
+        raise DtypeError(f"{what}: expected an array in host memory, got one of a GPU, {reason}")
+    cupy = module()
+    try:
+        array: Array = (
+            host.from_dlpack(value, cupy.from_dlpack) if hasattr(value, "__dlpack__") else cupy.asarray(value)
+        )
+    except (TypeError, ValueError, RuntimeError, BufferError) as error:
+        raise DtypeError(f"{what}: expected an array of a GPU that DLPack can share; {error}") from error
+    return array
+
+
+def is_immutable(value: object) -> bool:
+    """Is this an array of a GPU that its library never changes?"""
+    library = _library(value)
+    if isinstance(value, np.ndarray) or library in ("cupy", "torch"):
+        return False
+    if library in ("jax", "jaxlib"):
+        return True
+    interface = getattr(value, "__cuda_array_interface__", None)
+    return interface is not None and bool(interface["data"][1])
+
+
+def _library(value: object) -> str:
+    return type(value).__module__.partition(".")[0]
+
+
+# --- the caller's streams -----------------------------------------------------------------------
+
+
+def torch() -> Any:
+    """PyTorch, which does not work on CuPy's current streams. None: it is not in use here, not with GPUs."""
+    found = sys.modules.get("torch")
+    return found if found is not None and found.cuda.is_initialized() else None
+
+
+@contextmanager
+def callers(values: Any) -> Iterator[None]:
+    """Within the block PyTorch's current streams are CuPy's, for the devices of the tensors among ``values``.
+
+    If there are arrays of other libraries there too, what CuPy's current streams hold comes before all, and what they
+    will hold after all.
+    """
+    tensors, others = _numbers(values)
+    if not tensors:
+        yield
+        return
+    cuda = devices()
+    current = {device: cuda.current(device) for device in tensors}
+    own = {device: _external(torch().cuda.current_stream(device).cuda_stream, device) for device in tensors}
+    apart = [device for device in tensors if own[device].stream.ptr != current[device].stream.ptr]
+    for device in apart if others else ():
+        cuda.wait(own[device], cuda.record(current[device]))
+    try:
+        with _current([own[device] for device in apart]):
+            yield
+    finally:
+        for device in apart if others else ():
+            cuda.wait(current[device], cuda.record(own[device]))
+
+
+@contextmanager
+def _current(streams: Sequence[engine.CudaStream]) -> Iterator[None]:
+    """Within the block these streams are the current ones of their devices; the current device stays."""
+    cuda = module().cuda
+    before = [(one, devices().current(one.device)) for one in streams]
+    try:
+        for one in streams:
+            with cuda.Device(one.device):
+                one.stream.use()
+        yield
+    finally:
+        for one, previous in before:
+            with cuda.Device(one.device):
+                previous.stream.use()
+
+
+def _numbers(values: Any) -> tuple[set[int], bool]:
+    """The devices of the tensors of PyTorch among these, and whether there are arrays of GPUs of other libraries."""
+    tensors: set[int] = set()
+    others = False
+    left = [values]
+    while left:
+        value = left.pop()
+        if isinstance(value, list | tuple):
+            left.extend(value)
+        elif _library(value) == "torch":
+            if is_there(value):
+                tensors.add(value.__dlpack_device__()[1])
+        else:
+            others = others or is_there(value)
+    return tensors, others
+
+
+class _Foreign:
+    """A stream of another library, as CuPy asks for one."""
+
+    def __init__(self, address: int) -> None:
+        self._address = address
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self._address
+
+
+def _external(address: int, device: int) -> engine.CudaStream:
+    cuda = module().cuda
+    with cuda.Device(device):
+        if address == 0:
+            stream = cuda.Stream.null
+        elif hasattr(cuda.Stream, "from_external"):
+            stream = cuda.Stream.from_external(_Foreign(address))
+        else:  # CuPy 13
+            stream = cuda.ExternalStream(address, device)
+    return engine.CudaStream(device, stream)
+
+
+# --- memory -------------------------------------------------------------------------------------
+
+
+def device_of(array: Any) -> int:
+    """The number of the device that an array of CuPy lies on."""
+    number: int = array.device.id
+    return number
+
+
+def current_device() -> int:
+    """The number of the device that the thread works on now."""
+    number: int = module().cuda.runtime.getDevice()
+    return number
+
+
+def empty(shape: int | tuple[int, ...], dtype: np.dtype[Any], device: int) -> Array:
+    """A new array on the device. Its memory is given back in the order of the stream that is current there now."""
+    cupy = module()
+    with cupy.cuda.Device(device):
+        array: Array = cupy.empty(shape, dtype)
+    return array
+
+
+def to_host(array: Any) -> Array:
+    """A copy in host memory. Waits for the device's current stream."""
+    cupy = module()
+    with cupy.cuda.Device(device_of(array)):
+        copied: Array = cupy.asnumpy(array)
+    return copied
+
+
+def pinned(nbytes: int) -> Array:
+    """Host memory that devices copy from and to while the host goes on: bytes, from CuPy's pool.
+
+    It goes back to the pool with the last reference, at once: hold it for as long as a device uses it.
+    """
+    if nbytes == 0:
+        return np.empty(0, np.uint8)
+    return np.frombuffer(module().cuda.alloc_pinned_memory(nbytes), np.uint8, nbytes)
+
+
+def pin(array: Array, *, read_only: bool = False) -> bool:
+    """Make memory of the host such as :func:`pinned` gives, for as long as it lives. False: it cannot be.
+
+    Args:
+        read_only: this process cannot write it.
+    """
+    if array.nbytes == 0:
+        return False
+    runtime = module().cuda.runtime
+    flags = _REGISTER_PORTABLE | (_REGISTER_READ_ONLY if read_only else 0)
+    address = array.ctypes.data
+    try:
+        runtime.hostRegister(address, array.nbytes, flags)
+    except runtime.CUDARuntimeError:
+        return False
+    owner: Any = array
+    while isinstance(owner.base, np.ndarray):
+        owner = owner.base
+    weakref.finalize(owner, _unpin, runtime, address).atexit = False
+    return True
+
+
+def _unpin(runtime: Any, address: int) -> None:
+    try:
+        runtime.hostUnregister(address)
+    except runtime.CUDARuntimeError:  # the device failed, or has been reset
+        return
+
+
+@functools.cache
+def peers(device: int) -> frozenset[int]:
+    """The other devices whose memory kernels of this device can use; from the first call on they may."""
+    cuda = module().cuda
+    found = set()
+    for other in range(cuda.runtime.getDeviceCount()):
+        if other != device and cuda.runtime.deviceCanAccessPeer(device, other):
+            with cuda.Device(device):
+                try:
+                    cuda.runtime.deviceEnablePeerAccess(other)
+                except cuda.runtime.CUDARuntimeError as error:
+                    if "AlreadyEnabled" not in str(error):
+                        continue
+            found.add(other)
+    return frozenset(found)
+
+
+def is_reachable(array: Any, device: int) -> bool:
+    """Can kernels of this device use the array?
+
+    Memory of a peer they can use if cudaMalloc gave it; of what comes from elsewhere nobody knows.
+    """
+    own = device_of(array)
+    return own == device or (type(array.data.mem).__name__ in _SHARED_KINDS and own in peers(device))
+
+
+# --- copies -------------------------------------------------------------------------------------
+
+
+def copy(source: Array, target: Array) -> None:
+    """Copy between any memories of which one is a GPU's at least; enqueued, in the order of the current stream."""
+    if source.size == 0:
+        return
+    if source.flags.c_contiguous and target.flags.c_contiguous:
+        _copy_bytes(source, target)
+    elif isinstance(source, np.ndarray) and not source.flags.c_contiguous:
+        copy(np.ascontiguousarray(source), target)
+    elif isinstance(target, np.ndarray) and not target.flags.c_contiguous:
+        room = np.empty(target.shape, target.dtype)  # not pinned: what is copied there is complete at once
+        copy(source, room)
+        np.copyto(target, room)
+    else:
+        _copy_strided(_bits(source), _bits(target))
+
+
+def _copy_strided(source: Any, target: Any) -> None:
+    """Where one of the two has its elements apart, on a device: that device gathers or scatters them."""
+    apart = target if source.flags.c_contiguous else source
+    with Fork() as fork, fork.on(device_of(apart)):
+        other = source if apart is target else target
+        if not isinstance(other, np.ndarray) and device_of(other) == device_of(apart):
+            target[...] = source
+        elif apart is source:
+            copy(module().ascontiguousarray(source), target)
+        else:
+            room = module().empty(target.shape, target.dtype)
+            copy(source, room)
+            target[...] = room
+
+
+def _copy_bytes(source: Any, target: Any) -> None:
+    """From one run of memory to another."""
+    cuda = module().cuda
+    runtime, nbytes = cuda.runtime, source.nbytes
+    addresses = _address(target), _address(source)
+    if isinstance(source, np.ndarray) or isinstance(target, np.ndarray):
+        down = isinstance(target, np.ndarray)
+        with Fork() as fork, fork.on(device_of(source if down else target)):
+            kind = runtime.memcpyDeviceToHost if down else runtime.memcpyHostToDevice
+            runtime.memcpyAsync(*addresses, nbytes, kind, cuda.get_current_stream().ptr)
+        return
+    stream, here, there = cuda.get_current_stream().ptr, device_of(source), device_of(target)
+    if here == there:
+        runtime.memcpyAsync(*addresses, nbytes, runtime.memcpyDeviceToDevice, stream)
+    else:
+        runtime.memcpyPeerAsync(addresses[0], there, addresses[1], here, nbytes, stream)
+
+
+def _address(array: Any) -> int:
+    at: int = array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr
+    return at
+
+
+def _bits(array: Any) -> Any:
+    """The array, as integers if it is of a type that not every release of CuPy copies."""
+    return array.view(np.uint16) if array.dtype == _BFLOAT16 else array
+
+
+class Fork:
+    """Work on several devices side by side: after what the current stream holds, and before what follows on it.
+
+    Memory that was made before the block may be used in all of it; what is made within :meth:`on`, only there.
+    """
+
+    _streams: dict[int, Any] = {}  # noqa: RUF012  of all forks: the memory of a pool belongs to a stream for good
+    _making = threading.Lock()
+
+    def __enter__(self) -> Fork:
+        self._device = current_device()
+        self._stream = devices().current(self._device)
+        self._begin: Any = None
+        self._used: list[Any] = []
+        return self
+
+    @contextmanager
+    def on(self, device: int) -> Iterator[None]:
+        """Within the block the thread works on this device."""
+        if device == self._device:
+            yield
+            return
+        cuda = devices()
+        if self._begin is None:
+            self._begin = cuda.record(self._stream)
+        with self._making:
+            stream = self._streams.get(device)
+            if stream is None:
+                stream = self._streams[device] = cuda.stream(device)
+        if stream not in self._used:
+            cuda.wait(stream, self._begin)
+            self._used.append(stream)
+        with cuda.on(stream):
+            yield
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        cuda = devices()
+        for stream in self._used:
+            cuda.wait(self._stream, cuda.record(stream))
