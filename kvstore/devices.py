@@ -21,8 +21,9 @@ import engine
 from kvstore import comm
 from kvstore.arrays import Array
 from kvstore.consistency import Answer, Level, Model, Pull, Update
+from kvstore.delivery import Delivery
 from kvstore.errors import CallerError, KVStoreError
-from kvstore.handle import Ended, Handle, when_ended
+from kvstore.handle import Ended, Handle
 from kvstore.home import Gradient, Held, Home, Reading, Source
 from kvstore.protocol.pieces import Key
 
@@ -158,23 +159,35 @@ class _Delayed(Source):
             ended(held)
 
     def deliver(self, outs: Sequence[Array], priority: int, ended: Ended) -> None:
-        def start(completion: engine.Completion) -> None:
-            def come(held: Held | BaseException) -> None:
-                if not isinstance(held, Held):
-                    completion.set_exception(held)
-                elif held.array.nbytes * len(outs) <= INLINE_BYTES:
-                    copy(held)
-                else:
-                    self._engine.push(lambda: copy(held), priority=priority, name="deliver", info={"key": self._key})
+        come: list[Held] = []
 
-            def copy(held: Held) -> None:
-                comm.broadcast(held.array.reshape(-1), outs)
+        def begin(delivery: Delivery) -> None:
+            self.hold(lambda held: write(delivery, held))
+
+        def write(delivery: Delivery, held: Held | BaseException) -> None:
+            if not isinstance(held, Held):
+                delivery.end(held)
+            elif held.array.nbytes * len(outs) <= INLINE_BYTES:
+                copy(delivery, held)
+            else:
+                info = {"key": self._key}
+                self._engine.push(lambda: copy(delivery, held), priority=priority, name="deliver", info=info)
+
+        def copy(delivery: Delivery, held: Held) -> None:
+            come.append(held)
+            try:
+                delivery.write(held.array.reshape(-1))
+            except Exception as error:
+                delivery.end(error)
+            else:
+                delivery.end()
+
+        def over(error: BaseException | None) -> None:
+            for held in come:
                 held.give_back()
-                completion.set_result(None)
+            ended(error)
 
-            self.hold(come)
-
-        when_ended(self._engine.push_async(start, writes=outs, priority=priority, name="pull", inline=True), ended)
+        Delivery(self._engine, outs, priority, begin, over)
 
 
 class Devices:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from kvstore import comm
-from kvstore.arrays import Array
+from kvstore.arrays import HOST, Array, memory_of
 from kvstore.checkpoint.cut import CutSource
 from kvstore.handle import Ended
 from kvstore.optim import Optimizer
@@ -39,6 +39,14 @@ class Gradient:
     lent: bool = False  # the caller leaves the only array alone until the operation has ended
     outs: Sequence[Array] | None = None  # pushpull: to where the source will be asked to deliver
     samples: int | None = None  # that it is the sum over, if the key's rounds are of so many
+
+    @property
+    def on_devices(self) -> bool:
+        """Does some of it lie in the memory of a device?"""
+        for array in self.arrays:  # noqa: SIM110  a generator costs more than the rest
+            if memory_of(array) != HOST:
+                return True
+        return False
 
     @property
     def reads(self) -> list[Any]:

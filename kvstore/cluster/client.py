@@ -13,7 +13,7 @@ import numpy as np
 
 import engine
 from kvstore import comm, consistency
-from kvstore.arrays import Array, dtype_named
+from kvstore.arrays import HOST, Array, dtype_named, memory_of, to_host
 from kvstore.checkpoint.cut import CutSource
 from kvstore.cluster.bundles import Bundles
 from kvstore.cluster.cutpoints import CutPoints
@@ -63,6 +63,7 @@ class ClusterHome(Home):
         self._bundles = Bundles(self, session, runtime)
         self._joining: dict[Key, Remote] = {}  # init has not been answered
         self._barriers = 0
+        self._turn = 0  # of the devices, to merge a part of a gradient
         self._cuts = Cuts(session)
         self._clock: Remote | None = None  # see CutPoints
         self._time_then = -1  # its round when it was last looked at
@@ -99,7 +100,8 @@ class ClusterHome(Home):
         owners = tuple(owner(key, piece, len(self._servers)) for piece in range(len(spec.cut)))
         remote = self.remote(key, spec, owners)
         first = self.rank == min(self._session.workers, default=self.rank)
-        value = value.copy() if first else value  # the caller may overwrite it at once
+        value, given = to_host(value), value
+        value = value.copy() if first and value is given else value  # the caller may overwrite it at once
         left = len(remote.cut)
         rounds: list[int] = []
 
@@ -194,7 +196,7 @@ class ClusterHome(Home):
                 near, held = remote.hold(piece, request_id, pull=True)
                 message = Fetch(request_id, remote.key, piece, counted.round, _clamped(priority), near, held)
                 requests.append(Request(server, message, None, 0, priority, channels[piece], is_pull=True))
-            self._submit(exchange, requests)
+            exchange.submit(requests)
 
         channels = [remote.channel(piece) for piece in range(len(remote.owners))]
         self._in_order(exchange, submit, [], "pull", 0, priority)
@@ -211,6 +213,9 @@ class ClusterHome(Home):
 
     def _push(self, exchange: Exchange, gradient: Gradient, arrivals: Arrivals | None) -> None:
         """Stage ``gradient`` and send it, in this key's order of calls. ``arrivals``: of the pull beside it, if any."""
+        if gradient.on_devices:
+            self._push_from_devices(exchange, gradient, arrivals is not None)
+            return
         remote, arrays = exchange.remote, gradient.arrays
         reads = gradient.reads
         unwritten: Gradient | None = gradient  # what is still to be written to what is sent
@@ -246,6 +251,46 @@ class ClusterHome(Home):
 
         self._in_order(exchange, submit, reads, "push", sent.nbytes, gradient.priority, begin)
 
+    def _push_from_devices(self, exchange: Exchange, gradient: Gradient, pull: bool) -> None:
+        """:meth:`_push` of what lies on devices: copied down part by part, each of which is sent when it is there.
+
+        The copies are put into a stream, so nobody waits for a device; one after another, so that the first part is
+        there first. The device that merges a part is another one each time: each has a bus of its own.
+        """
+        remote, runtime, cut = exchange.remote, self._engine, exchange.remote.cut
+        exchange.slot = slot = remote.staging.take(pinned=True)
+        gradient = _read_later(gradient, runtime)
+        sources, flat, priority = _flat(gradient.arrays), slot.array, gradient.priority
+        copies = engine.Var(f"copies of {remote.key!r}")
+        try:
+            with runtime.bulk():
+                for some in _parts(cut, remote.dtype) if sources else [range(len(cut))]:
+                    start, stop = cut.span(some[0])[0], cut.span(some[-1])[1]
+                    part, there = flat[start:stop], engine.Var(f"staged {remote.key!r}[{some[0]}]")
+                    copy = partial(gradient.write, part)
+                    if sources:
+                        copy = partial(comm.merge, [source[start:stop] for source in sources], part)
+                    self._turn += 1
+                    runtime.push(
+                        copy, reads=_from(gradient.reads, self._turn), writes=[copies, there],
+                        priority=priority, lane="copy", name="stage",
+                        info={"key": remote.key, "bytes": part.nbytes, "piece": some[0]},
+                    )  # fmt: skip
+                    send = partial(self._send_part, exchange, flat, some, pull, priority, gradient.samples)
+                    self._in_order(exchange, send, [there], "push", part.nbytes, priority)
+        except BaseException as error:
+            exchange.give_up(error)
+            raise
+
+    def _send_part(
+        self, exchange: Exchange, flat: Array, some: range, pull: bool, priority: int, samples: int | None
+    ) -> None:
+        """Send these pieces, unless something is amiss with those before."""
+        if exchange.is_next(some[0]):
+            if not some[0]:
+                exchange.remote.round += 1
+            self._send(exchange, flat, some, pull, priority, samples)
+
     def _stage_and_send(
         self,
         exchange: Exchange,
@@ -256,22 +301,24 @@ class ClusterHome(Home):
         samples: int | None,
     ) -> None:
         """Send ``flat`` as the next round; before that, part by part, write the gradient to it, if there is one."""
-        remote = exchange.remote
-        pieces, cut = len(remote.cut), remote.cut
-        chunk = max(1, CHUNK_BYTES // max(1, cut.piece_items * remote.dtype.itemsize))
+        cut = exchange.remote.cut
+        parts = _parts(cut, exchange.remote.dtype)
         sources: list[Array] = []
         if gradient is not None:
-            if pieces > chunk and all(array.flags.c_contiguous for array in gradient.arrays):
-                sources = [array.reshape(-1) for array in gradient.arrays]
-            else:
+            if len(parts) > 1:
+                sources = _flat(gradient.arrays)
+            if not sources:
                 gradient.write(flat)
-        for begin in range(0, pieces, chunk):
-            some = range(begin, min(pieces, begin + chunk))
+        for some in parts:
             if sources:
                 start, stop = cut.span(some[0])[0], cut.span(some[-1])[1]
                 comm.merge([source[start:stop] for source in sources], flat[start:stop])
-            requests = [self._push_request(exchange, flat, piece, pull, priority, samples) for piece in some]
-            self._submit(exchange, requests)
+            self._send(exchange, flat, some, pull, priority, samples)
+
+    def _send(
+        self, exchange: Exchange, flat: Array, some: range, pull: bool, priority: int, samples: int | None
+    ) -> None:
+        exchange.submit([self._push_request(exchange, flat, piece, pull, priority, samples) for piece in some])
 
     def _push_request(
         self, exchange: Exchange, flat: Array, piece: int, pull: bool, priority: int, samples: int | None
@@ -292,14 +339,6 @@ class ClusterHome(Home):
         return Request(
             remote.owners[piece], message, payload, nbytes, priority, remote.channel(piece), is_push=True, is_pull=pull
         )
-
-    def _submit(self, exchange: Exchange, requests: list[Request]) -> None:
-        counted = exchange.counted
-        with counted.lock:
-            for request in requests:
-                counted.open[request.request_id] = request.server
-        self._session.submit([(request, exchange) for request in requests], pulls_first=counted.pulls_first)
-        exchange.sent += len(requests)
 
     def _in_order(
         self,
@@ -522,6 +561,35 @@ def _may_be_clock(remote: Remote) -> bool:
 
 def _clamped(priority: int) -> int:
     return max(-PRIORITY_MAX, min(PRIORITY_MAX, priority))
+
+
+def _parts(cut: Cut, dtype: np.dtype[Any]) -> list[range]:
+    """The pieces of a value, in parts of about CHUNK_BYTES."""
+    pieces, some = len(cut), max(1, CHUNK_BYTES // max(1, cut.piece_items * dtype.itemsize))
+    return [range(begin, min(pieces, begin + some)) for begin in range(0, pieces, some)]
+
+
+def _flat(arrays: Sequence[Array]) -> list[Array]:
+    """The same memory, flat; nothing if that of one of them is not in one run."""
+    return [array.reshape(-1) for array in arrays] if all(array.flags.c_contiguous for array in arrays) else []
+
+
+def _read_later(gradient: Gradient, runtime: engine.Engine) -> Gradient:
+    """The gradient without host memory that the caller may overwrite before an op of a device has read it."""
+
+    def is_due(array: Array) -> bool:
+        return memory_of(array) == HOST and not runtime.pending(array)  # else it is overwritten through the engine only
+
+    if not any(map(is_due, gradient.arrays)):
+        return gradient
+    arrays = [array.copy() if is_due(array) else array for array in gradient.arrays]
+    return Gradient(arrays, gradient.priority, samples=gradient.samples)
+
+
+def _from(items: list[Any], turn: int) -> list[Any]:
+    """The same, beginning with another one each turn."""
+    first = turn % len(items)
+    return items[first:] + items[:first]
 
 
 def _bytes(flat: Array, cut: Cut, piece: int) -> Array:

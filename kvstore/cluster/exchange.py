@@ -20,8 +20,9 @@ from kvstore.arrays import Array
 from kvstore.cluster.near import NEAR_BYTES, Arena, Neighbourhood
 from kvstore.cluster.session import OnOutcome, Session
 from kvstore.cluster.staging import Slot, Staging
+from kvstore.delivery import Delivery
 from kvstore.errors import KVStoreError
-from kvstore.handle import Ended, when_ended
+from kvstore.handle import Ended
 from kvstore.home import Held, Source
 from kvstore.protocol.dividing import Division
 from kvstore.protocol.leases import Holding
@@ -216,8 +217,9 @@ class Arrivals(Source):
         if over:
             end(self._error)
 
-    def _took(self) -> None:
+    def _took(self, error: BaseException | None = None) -> None:
         with self._lock:
+            self._error = self._error or error
             self._taken += 1
             ended = self._taken == self._expected
         if ended:
@@ -225,10 +227,17 @@ class Arrivals(Source):
             self._end(self._error)
 
     def begin(self, outs: Sequence[Array], priority: int) -> bool:
-        """Copy the pieces to ``outs`` as they come, ahead of :meth:`deliver` if need be. False: an op is in the way."""
+        """Copy the pieces to ``outs`` as they come, ahead of :meth:`deliver` if need be.
+
+        False: an op is in the way, or they are arrays of a device.
+        """
         claim = self._engine.claim(outs, "pull")
         if claim is None:
             return False
+
+        def copy(piece: _Piece) -> None:
+            comm.broadcast(piece.array, outs, self._remote.cut.span(piece.number)[0])
+            self._remote.give_back(piece.number, piece.request_id)
 
         def over(error: BaseException | None) -> None:
             claim.end(error)
@@ -239,7 +248,7 @@ class Arrivals(Source):
 
         self._begun = True
         try:
-            self._consume(self._copying(outs, priority), over)
+            self._consume(self._each(copy, len(outs), priority), over)
         except BaseException as error:
             claim.end(error)
             raise
@@ -252,29 +261,46 @@ class Arrivals(Source):
             if outcome is not None:
                 ended(*outcome)
             return
+        written: list[_Piece] = []  # and perhaps still read by a device
 
-        def start(completion: engine.Completion) -> None:
-            self._consume(self._copying(outs, priority), lambda error: _complete(completion, error))
+        def begin(delivery: Delivery) -> None:
+            def copy(piece: _Piece) -> None:
+                if delivery.on_devices:
+                    written.append(piece)
+                delivery.write(piece.array, self._remote.cut.span(piece.number)[0])
+                if not delivery.on_devices:
+                    self._remote.give_back(piece.number, piece.request_id)
 
-        when_ended(self._engine.push_async(start, writes=outs, priority=priority, name="pull", inline=True), ended)
+            self._consume(self._each(copy, len(outs), priority), delivery.end)
 
-    def _copying(self, outs: Sequence[Array], priority: int) -> Callable[[_Piece], None]:
-        """What copies a piece to ``outs``: at once, or by an engine op if it is large."""
+        def over(error: BaseException | None) -> None:
+            for piece in written:
+                self._remote.give_back(piece.number, piece.request_id)
+            written.clear()
+            ended(error)
+
+        Delivery(self._engine, outs, priority, begin, over)
+
+    def _each(self, copy: Callable[[_Piece], None], times: int, priority: int) -> Callable[[_Piece], None]:
+        """What copies each piece, so many times: at once, or by an engine op if it is large."""
         remote = self._remote
         inline_bytes = INLINE_BYTES if len(remote.cut) > 1 else ALONE_INLINE_BYTES
 
-        def copy(piece: _Piece) -> None:
-            comm.broadcast(piece.array, outs, remote.cut.span(piece.number)[0])
-            remote.give_back(piece.number, piece.request_id)
-            self._took()
+        def copied(piece: _Piece) -> None:
+            try:
+                copy(piece)
+            except Exception as error:
+                self._took(error)
+            else:
+                self._took()
 
         def take(piece: _Piece) -> None:
-            nbytes = piece.array.nbytes * len(outs)
+            nbytes = piece.array.nbytes * times
             if nbytes <= inline_bytes or (piece.place is None and nbytes <= FAR_INLINE_BYTES):
-                copy(piece)
+                copied(piece)
             else:
                 info = {"key": remote.key, "bytes": nbytes, "piece": piece.number}
-                self._engine.push(lambda: copy(piece), priority=priority, name="deliver", info=info)
+                self._engine.push(lambda: copied(piece), priority=priority, name="deliver", info=info)
 
         return take
 
@@ -321,13 +347,6 @@ def _side_by_side(pieces: list[_Piece]) -> bool:
     return True
 
 
-def _complete(completion: engine.Completion, error: BaseException | None) -> None:
-    if error is None:
-        completion.set_result(None)
-    else:
-        completion.set_exception(error)
-
-
 class Exchange:
     """One push, pull or pushpull under way. Called with each piece's outcome, on the session's thread.
 
@@ -341,9 +360,9 @@ class Exchange:
         self.remote = remote
         self.counted = remote.counted
         self.slot: Slot | None = None  # what the servers read from
-        self.sent = 0  # pieces handed to the session
         self._arrivals = arrivals
         self._tell = ended
+        self._sent = 0  # pieces handed to the session, in their order; all of them if the rest never will be
         self._left = len(remote.cut)
         self._came = 0
         self._error: BaseException | None = None
@@ -395,9 +414,34 @@ class Exchange:
         if concluded is not None:
             self(concluded)
 
+    def is_next(self, piece: int) -> bool:
+        """Is this the piece to be sent now? Not if one before it failed, or all have been given up."""
+        return self._sent == piece
+
+    def submit(self, requests: list[Request]) -> None:
+        """Send the next pieces."""
+        counted = self.counted
+        with self._lock:
+            if self._sent + len(requests) > len(self.remote.cut):  # given up this moment
+                return
+            self._sent += len(requests)
+        with counted.lock:
+            for request in requests:
+                counted.open[request.request_id] = request.server
+        try:
+            self._session.submit([(request, self) for request in requests], pulls_first=counted.pulls_first)
+        except BaseException:
+            with self._lock:
+                self._sent -= len(requests)
+            raise
+
     def give_up(self, error: BaseException) -> None:
         """What has not been sent will not be."""
-        self._ended(len(self.remote.cut) - self.sent, error)
+        pieces = len(self.remote.cut)
+        with self._lock:
+            unsent, self._sent = pieces - self._sent, pieces
+        if unsent:
+            self._ended(unsent, error)
 
     def _ended(self, pieces: int, error: BaseException | None) -> None:
         with self._lock:

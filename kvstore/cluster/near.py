@@ -7,6 +7,7 @@ overwritten when is not decided here: see :mod:`kvstore.stored` for values and
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import threading
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvstore.arrays import Array
+from kvstore.arrays import Array, gpu
 from kvstore.errors import SharedMemoryError
 from kvstore.protocol.messages import Place
 from kvstore.transport.shared import AVAILABLE, Segment
@@ -41,6 +42,42 @@ class Region:
         return Place(self.segment.address, self.offset + start)
 
 
+class Pinning:
+    """Registers segments with the driver of the GPUs, which then copy from and to them while the host goes on.
+
+    What cannot be registered is copied all the same, more slowly. Thread-safe.
+    """
+
+    def __init__(self) -> None:
+        self._warned = False
+        self._lock = threading.Lock()
+
+    def __repr__(self) -> str:
+        return f"<Pinning: {'not always possible' if self._warned else 'no failure so far'}>"
+
+    def pin(self, segment: Segment, *, own: bool) -> None:
+        """Register a segment, ``own`` or another's, if it has not been; it stays so as long as it is mapped."""
+        with self._lock:
+            if segment.companion is not None:
+                return
+            memory = segment.companion = _alias(segment)
+            try:
+                if own:
+                    segment.reserve(0, segment.size)  # all of it will be there from now on
+                pinned = gpu.pin(memory, read_only=not own)
+            except SharedMemoryError:
+                pinned = False
+            if not pinned and not self._warned:
+                log.warning("%r cannot be registered with the GPUs' driver; copies from and to it are slower", segment)
+                self._warned = True
+
+
+def _alias(segment: Segment) -> Array:
+    """The segment's memory, by an array that does not keep it."""
+    start = np.frombuffer(segment.view(0, segment.size), np.uint8).ctypes.data
+    return np.frombuffer(memoryview((ctypes.c_uint8 * segment.size).from_address(start)), np.uint8)
+
+
 class Arena:
     """Own memory for others to read. Thread-safe.
 
@@ -50,6 +87,7 @@ class Arena:
 
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
+        self.pinning = Pinning()
         self.used_bytes = 0
         self._segments: list[Segment] = []
         self._end = 0  # of what is taken of the last segment
@@ -79,6 +117,10 @@ class Arena:
         """Give back what :meth:`allocate` gave."""
         with self._lock:
             self._free.setdefault(region.array.nbytes, []).append(region)
+
+    def pin(self, region: Region) -> None:
+        """GPUs are to copy to it: see :class:`Pinning`."""
+        self.pinning.pin(region.segment, own=True)
 
     def close(self) -> None:
         """Let go of the memory; there will be no more."""
@@ -118,13 +160,17 @@ class Mappings:
         Raises:
             SharedMemoryError: they cannot be mapped here.
         """
+        return np.frombuffer(self.segment(place).view(place.offset, nbytes), np.uint8)
+
+    def segment(self, place: Place) -> Segment:
+        """That of the place. Raises SharedMemoryError."""
         with self._lock:
             segment = self._segments.get(place.segment)
             if segment is None:
                 segment = self._segments[place.segment] = Segment.open(place.segment)
                 if len(self._segments) > MAPPINGS_MAX:
                     self._segments.popitem(last=False)
-        return np.frombuffer(segment.view(place.offset, nbytes), np.uint8)
+            return segment
 
 
 class Neighbourhood:
@@ -165,10 +211,15 @@ class Neighbourhood:
 
     def array(self, peer: int, place: Place, nbytes: int) -> Array:
         """Bytes of ``peer``, read-only. Raises SharedMemoryError when they cannot be mapped."""
+        return self._mapped_of(peer).array(place, nbytes)
+
+    def pin(self, peer: int, place: Place) -> None:
+        """GPUs are to copy from this place of ``peer``: see :class:`Pinning`. Raises like :meth:`array`."""
+        self.arena.pinning.pin(self._mapped_of(peer).segment(place), own=False)
+
+    def _mapped_of(self, peer: int) -> Mappings:
         mappings = self._mappings.get(peer)
-        if mappings is None:
-            mappings = self._mappings.setdefault(peer, Mappings())
-        return mappings.array(place, nbytes)
+        return self._mappings.setdefault(peer, Mappings()) if mappings is None else mappings
 
     def close(self) -> None:
         """Let go of all memory; what is still being viewed stays until that ends."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from kvstore.arrays import Array
+from kvstore.arrays import Array, gpu
 from kvstore.cluster.near import Arena, Region
 from kvstore.errors import DeadlineError
 
@@ -18,15 +18,28 @@ SLOTS = 2  # per key: one can be filled while the other travels
 class Slot:
     """Memory for one gradient of a key."""
 
-    __slots__ = ("array", "busy", "region")
+    __slots__ = ("_arena", "array", "busy", "pinned", "region")
 
     def __init__(self, items: int, dtype: np.dtype[Any], arena: Arena | None) -> None:
         nbytes = items * dtype.itemsize
+        self._arena = arena
+        self.pinned = False  # as far as that can be
         self.region: Region | None = arena.allocate(nbytes) if arena is not None else None
         self.array: Array = (
             np.empty(items, dtype) if self.region is None else self.region.array[:nbytes].view(dtype)
         )  # flat
         self.busy = False
+
+    def pin(self) -> None:
+        """See that GPUs copy to it at their full speed. It may be other memory afterwards."""
+        if self.pinned:
+            return
+        self.pinned = True
+        if self.region is not None:
+            assert self._arena is not None
+            self._arena.pin(self.region)
+        else:
+            self.array = gpu.pinned(self.array.nbytes).view(self.array.dtype)
 
     def __repr__(self) -> str:
         return f"<Slot of {self.array.nbytes} bytes: {'busy' if self.busy else 'free'}>"
@@ -54,8 +67,14 @@ class Staging:
     def __repr__(self) -> str:
         return f"<Staging: {self._own}, lent {[slot for slot, _ in self._lent]}>"
 
-    def take(self) -> Slot:
-        """A slot for the store to fill. When all are on their way, one that is not kept."""
+    def take(self, *, pinned: bool = False) -> Slot:
+        """A slot for the store to fill, by GPUs if it is to be ``pinned``. When all are on their way, one not kept."""
+        slot = self._take()
+        if pinned:
+            slot.pin()
+        return slot
+
+    def _take(self) -> Slot:
         with self._freed:
             for slot in self._own:
                 if not slot.busy:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 from kvstore import kernels
 from kvstore.arrays import HOST, Array, copy_to, empty, memory_of
-from kvstore.arrays.gpu import Fork, is_reachable
+from kvstore.arrays.gpu import Fork, current_device, is_reachable
 
 DIRECT, COPY = "direct", "copy"  # kernels read what peers hold, or it is copied before
 
@@ -18,13 +18,16 @@ DIRECT, COPY = "direct", "copy"  # kernels read what peers hold, or it is copied
 def merge(arrays: Sequence[Array], out: Array, how: str = DIRECT) -> None:
     """``out`` = the sum of ``arrays``, which lie in any memories, at least one of all in a GPU's.
 
-    It is made on the device of ``out``; if that is in host memory, on the device of the first array that is on one.
+    It is made on the device of ``out``. If that is in host memory: on the current device if an array is there, else on
+    that of the first array that is on one.
     """
     if out.size == 0:
         return
     target = memory_of(out)
     if target == HOST:
-        target = next(memory for memory in map(memory_of, arrays) if memory != HOST)
+        devices = [memory for memory in map(memory_of, arrays) if memory != HOST]
+        here = current_device()
+        target = here if here in devices else devices[0]
     with Fork() as fork, fork.on(target):
         if len(arrays) == 1:
             copy_to(arrays[0], out)

@@ -24,6 +24,16 @@ from kvstore.errors import SharedMemoryError
 
 AVAILABLE = sys.platform == "linux" and hasattr(os, "memfd_create")
 
+
+class _Mapped(mmap.mmap):
+    """The memory of a segment, mapped as long as there is any view of it.
+
+    A weak reference tells of its end when something else may lie at its addresses already; an attribute goes before.
+    """
+
+    companion: object = None
+
+
 _ADDRESS = re.compile(r"(?P<pid>[1-9]\d{0,9})\.(?P<fd>\d{1,9})\.(?P<token>[0-9a-f]{16})")
 
 
@@ -33,13 +43,22 @@ class Segment:
     The mapping ends with the last view of its memory.
     """
 
-    def __init__(self, address: str, mapped: mmap.mmap) -> None:
+    def __init__(self, address: str, mapped: _Mapped) -> None:
         self.address = address
         self.size = len(mapped)
         self._mapped = mapped
 
     def __repr__(self) -> str:
         return f"<Segment {self.address}: {self.size} bytes>"
+
+    @property
+    def companion(self) -> object:
+        """Something that is held as long as the memory is mapped, and let go right before that ends."""
+        return self._mapped.companion
+
+    @companion.setter
+    def companion(self, companion: object) -> None:
+        self._mapped.companion = companion
 
     @classmethod
     def create(cls, size: int) -> Segment:
@@ -54,7 +73,7 @@ class Segment:
             try:
                 os.ftruncate(fd, size)
                 fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-                mapped = mmap.mmap(fd, size)
+                mapped = _Mapped(fd, size)
             except BaseException:
                 os.close(fd)
                 raise
@@ -81,7 +100,7 @@ class Segment:
                     raise SharedMemoryError(f"segment {address}: expected a segment of that name, found another file")
                 if not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
                     raise SharedMemoryError(f"segment {address}: expected memory that is sealed against shrinking")
-                mapped = mmap.mmap(fd, 0, prot=mmap.PROT_READ)
+                mapped = _Mapped(fd, 0, prot=mmap.PROT_READ)
             finally:
                 os.close(fd)
         except (OSError, ValueError) as error:
