@@ -3,7 +3,7 @@
 One ``pushpull``, file by file:
 
 1. ``trainer.py``: a gradient is ready; its parameter's new weights will be needed.
-2. ``store.py``: checks the call (``entries.py``).
+2. ``store.py`` and ``operations.py``: check the call (``entries.py``), and take its keys one by one or together.
 3. ``devices.py``: the device level; ``consistency.py`` says which devices' pushes are one update.
 4. ``engine/``: orders the work against everything else which touches the same arrays.
 5. ``cluster/client.py``: counts this worker's round and cuts it into pieces.

@@ -1,7 +1,7 @@
-"""The store that users hold: checks every call whole, then hands it to the device level.
+"""The store that users hold: all of its methods, and what they check of the store itself.
 
-What this file decides: the order of checks and calls. Whether keys and arrays are right is decided by
-:mod:`kvstore.entries`, what happens then by :mod:`kvstore.devices`, and by the home behind it.
+What a push or a pull consists of is decided by :mod:`kvstore.operations`, whether keys and arrays are right by
+:mod:`kvstore.entries`, and where the values are by the home.
 """
 
 from __future__ import annotations
@@ -14,22 +14,21 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import numpy as np
 
 import engine
 from kvstore import consistency, plain, states
-from kvstore.arrays import Array, is_writable, view
+from kvstore.arrays import Array, view
 from kvstore.checkpoint.loading import load
 from kvstore.checkpoint.reading import Checkpoint
 from kvstore.checkpoint.saving import Saving, checked_keep
 from kvstore.consistency import Model
-from kvstore.devices import Devices, Entry, Request
-from kvstore.entries import IN_PLACE, Entries, Keys, Push, Target, as_many, listed
+from kvstore.devices import Entry
+from kvstore.entries import IN_PLACE, Entries, Keys, as_many
 from kvstore.errors import (
     ClosedError,
     DeadlineError,
@@ -39,17 +38,15 @@ from kvstore.errors import (
     OptimizerError,
     OptionError,
 )
-from kvstore.handle import Handle, countdown, gather
-from kvstore.home import Home, Reading, Updater
+from kvstore.handle import Handle
+from kvstore.home import Home, Updater
 from kvstore.kernels import HALVES
-from kvstore.lists import Arrays, EntryBundle, Lists, Plan
 from kvstore.local import LocalHome
+from kvstore.operations import Operations
 from kvstore.optim import Optimizer
 from kvstore.protocol.messages import SAMPLES_MAX, Spec
 from kvstore.protocol.pieces import Cut, Key
 from kvstore.protocol.sampling import check_model
-
-_T = TypeVar("_T")
 
 _stores: weakref.WeakSet[KVStore] = weakref.WeakSet()
 
@@ -75,18 +72,15 @@ class KVStore:
         samples_per_round: int | None = None,
     ) -> None:
         self.type = type
-        self.timeout = timeout
         self.samples_per_round = samples_per_round
         self._home = home
         self._engine = runtime
         self._device_model = device_model
         self._cluster_model = cluster_model
-        self._level = Devices(home, runtime)
         self._entries = Entries(devices)
-        self._lists = Lists(home, runtime)
+        self._operations = Operations(home, runtime, self._entries, timeout)
         self._initialising: set[Key] = set()
         self._optimizer: Optimizer | None = None
-        self._pushes: set[Handle] = set()  # not committed yet
         self._saving = Saving()
         self._lock = threading.RLock()
         self._closed = False
@@ -106,6 +100,15 @@ class KVStore:
         raise TypeError(f"{self!r} cannot be copied or pickled: every process creates its own store")
 
     # --- what it is ---------------------------------------------------------------------------
+
+    @property
+    def timeout(self) -> float:
+        """Seconds that a wait may take when the call does not say."""
+        return self._operations.timeout_s
+
+    @timeout.setter
+    def timeout(self, seconds: float) -> None:
+        self._operations.timeout_s = seconds
 
     @property
     def rank(self) -> int:
@@ -266,19 +269,10 @@ class KVStore:
         Raises:
             UnknownKeyError, ShapeError, DtypeError, DeviceCountError: before anything is sent.
         """
-        priority = _priority(priority)
+        self._check_open()
         self._check_takes_part("push")
         samples = self._samples(samples, "push")
-        many = isinstance(key, list | tuple)
-        if many and device is None:
-            whole = self._together("push", key, value, None, priority, samples)
-            if whole is not None:
-                return whole
-        keys = self._checked(key)
-        pushes = self._entries.pushes(keys, as_many(keys, value, "values") if many else [value], device)
-        return self._one_or_all(
-            key, self._each("push", pushes, [None] * len(pushes), priority, device, samples), "push"
-        )
+        return self._operations.start("push", key, value, None, _priority(priority), device, samples)
 
     def pull(self, key: Keys, out: Any = None, priority: int = 0, *, device: int | None = None) -> Handle:
         """Read values.
@@ -295,16 +289,8 @@ class KVStore:
         Raises:
             UnknownKeyError, ShapeError, DtypeError, DeviceCountError, ReadOnlyError: at once.
         """
-        priority = _priority(priority)
-        many = isinstance(key, list | tuple)
-        if many and device is None and (whole := self._together("pull", key, None, out, priority)) is not None:
-            return whole
-        entries = self._entries.known(self._checked(key))
-        device = self._entries.device(device)
-        outs = as_many(entries, out, "outs") if many else [out]
-        targets = [self._entries.target(entry, o, device) for entry, o in zip(entries, outs, strict=True)]
-        pulls: list[Push] = [(entry, {}) for entry in entries]
-        return self._one_or_all(key, self._each("pull", pulls, targets, priority, device), "pull")
+        self._check_open()
+        return self._operations.start("pull", key, None, out, _priority(priority), device)
 
     def pushpull(
         self,
@@ -324,187 +310,10 @@ class KVStore:
                 belongs to the store until the handle is done.
             samples: as in :meth:`push`.
         """
-        priority = _priority(priority)
+        self._check_open()
         self._check_takes_part("pushpull")
         samples = self._samples(samples, "pushpull")
-        many = isinstance(key, list | tuple)
-        if many and device is None:
-            whole = self._together("pushpull", key, value, out, priority, samples)
-            if whole is not None:
-                return whole
-        keys = self._checked(key)
-        if many and len(set(keys)) != len(keys):
-            raise DuplicateKeyError("pushpull: expected each key once in a call")
-        values = as_many(keys, value, "values") if many else [value]
-        if out is None:
-            outs = [self._own_out(self._entries.get(k), v) for k, v in zip(keys, values, strict=True)]
-        else:
-            outs = as_many(keys, out, "outs") if many else [out]
-        pushes = self._entries.pushes(keys, values, device)
-        targets = [self._entries.target(entry, o, device) for (entry, _), o in zip(pushes, outs, strict=True)]
-        return self._one_or_all(key, self._each("pushpull", pushes, targets, priority, device, samples), "pushpull")
-
-    def _each(
-        self,
-        what: str,
-        pushes: Sequence[Push],
-        targets: Sequence[Target | None],
-        priority: int,
-        device: int | None,
-        samples: int | None = None,
-    ) -> list[Handle]:
-        """Push, pull or both, key by key. ``targets``: None for a push alone."""
-        handles, reading = [], []
-        for (entry, per_device), target in zip(pushes, targets, strict=True):
-            handle = pushed = self._handle_of(entry, what)
-            try:
-                if target is None:
-                    ended = countdown(pushed, len(per_device))
-                    reading += self._level.push(entry, per_device, priority, ended, samples)
-                elif not per_device:
-                    self._level.pull(entry, Request(handle, *target, priority, device))
-                else:
-                    pushed = self._handle_of(entry, "push")
-                    pushed.observed = True  # the pull's handle fails with it
-                    request = Request(handle, *target, priority, device)
-                    ended = countdown(pushed, len(per_device))
-                    reading += self._level.pushpull(entry, per_device, ended, request, samples)
-            except BaseException as error:
-                _interrupted(error, pushed, handle)
-                raise
-            handles.append(handle)
-        _wait_for(reading)
-        return handles
-
-    def _own_out(self, entry: Entry | None, value: Any) -> Any:
-        """Where a pushpull without ``out`` puts the value."""
-        if entry is not None and any(value is lent for lent in entry.lent):
-            return IN_PLACE
-        arrays = value if isinstance(value, list) else [value]
-        return value if all(map(is_writable, arrays)) else None
-
-    # --- list calls -------------------------------------------------------------------------------
-    #
-    # They make no tuple or list per key that lives longer than a moment: ten thousand of them make the garbage
-    # collector look at everything.
-
-    def _together(
-        self, what: str, key: Keys, value: Any, out: Any, priority: int, samples: int | None = None
-    ) -> Handle | None:
-        """A list call some of whose keys are moved together: checked whole, then bundle by bundle, the rest one by one.
-
-        Returns:
-            None for any other call, with nothing done; also if another thread has just ended one of the bundles.
-        """
-        self._check_open()
-        assert isinstance(key, list | tuple)
-        if len(key) < 2:
-            return None
-        values = None if what == "pull" else as_many(key, value, "values")
-        outs = None if out is None else as_many(key, out, "outs")
-        plan = self._plan(key, values)
-        if plan is None or (outs is not None and any(out is IN_PLACE for out in outs)):
-            return None
-        entries = plan.entries
-        for entry in entries:
-            self._entries.raise_unseen(entry)
-        arrays: list[Arrays] = []
-        targets: list[Arrays | None] = []
-        results: list[Any] = []
-        if values is not None:
-            arrays = self._entries.arrays(entries, values)
-            if outs is None and what == "pushpull":
-                outs = [self._own_out(entry, value) for entry, value in zip(entries, values, strict=True)]
-        if what != "push":
-            targets, results = self._targets_of(entries, outs or [None] * len(entries))
-        with plan.held() as alive:
-            if not alive:
-                return None
-            parts = [
-                self._move(what, bundle, _at(some, arrays), _at(some, targets), _at(some, results), priority, samples)
-                for bundle, some in plan.bundles
-            ]
-        positions, rest = [some for _, some in plan.bundles], plan.singles
-        if rest:
-            singles = self._one_by_one(
-                what, _at(rest, entries), _at(rest, arrays), _at(rest, targets), _at(rest, results), priority, samples
-            )
-            parts.append(gather(f"{what} of {len(rest)} keys", self.timeout, singles, self._home.drive))
-            positions.append(rest)
-        return gather(f"{what} of {len(entries)} keys", self.timeout, parts, self._home.drive, positions)
-
-    def _plan(self, keys: Sequence[Key], values: list[Any] | None) -> Plan | None:
-        """How the keys of a list call are moved, if some of them together. ``values``: what is to be pushed."""
-        listed = tuple(keys)
-        if not {str, int}.issuperset(map(type, listed)):
-            listed = tuple(self._checked(keys))  # which NumPy's numbers and texts may be
-        plan = self._lists.known(listed, pushed=values is not None)
-        if plan is not None:
-            return plan
-        entries = [entry for entry in map(self._entries.get, listed) if entry is not None]
-        if len(entries) < len(listed) or len(set(listed)) < len(listed):
-            return None
-        if values is None:
-            return self._lists.for_pull(listed, entries)
-        self._entries.arrays(entries, values)  # before bundles are made for a call that is wrong
-        return self._lists.for_push(listed, entries, self._limit(None))
-
-    def _targets_of(self, entries: Sequence[Entry], outs: list[Any]) -> tuple[list[Arrays | None], list[Any]]:
-        """For each key where its value goes (None: in place), checked; and what the handle's result is."""
-        targets: list[Arrays | None] = []
-        results = []
-        for entry, out in zip(entries, outs, strict=True):
-            arrays, result = self._entries.target(entry, out, None)
-            targets.append(arrays[0] if arrays is not None and len(arrays) == 1 else arrays)
-            results.append(result)
-        return targets, results
-
-    def _move(
-        self,
-        what: str,
-        bundle: EntryBundle,
-        arrays: list[Arrays],
-        targets: list[Arrays | None],
-        results: list[Any],
-        priority: int,
-        samples: int | None,
-    ) -> Handle:
-        """Push, pull or both, the bundle's lock being held."""
-        handle = self._handle(bundle.entries, what, bundle.explain)
-        pushed = handle
-        outs = [target for target in targets if target is not None]  # a key of a bundle is never read in place
-        try:
-            if what == "push":
-                bundle.push(arrays, priority, countdown(handle, 1), samples)
-            elif what == "pull":
-                bundle.pull(outs, results, priority, handle)
-            else:
-                pushed = self._handle(bundle.entries, "push", bundle.explain)
-                pushed.observed = True  # the pull's handle fails with it
-                bundle.pushpull(arrays, countdown(pushed, 1), outs, results, priority, handle, samples)
-        except BaseException as error:
-            _interrupted(error, pushed, handle)
-            raise
-        return handle
-
-    def _one_by_one(
-        self,
-        what: str,
-        entries: list[Entry],
-        arrays: list[Arrays],
-        targets: list[Arrays | None],
-        results: list[Any],
-        priority: int,
-        samples: int | None,
-    ) -> list[Handle]:
-        pushes: list[Push] = [
-            (entry, {d: [array] for d, array in enumerate(listed(some))})
-            for entry, some in zip(entries, arrays or [[]] * len(entries), strict=True)
-        ]
-        wanted: Sequence[Target | None] = [None] * len(entries)
-        if what != "push":
-            wanted = [(None if t is None else listed(t), result) for t, result in zip(targets, results, strict=True)]
-        return self._each(what, pushes, wanted, priority, None, samples)
+        return self._operations.start("pushpull", key, value, out, _priority(priority), device, samples)
 
     # --- memory of the store's own ----------------------------------------------------------------
 
@@ -599,49 +408,6 @@ class KVStore:
 
     def _model(self, chosen: str | Model | None, default: Model) -> Model:
         return default if chosen is None else consistency.parse(chosen)
-
-    # --- small parts of the calls ---------------------------------------------------------------
-
-    def _handle(self, entries: Sequence[Entry], what: str, explain: Callable[[], str]) -> Handle:
-        first, last = entries[0].key, entries[-1].key
-        named = f"key {first!r}" if len(entries) == 1 else f"{len(entries)} keys, {first!r} ... {last!r}"
-        ended = partial(self._ended, entries)
-        handle = Handle(f"{what} of {named}", self.timeout, explain, drive=self._home.drive, on_end=ended)
-        if what == "push":
-            with self._lock:
-                self._pushes.add(handle)
-        return handle
-
-    def _ended(self, entries: Sequence[Entry], handle: Handle) -> None:
-        if handle in self._pushes:
-            with self._lock:
-                self._pushes.discard(handle)
-        if handle.exception_now() is not None and not handle.observed:
-            for entry in entries:
-                with entry.lock:
-                    entry.failed.append(handle)
-
-    def _handle_of(self, entry: Entry, what: str) -> Handle:
-        return self._handle((entry,), what, lambda: self._explain(entry))
-
-    def _one_or_all(self, key: Keys, handles: list[Handle], what: str) -> Handle:
-        if not isinstance(key, list | tuple):
-            return handles[0]
-        return gather(f"{what} of {len(handles)} keys", self.timeout, handles, self._home.drive)
-
-    def _explain(self, entry: Entry) -> str:
-        """Why an operation on this key is not done."""
-        with entry.lock:
-            level = entry.level
-            if level is not None and (entry.held or level.waiting):
-                needed = max(
-                    [round for _, round in entry.held] + [own for p in level.waiting.values() for _, own in p.needs]
-                )
-                blockers = {d for p in level.waiting.values() for d in level.blockers(p)}
-                blockers.update(d for _, round in entry.held for d in level.behind(round))
-                if blockers:
-                    return f"key {entry.key!r}, device round {needed}: waits for devices {sorted(blockers)}"
-        return self._home.explain(entry.key)
 
     # --- optimizer ----------------------------------------------------------------------------
 
@@ -846,9 +612,7 @@ class KVStore:
             DeadlineError: a push was not committed within ``timeout`` seconds; says why.
         """
         limit = self._limit(timeout)
-        with self._lock:
-            pushes = list(self._pushes)
-        for push in pushes:
+        for push in self._operations.uncommitted:
             push.wait(limit)
         for entry in self._entries.now():
             self._entries.raise_unseen(entry)
@@ -939,25 +703,6 @@ def _priority(priority: int) -> int:
     if number is None:
         raise OptionError(f"priority: expected a whole number, got {priority!r}")
     return number
-
-
-def _at(positions: Sequence[int], items: Sequence[_T]) -> list[_T]:
-    """The items at these positions; none if there are no items."""
-    return [items[position] for position in positions] if items else []
-
-
-def _interrupted(error: BaseException, *handles: Handle) -> None:
-    """What stops a call in the middle, as Ctrl-C does, is its outcome, so that nobody waits for it in vain."""
-    for handle in handles:
-        handle.observed = True
-        handle.finish(None, error)
-
-
-def _wait_for(reading: list[Reading]) -> None:
-    """Until the caller's arrays have been read; what came of it the handles will tell."""
-    for op in reading:
-        if op is not None:
-            op.exception()
 
 
 @atexit.register

@@ -1,0 +1,313 @@
+"""What a push, a pull or a pushpull consists of: one key after another, and the small ones of a list together.
+
+What this file decides: the order of checks and of what follows from them for each key, and what the handles are that
+the caller gets. Whether keys and arrays are right is decided by :mod:`kvstore.entries`, which keys of a list are moved
+together by :mod:`kvstore.lists`, and what happens to a key by :mod:`kvstore.devices`, and by the home behind it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+import engine
+from kvstore.arrays import callers, is_writable
+from kvstore.devices import Devices, Entry, Request
+from kvstore.entries import IN_PLACE, Entries, Keys, Push, Target, as_many, listed
+from kvstore.errors import DuplicateKeyError
+from kvstore.handle import Handle, countdown, gather
+from kvstore.home import Home, Reading
+from kvstore.lists import Arrays, EntryBundle, Lists, Plan
+from kvstore.protocol.pieces import Key
+
+_T = TypeVar("_T")
+
+
+class Operations:
+    """The pushes and pulls of one store. Thread-safe.
+
+    Args:
+        timeout_s: that a handle's wait may take when the caller does not say; it may be changed.
+    """
+
+    def __init__(self, home: Home, runtime: engine.Engine, entries: Entries, timeout_s: float) -> None:
+        self.entries = entries
+        self.timeout_s = timeout_s
+        self._home = home
+        self._level = Devices(home, runtime)
+        self._lists = Lists(home, runtime)
+        self._pushes: set[Handle] = set()  # not committed yet
+        self._lock = threading.Lock()
+
+    def __repr__(self) -> str:
+        return f"<Operations: {len(self._pushes)} pushes not committed>"
+
+    def start(
+        self,
+        what: str,
+        key: Keys,
+        value: Any,
+        out: Any,
+        priority: int,
+        device: int | None,
+        samples: int | None = None,
+    ) -> Handle:
+        """Push, pull or both, checked whole before anything is done.
+
+        Args:
+            what: ``push``, ``pull`` or ``pushpull``.
+            value, out: of all keys; None if it does not apply, or for the default.
+        """
+        with callers(value, out):
+            many = isinstance(key, list | tuple)
+            if many and device is None:
+                whole = self._together(what, key, value, out, priority, samples)
+                if whole is not None:
+                    return whole
+            keys = self.entries.checked(key)
+            values = [value] if not many else as_many(keys, value, "values")
+            outs = [out] if not many else as_many(keys, out, "outs")
+            if what == "pushpull":
+                if len(set(keys)) != len(keys):
+                    raise DuplicateKeyError("pushpull: expected each key once in a call")
+                if out is None:
+                    outs = [self._own_out(self.entries.get(k), v) for k, v in zip(keys, values, strict=True)]
+            if what == "pull":
+                device = self.entries.device(device)
+                pushes: list[Push] = [(entry, {}) for entry in self.entries.known(keys)]
+            else:
+                pushes = self.entries.pushes(keys, values, device)
+            targets: Sequence[Target | None] = [None] * len(pushes)
+            if what != "push":
+                targets = [self.entries.target(entry, o, device) for (entry, _), o in zip(pushes, outs, strict=True)]
+            handles = self._each(what, pushes, targets, priority, device, samples)
+        return self._gathered(what, handles) if many else handles[0]
+
+    @property
+    def uncommitted(self) -> list[Handle]:
+        """The pushes that are not committed yet."""
+        with self._lock:
+            return list(self._pushes)
+
+    def _each(
+        self,
+        what: str,
+        pushes: Sequence[Push],
+        targets: Sequence[Target | None],
+        priority: int,
+        device: int | None,
+        samples: int | None,
+    ) -> list[Handle]:
+        """Push, pull or both, key by key. ``targets``: None for a push alone."""
+        handles, reading = [], []
+        for (entry, per_device), target in zip(pushes, targets, strict=True):
+            handle = pushed = self._handle_of(entry, what)
+            try:
+                if target is None:
+                    ended = countdown(pushed, len(per_device))
+                    reading += self._level.push(entry, per_device, priority, ended, samples)
+                elif not per_device:
+                    self._level.pull(entry, Request(handle, *target, priority, device))
+                else:
+                    pushed = self._handle_of(entry, "push")
+                    pushed.observed = True  # the pull's handle fails with it
+                    request = Request(handle, *target, priority, device)
+                    ended = countdown(pushed, len(per_device))
+                    reading += self._level.pushpull(entry, per_device, ended, request, samples)
+            except BaseException as error:
+                _interrupted(error, pushed, handle)
+                raise
+            handles.append(handle)
+        _wait_for(reading)
+        return handles
+
+    def _own_out(self, entry: Entry | None, value: Any) -> Any:
+        """Where a pushpull without ``out`` puts the value."""
+        if entry is not None and any(value is lent for lent in entry.lent):
+            return IN_PLACE
+        arrays = value if isinstance(value, list) else [value]
+        return value if all(map(is_writable, arrays)) else None
+
+    # --- list calls -------------------------------------------------------------------------------
+    #
+    # They make no tuple or list per key that lives longer than a moment: ten thousand of them make the garbage
+    # collector look at everything.
+
+    def _together(
+        self, what: str, key: Keys, value: Any, out: Any, priority: int, samples: int | None = None
+    ) -> Handle | None:
+        """A list call some of whose keys are moved together: checked whole, then bundle by bundle, the rest one by one.
+
+        Returns:
+            None for any other call, with nothing done; also if another thread has just ended one of the bundles.
+        """
+        assert isinstance(key, list | tuple)
+        if len(key) < 2:
+            return None
+        values = None if what == "pull" else as_many(key, value, "values")
+        outs = None if out is None else as_many(key, out, "outs")
+        plan = self._plan(key, values)
+        if plan is None or (outs is not None and any(out is IN_PLACE for out in outs)):
+            return None
+        entries = plan.entries
+        for entry in entries:
+            self.entries.raise_unseen(entry)
+        arrays: list[Arrays] = []
+        targets: list[Arrays | None] = []
+        results: list[Any] = []
+        if values is not None:
+            arrays = self.entries.arrays(entries, values)
+            if outs is None and what == "pushpull":
+                outs = [self._own_out(entry, value) for entry, value in zip(entries, values, strict=True)]
+        if what != "push":
+            targets, results = self._targets_of(entries, outs or [None] * len(entries))
+        with plan.held() as alive:
+            if not alive:
+                return None
+            parts = [
+                self._move(what, bundle, _at(some, arrays), _at(some, targets), _at(some, results), priority, samples)
+                for bundle, some in plan.bundles
+            ]
+        positions, rest = [some for _, some in plan.bundles], plan.singles
+        if rest:
+            singles = self._one_by_one(
+                what, _at(rest, entries), _at(rest, arrays), _at(rest, targets), _at(rest, results), priority, samples
+            )
+            parts.append(self._gathered(what, singles))
+            positions.append(rest)
+        return gather(f"{what} of {len(entries)} keys", self.timeout_s, parts, self._home.drive, positions)
+
+    def _plan(self, keys: Sequence[Key], values: list[Any] | None) -> Plan | None:
+        """How the keys of a list call are moved, if some of them together. ``values``: what is to be pushed."""
+        listed = tuple(keys)
+        if not {str, int}.issuperset(map(type, listed)):
+            listed = tuple(self.entries.checked(keys))  # which NumPy's numbers and texts may be
+        plan = self._lists.known(listed, pushed=values is not None)
+        if plan is not None:
+            return plan
+        entries = [entry for entry in map(self.entries.get, listed) if entry is not None]
+        if len(entries) < len(listed) or len(set(listed)) < len(listed):
+            return None
+        if values is None:
+            return self._lists.for_pull(listed, entries)
+        self.entries.arrays(entries, values)  # before bundles are made for a call that is wrong
+        return self._lists.for_push(listed, entries, min(self.timeout_s, threading.TIMEOUT_MAX))
+
+    def _targets_of(self, entries: Sequence[Entry], outs: list[Any]) -> tuple[list[Arrays | None], list[Any]]:
+        """For each key where its value goes (None: in place), checked; and what the handle's result is."""
+        targets: list[Arrays | None] = []
+        results = []
+        for entry, out in zip(entries, outs, strict=True):
+            arrays, result = self.entries.target(entry, out, None)
+            targets.append(arrays[0] if arrays is not None and len(arrays) == 1 else arrays)
+            results.append(result)
+        return targets, results
+
+    def _move(
+        self,
+        what: str,
+        bundle: EntryBundle,
+        arrays: list[Arrays],
+        targets: list[Arrays | None],
+        results: list[Any],
+        priority: int,
+        samples: int | None,
+    ) -> Handle:
+        """Push, pull or both, the bundle's lock being held."""
+        handle = self._handle(bundle.entries, what, bundle.explain)
+        pushed = handle
+        outs = [target for target in targets if target is not None]  # a key of a bundle is never read in place
+        try:
+            if what == "push":
+                bundle.push(arrays, priority, countdown(handle, 1), samples)
+            elif what == "pull":
+                bundle.pull(outs, results, priority, handle)
+            else:
+                pushed = self._handle(bundle.entries, "push", bundle.explain)
+                pushed.observed = True  # the pull's handle fails with it
+                bundle.pushpull(arrays, countdown(pushed, 1), outs, results, priority, handle, samples)
+        except BaseException as error:
+            _interrupted(error, pushed, handle)
+            raise
+        return handle
+
+    def _one_by_one(
+        self,
+        what: str,
+        entries: list[Entry],
+        arrays: list[Arrays],
+        targets: list[Arrays | None],
+        results: list[Any],
+        priority: int,
+        samples: int | None,
+    ) -> list[Handle]:
+        pushes: list[Push] = [
+            (entry, {d: [array] for d, array in enumerate(listed(some))})
+            for entry, some in zip(entries, arrays or [[]] * len(entries), strict=True)
+        ]
+        wanted: Sequence[Target | None] = [None] * len(entries)
+        if what != "push":
+            wanted = [(None if t is None else listed(t), result) for t, result in zip(targets, results, strict=True)]
+        return self._each(what, pushes, wanted, priority, None, samples)
+
+    # --- handles ------------------------------------------------------------------------------------
+
+    def _handle(self, entries: Sequence[Entry], what: str, explain: Callable[[], str]) -> Handle:
+        first, last = entries[0].key, entries[-1].key
+        named = f"key {first!r}" if len(entries) == 1 else f"{len(entries)} keys, {first!r} ... {last!r}"
+        ended = partial(self._ended, entries)
+        handle = Handle(f"{what} of {named}", self.timeout_s, explain, drive=self._home.drive, on_end=ended)
+        if what == "push":
+            with self._lock:
+                self._pushes.add(handle)
+        return handle
+
+    def _ended(self, entries: Sequence[Entry], handle: Handle) -> None:
+        if handle in self._pushes:
+            with self._lock:
+                self._pushes.discard(handle)
+        if handle.exception_now() is not None and not handle.observed:
+            for entry in entries:
+                with entry.lock:
+                    entry.failed.append(handle)
+
+    def _handle_of(self, entry: Entry, what: str) -> Handle:
+        return self._handle((entry,), what, lambda: self._explain(entry))
+
+    def _gathered(self, what: str, handles: list[Handle]) -> Handle:
+        return gather(f"{what} of {len(handles)} keys", self.timeout_s, handles, self._home.drive)
+
+    def _explain(self, entry: Entry) -> str:
+        """Why an operation on this key is not done."""
+        with entry.lock:
+            level = entry.level
+            if level is not None and (entry.held or level.waiting):
+                needed = max(
+                    [round for _, round in entry.held] + [own for p in level.waiting.values() for _, own in p.needs]
+                )
+                blockers = {d for p in level.waiting.values() for d in level.blockers(p)}
+                blockers.update(d for _, round in entry.held for d in level.behind(round))
+                if blockers:
+                    return f"key {entry.key!r}, device round {needed}: waits for devices {sorted(blockers)}"
+        return self._home.explain(entry.key)
+
+
+def _at(positions: Sequence[int], items: Sequence[_T]) -> list[_T]:
+    """The items at these positions; none if there are no items."""
+    return [items[position] for position in positions] if items else []
+
+
+def _interrupted(error: BaseException, *handles: Handle) -> None:
+    """What stops a call in the middle, as Ctrl-C does, is its outcome, so that nobody waits for it in vain."""
+    for handle in handles:
+        handle.observed = True
+        handle.finish(None, error)
+
+
+def _wait_for(reading: list[Reading]) -> None:
+    """Until the caller's arrays have been read; what came of it the handles will tell."""
+    for op in reading:
+        if op is not None:
+            op.exception()
