@@ -10,6 +10,7 @@ the home sees them in the level's order.
 
 from __future__ import annotations
 
+import operator
 import threading
 from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass, field
@@ -159,8 +160,6 @@ class _Delayed(Source):
             ended(held)
 
     def deliver(self, outs: Sequence[Array], priority: int, ended: Ended) -> None:
-        come: list[Held] = []
-
         def begin(delivery: Delivery) -> None:
             self.hold(lambda held: write(delivery, held))
 
@@ -174,20 +173,14 @@ class _Delayed(Source):
                 self._engine.push(lambda: copy(delivery, held), priority=priority, name="deliver", info=info)
 
         def copy(delivery: Delivery, held: Held) -> None:
-            come.append(held)
             try:
-                delivery.write(held.array.reshape(-1))
+                delivery.write(held.array.reshape(-1), over=held.give_back)
             except Exception as error:
                 delivery.end(error)
             else:
                 delivery.end()
 
-        def over(error: BaseException | None) -> None:
-            for held in come:
-                held.give_back()
-            ended(error)
-
-        Delivery(self._engine, outs, priority, begin, over)
+        Delivery(self._engine, outs, priority, begin, ended)
 
 
 class Devices:
@@ -268,7 +261,8 @@ class Devices:
         self, entry: Entry, gradient: Gradient, ended: Ended, request: Request, answer: Answer | None
     ) -> list[Reading]:
         outs = gradient.outs = request.outs
-        gradient.lent = outs is not None and len(outs) == len(gradient.arrays) == 1 and outs[0] is gradient.arrays[0]
+        if outs is not None and len(outs) == len(gradient.arrays):
+            gradient.lent = all(map(operator.is_, outs, gradient.arrays))
         reading, source = self._home.pushpull(entry.key, gradient, ended)
         self._deliver(entry, request, source, answer)
         return [reading]

@@ -36,7 +36,7 @@ class Gradient:
 
     arrays: list[Array]
     priority: int
-    lent: bool = False  # the caller leaves the only array alone until the operation has ended
+    lent: bool = False  # the caller leaves the arrays alone until the operation has ended
     outs: Sequence[Array] | None = None  # pushpull: to where the source will be asked to deliver
     samples: int | None = None  # that it is the sum over, if the key's rounds are of so many
 

@@ -8,10 +8,11 @@ the engine they are the op's.
 from __future__ import annotations
 
 import functools
+import logging
 import sys
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +23,8 @@ import engine
 from kvstore.arrays import host
 from kvstore.arrays.host import Array
 from kvstore.errors import DtypeError
+
+log = logging.getLogger(__name__)
 
 _CUDA, _MANAGED = 2, 13  # types of devices in DLPack
 _REGISTER_PORTABLE, _REGISTER_READ_ONLY = 1, 8  # flags of cudaHostRegister
@@ -225,11 +228,21 @@ def to_host(array: Any) -> Array:
 def pinned(nbytes: int) -> Array:
     """Host memory that devices copy from and to while the host goes on: bytes, from CuPy's pool.
 
-    It goes back to the pool with the last reference, at once: hold it for as long as a device uses it.
+    It goes back to the pool with the last reference, at once: hold it for as long as a device uses it. Where there is
+    none to be had, which is logged once, it is ordinary memory.
     """
     if nbytes == 0:
         return np.empty(0, np.uint8)
-    return np.frombuffer(module().cuda.alloc_pinned_memory(nbytes), np.uint8, nbytes)
+    try:
+        return np.frombuffer(module().cuda.alloc_pinned_memory(nbytes), np.uint8, nbytes)
+    except module().cuda.runtime.CUDARuntimeError as error:
+        _say_once(f"no pinned memory is to be had: {error}; copies are slower")
+        return np.empty(nbytes, np.uint8)
+
+
+@functools.cache
+def _say_once(what: str) -> None:
+    log.warning("%s", what)
 
 
 def pin(array: Array, *, read_only: bool = False) -> bool:
@@ -347,6 +360,12 @@ def _address(array: Any) -> int:
 def _bits(array: Any) -> Any:
     """The array, as integers if it is of a type that not every release of CuPy copies."""
     return array.view(np.uint16) if array.dtype == _BFLOAT16 else array
+
+
+def mark() -> Callable[[], bool]:
+    """Puts a mark into the current stream; calling it tells whether what comes before has been done, or raises."""
+    cuda = devices()
+    return functools.partial(cuda.done, cuda.record(cuda.current(current_device())))
 
 
 class Fork:

@@ -261,25 +261,15 @@ class Arrivals(Source):
             if outcome is not None:
                 ended(*outcome)
             return
-        written: list[_Piece] = []  # and perhaps still read by a device
 
         def begin(delivery: Delivery) -> None:
             def copy(piece: _Piece) -> None:
-                if delivery.on_devices:
-                    written.append(piece)
-                delivery.write(piece.array, self._remote.cut.span(piece.number)[0])
-                if not delivery.on_devices:
-                    self._remote.give_back(piece.number, piece.request_id)
+                over = partial(self._remote.give_back, piece.number, piece.request_id)
+                delivery.write(piece.array, self._remote.cut.span(piece.number)[0], over)
 
             self._consume(self._each(copy, len(outs), priority), delivery.end)
 
-        def over(error: BaseException | None) -> None:
-            for piece in written:
-                self._remote.give_back(piece.number, piece.request_id)
-            written.clear()
-            ended(error)
-
-        Delivery(self._engine, outs, priority, begin, over)
+        Delivery(self._engine, outs, priority, begin, ended)
 
     def _each(self, copy: Callable[[_Piece], None], times: int, priority: int) -> Callable[[_Piece], None]:
         """What copies each piece, so many times: at once, or by an engine op if it is large."""
