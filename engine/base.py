@@ -20,13 +20,14 @@ from time import perf_counter
 from types import FrameType
 from typing import Any
 
+from engine import waiting
 from engine.claim import Claim
 from engine.deadlines import Deadlines
 from engine.devices import Devices
 from engine.errors import ArgumentError, ClosedError, DeadlineError, DeadlockError, ForkedError
 from engine.handle import Completion, Handle
-from engine.memory import Memory
 from engine.mutex import Mutex
+from engine.operands import Operands
 from engine.scheduler import DONE, ISSUED, READY, RUNNING, WAITING, Op, Scheduler
 from engine.streams import Streams
 from engine.trace import Trace
@@ -63,14 +64,12 @@ class Engine(ABC):
     def __init__(self) -> None:
         self._lock = Mutex()
         self._scheduler = Scheduler()
-        self._memory = Memory()  # of the host
+        self._operands = Operands()
         self._streams: Streams | None = None
         self._deadlines = Deadlines(self._expire)
         self._here = _Here()
         self._idle = self._lock.condition()
         self._awaiting_idle = 0  # threads that wait for it
-        self._array_ops = 0  # unfinished ops that were pushed with arrays
-        self._scarred = False  # may an array carry an error?
         self._claimed: Claim | None = None
         self._trace: Trace | None = None
         self._process = _process
@@ -91,6 +90,7 @@ class Engine(ABC):
         with self._lock:
             if self._streams is None:
                 self._streams = Streams(self, devices)
+                self._operands.devices = devices
             elif self._streams.devices is not devices:
                 raise ArgumentError(f"use: expected {self._streams.devices!r}, which the engine uses, got {devices!r}")
 
@@ -203,7 +203,8 @@ class Engine(ABC):
             if _only_vars(reads, writes):
                 op = Op(name, reads, writes, priority)
             else:
-                op = self._op_on_arrays(name, reads, writes, priority)
+                self._come_near_arrays()
+                op = self._operands.op(name, reads, writes, priority)
                 op.flight = launch
             if if_free and not self._scheduler.free(op):
                 return None
@@ -216,7 +217,7 @@ class Engine(ABC):
             if lane is not None:
                 op.lane = lane
             if op.holds is not None:
-                self._array_ops += 1
+                self._operands.begun()
                 if launch is not None:
                     self._streams_in_use.wrap(op, fn, is_async)
                     inline = True
@@ -243,42 +244,6 @@ class Engine(ABC):
         assert self._streams is not None
         return self._streams
 
-    def _op_on_arrays(self, name: str, reads: tuple[Any, ...], writes: tuple[Any, ...], priority: int) -> Op:
-        if self._claimed is not None:
-            self._write_down(self._claimed)
-        self._tidy()
-        read_vars: list[Var] = []
-        for item in reads:
-            _, whole, part = self._lookup(item)
-            read_vars += whole + part
-        write_vars: list[Var] = []
-        poisons: list[Var] = []
-        heals: list[Var] = []
-        for item in writes:
-            own, whole, part = self._lookup(item)
-            write_vars += whole + part
-            poisons += own
-            heals += whole
-        op = Op(name, tuple(read_vars), tuple(write_vars), priority)
-        op.poisons, op.heals = poisons, heals
-        op.holds = (reads, writes)
-        return op
-
-    def _lookup(self, item: Any) -> tuple[list[Var], list[Var], list[Var]]:
-        """Its own var (none if it is empty), and, with that one, those it covers whole, and those in part."""
-        if isinstance(item, Var):
-            return [item], [item], []
-        whole, part = self._memory_of(item).vars_of(item)
-        return whole[:1], whole, part
-
-    def _memory_of(self, item: Any) -> Memory:
-        return self._memory if self._streams is None else self._streams.memory_of(item) or self._memory
-
-    def _tidy(self) -> None:
-        self._memory.tidy()
-        if self._streams is not None:
-            self._streams.tidy()
-
     def claim(self, arrays: Iterable[Any], name: str) -> Claim | None:
         """Like an asynchronous op that has begun, and writes these arrays whole until :meth:`Claim.end` is called.
 
@@ -289,37 +254,18 @@ class Engine(ABC):
         """
         self._check_process()
         arrays = tuple(arrays)
-        if self._streams is not None and any(self._streams.device_of(array) is not None for array in arrays):
+        if any(place is not None for place in self._operands.places(arrays)):
             return None
         with self._lock:
-            if self._claimed is not None or self._arrays_used() or self.profiling or self._closed:
+            if self._claimed is not None or self._operands.in_use() or self.profiling or self._closed:
                 return None
             claim = self._claimed = Claim(self, arrays, name, sys._getframe(1))
         return claim
 
-    def _write_down(self, claim: Claim) -> None:
-        """From here on the claim is an op. Called with the lock held."""
-        self._claimed = None
-        op = claim.op = self._op_on_arrays(claim.name, (), claim.arrays, 0)
-        op.caller, op.caller_at = claim.caller, claim.caller_at
-        op.handle = Handle(self, op)
-        op.is_async = True
-        self._array_ops += 1
-        free = self._scheduler.submit(op)
-        assert free, op  # no op used an array when it was made, and whichever did later came by here
-        op.state = RUNNING
-        op.started_at = perf_counter()
-
-    def _end_claim(self, claim: Claim, error: BaseException | None) -> None:
-        with self._lock:
-            if claim is self._claimed:
-                if error is None:
-                    self._claimed = None
-                else:
-                    self._write_down(claim)  # for the arrays carry the error
-            op = claim.op
-        if op is not None:
-            self._finish(op, None, error)
+    def _come_near_arrays(self) -> None:
+        """Arrays are about to be looked up: what claims some is made an op. Called with the lock held."""
+        if self._claimed is not None:
+            self._claimed.become_op()
 
     @contextmanager
     def bulk(self) -> Iterator[None]:
@@ -424,8 +370,7 @@ class Engine(ABC):
         error = op.given_up or error
         ready = self._scheduler.complete(op, error)
         if op.holds is not None:
-            self._array_ops -= 1
-            self._scarred = self._scarred or error is not None
+            self._operands.ended(error)
         if op.given_up is None:
             op.handle._settle(result, error)
         if self._trace is not None and op.thread:
@@ -459,11 +404,9 @@ class Engine(ABC):
     def _vars_of(self, item: Any) -> list[Var]:
         if isinstance(item, Var):
             return [item]
-        if self._claimed is not None:
-            self._write_down(self._claimed)
-        self._tidy()
-        whole, part = self._memory_of(item).vars_of(item)
-        return whole + part
+        self._come_near_arrays()
+        self._operands.tidy()
+        return self._operands.vars_of(item)
 
     def _reader(self, item: Any) -> Handle | None:
         with self._lock:
@@ -483,14 +426,13 @@ class Engine(ABC):
         self._before_wait()
         self._help(timeout)
         with self._lock:
-            if self._claimed is not None:
-                self._write_down(self._claimed)
+            self._come_near_arrays()
             self._awaiting_idle += 1
             try:
                 while self._scheduler.pending:
                     left = end - time.monotonic()
                     if left <= 0:
-                        some = self._list(self._scheduler.pending.values())
+                        some = waiting.listed(self._scheduler.pending.values())
                         raise DeadlineError(f"wait_all: after {timeout:g} s still pending: {some}")
                     self._idle.wait(None if timeout is None else left)
             finally:
@@ -514,13 +456,7 @@ class Engine(ABC):
         Cheap, where :meth:`pending` looks each array up.
         """
         with self._lock:
-            return self._claimed is not None or self._arrays_used()
-
-    def _arrays_used(self) -> bool:
-        if self._scarred and not self._array_ops:
-            self._tidy()
-            self._scarred = self._memory.in_use() or (self._streams is not None and self._streams.in_use())
-        return self._array_ops > 0 or self._scarred
+            return self._claimed is not None or self._operands.in_use()
 
     def free(self, *vars: Var) -> bool:
         """Does no op hold these or wait for them, and do they carry no error?"""
@@ -531,80 +467,24 @@ class Engine(ABC):
         return True
 
     def _await(self, handle: Handle, timeout: float | None) -> None:
-        """Until the handle is done: run its op here if it is ready, else wait."""
-        self._meet(handle.op)
-        if handle.done():
-            return
-        with self._waiting_for(handle.op, timeout):
-            if handle.op.state == ISSUED and timeout is None:
-                self._streams_in_use.synchronise(handle.op)
-            with suppress(CancelledError):
-                Future.exception(handle, timeout)
+        """Until the handle is done."""
+        waiting.until_done(self, handle, timeout)
 
     def _follow(self, handle: Handle, timeout: float | None) -> None:
         """See :meth:`Handle.follow`."""
-        op = handle.op
-        if op.flight is None:
+        if handle.op.flight is None:
             with suppress(CancelledError):
                 handle.exception(timeout)
             return
-        self._meet(op)
-        issued = threading.Event()
-        with self._lock:
-            if op.state in (ISSUED, DONE):
-                issued.set()
-            else:
-                op.flight.followers.append(issued.set)
-        if not issued.is_set():
-            handle.add_done_callback(lambda _: issued.set())  # it may be given up
-            self._before_wait()
-            with self._waiting_for(op, timeout):
-                if not issued.wait(timeout):
-                    raise TimeoutError
-        if op.state == ISSUED:
-            self._streams_in_use.follow(op)
-
-    def _meet(self, op: Op) -> None:
-        """This thread is about to wait for the op: run it here if it is ready."""
-        self._check_process()
-        stack = self._here.ops
-        with self._lock:
-            if stack and op.state != DONE:
-                for own in stack:
-                    if own is op or self._scheduler.waits_for(op, own):
-                        raise DeadlockError(f"{own!r} would wait for {op!r}, which waits for it")
-            mine = self._claim(op)
-        if mine:
-            self._run(op)
-
-    @contextmanager
-    def _waiting_for(self, op: Op, timeout: float | None) -> Iterator[None]:
-        """Within the block this thread waits for the op; a TimeoutError becomes the one that names the ops awaited."""
-        inside = bool(self._here.ops)
-        if inside:
-            self._lend()
-        try:
-            yield
-        except TimeoutError:
-            with self._lock:
-                ahead = self._list(self._scheduler.blockers(op)) if op.state == WAITING else repr(op)
-            raise DeadlineError(
-                f"op {op.name!r} pushed at {op.site}: not done after {timeout:g} s; waits for {ahead}"
-            ) from None
-        finally:
-            if inside:
-                self._take_back()
+        waiting.until_issued(self, handle, timeout)
+        if handle.op.state == ISSUED:
+            self._streams_in_use.follow(handle.op)
 
     def _lend(self) -> None:
         """This thread is about to wait inside an op."""
 
     def _take_back(self) -> None:
         """It has waited."""
-
-    @staticmethod
-    def _list(ops: Iterable[Op]) -> str:
-        some = [f"{op.name!r} pushed at {op.site}" for op in list(ops)[:5]]
-        return ", ".join(some) or "nothing"
 
     def _cancel(self, handle: Handle) -> bool:
         op = handle.op

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import weakref
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,6 +15,9 @@ try:
     from numpy.lib.array_utils import byte_bounds
 except ImportError:  # NumPy 1
     from numpy import byte_bounds  # type: ignore[attr-defined,no-redef]
+
+if TYPE_CHECKING:
+    from engine.devices import Devices
 
 Range = tuple[int, int]  # the first byte, and the one after the last
 
@@ -47,27 +50,69 @@ class Ranges:
         return index >= 0 and self.ranges[index][1] >= range_[1]
 
 
-class ArrayGroup(Ranges):
-    """Arrays that ops read or write together: as an item of ``reads`` or ``writes`` it stands for all of them.
-
-    Making it costs as much as one op on all its arrays; each op on it then costs as much as one on a single array.
-    They share an error, too: when an op that writes them fails, all of them carry it until one op has written them all.
-
-    Args:
-        arrays: NumPy arrays; they are kept as long as the group.
-
-    Raises:
-        ArgumentError: something else.
-    """
+class Part(Ranges):
+    """The arrays of a group that lie in one memory, each with its range."""
 
     __slots__ = ("arrays",)
 
+    def __init__(self, arrays: list[tuple[Range, Any]]) -> None:
+        self.arrays = arrays
+        super().__init__(range_ for range_, _ in arrays)
+
+    def __repr__(self) -> str:
+        return f"<Part of a group: {len(self.arrays)} arrays>"
+
+
+class ArrayGroup:
+    """Arrays that ops read or write together: as an item of ``reads`` or ``writes`` it stands for all of them.
+
+    Making it costs as much as one op on all its arrays (its first use, if some are of devices); each op on it then
+    costs as much as one on a single array. They share an error, too: when an op that writes them fails, all of them
+    carry it until one op has written them all. A group over several memories, the host's and devices', counts as one
+    for each.
+
+    Args:
+        arrays: NumPy arrays, and those of devices that the engine uses; they are kept as long as the group.
+
+    Raises:
+        ArgumentError: something else; at the first use, if that is an array, but of no device that the engine uses.
+    """
+
+    __slots__ = ("_devices", "_parts", "arrays")
+
     def __init__(self, arrays: Iterable[Any]) -> None:
         self.arrays = tuple(arrays)
-        super().__init__([range_of(array) for array in self.arrays if _is_array(array).size])
+        self._devices: Devices | None = None
+        self._parts: dict[int | None, Part] | None = None
+        for array in self.arrays:
+            if not isinstance(array, np.ndarray):
+                if not hasattr(array, "shape"):
+                    raise _unknown(array)
+                return  # only an engine knows which memory that is in
+        self._parts = self._by_memory(None)
 
     def __repr__(self) -> str:
         return f"<ArrayGroup of {len(self.arrays)} arrays>"
+
+    def parts(self, devices: Devices | None) -> dict[int | None, Part]:
+        """Its arrays that have bytes, by the device whose memory they are in; None is the host's."""
+        if self._parts is None or (self._devices is not None and self._devices is not devices):
+            self._parts, self._devices = self._by_memory(devices), devices
+        return self._parts
+
+    def _by_memory(self, devices: Devices | None) -> dict[int | None, Part]:
+        found: dict[int | None, list[tuple[Range, Any]]] = {}
+        for array in self.arrays:
+            device = None
+            if isinstance(array, np.ndarray):
+                low, high = range_of(array)
+            elif devices is not None and (device := devices.device_of(array)) is not None:
+                low, high = devices.range_of(array)
+            else:
+                raise _unknown(array)
+            if high > low:
+                found.setdefault(device, []).append(((low, high), array))
+        return {device: Part(some) for device, some in found.items()}
 
 
 class Scar(Ranges):
@@ -75,8 +120,8 @@ class Scar(Ranges):
 
     __slots__ = ("_owners",)
 
-    def __init__(self, group: ArrayGroup) -> None:
-        self._owners = [(range_of(array), weakref.ref(owner_of(array))) for array in group.arrays if array.size]
+    def __init__(self, group: Part, owner_of: Callable[[Any], Any]) -> None:
+        self._owners = [(range_, weakref.ref(owner_of(array))) for range_, array in group.arrays]
         super().__init__(group.ranges)
 
     def forget_freed(self) -> None:
@@ -94,10 +139,8 @@ def owner_of(array: np.ndarray[Any, Any]) -> Any:
     return owner
 
 
-def _is_array(item: Any) -> np.ndarray[Any, Any]:
-    if not isinstance(item, np.ndarray):
-        raise ArgumentError(f"a group: expected NumPy arrays, got {type(item).__name__}")
-    return item
+def _unknown(item: Any) -> ArgumentError:
+    return ArgumentError(f"a group: expected arrays of NumPy or of devices in use, got {type(item).__name__}")
 
 
 def _joined(ranges: list[Range]) -> list[Range]:

@@ -4,8 +4,8 @@ An array counts by the range of bytes between its first and last element, so two
 in one buffer conflict; that is safe, and cheap to decide. A range stays known while an op uses it,
 and after a failed write until it is written whole or its memory is freed.
 
-Arrays that are always read or written together can be an :class:`ArrayGroup`: it has one var, and is known while an
-op uses it. After a failed write its memory stays known, like that of arrays.
+Arrays that are always read or written together can be an :class:`ArrayGroup`: what is in this memory of it has one
+var, and is known while an op uses it. After a failed write that memory stays known, like that of arrays.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from engine.errors import ArgumentError
-from engine.groups import ArrayGroup, Range, Scar, owner_of, range_of
+from engine.groups import Part, Range, Scar, owner_of, range_of
 from engine.var import Var
 
 MANY = 2048  # ranges that are known before the idle ones are forgotten: arrays come again
@@ -31,7 +31,7 @@ class Memory:
     def __init__(self) -> None:
         self._vars: dict[Range, Var] = {}
         self._ranges: list[Range] = []  # sorted
-        self._groups: dict[ArrayGroup | Scar, Var] = {}
+        self._groups: dict[Part | Scar, Var] = {}
         self._arrays: dict[int, tuple[weakref.ref[Any], int, Range]] = {}  # by id: to ask for a range takes long
         self._longest = 0
         self._disjoint = True  # no two ranges overlap, as a rule
@@ -43,12 +43,12 @@ class Memory:
         return f"<Memory: {len(self._ranges)} ranges, {len(self._groups)} groups>"
 
     def vars_of(self, array: Any) -> tuple[list[Var], list[Var]]:
-        """The vars of what the array (or group) covers whole (its own first), and of what it overlaps in part.
+        """The vars of what the array (or part of a group) covers whole, its own first; of what it overlaps in part.
 
         Raises:
             ArgumentError: not an array.
         """
-        if isinstance(array, ArrayGroup):
+        if isinstance(array, Part):
             return self._vars_of_group(array)
         known = self._arrays.get(id(array))
         live = known is not None and known[0]() is not None and known[1] == array.nbytes
@@ -81,9 +81,7 @@ class Memory:
                 (whole if covered else part).append(var)
         return whole, part
 
-    def _vars_of_group(self, group: ArrayGroup) -> tuple[list[Var], list[Var]]:
-        if not group.ranges:
-            return [], []
+    def _vars_of_group(self, group: Part) -> tuple[list[Var], list[Var]]:
         own = self._groups.get(group)
         if own is None:
             own = self._groups[group] = Var(f"group of {len(group.arrays)} arrays")
@@ -129,12 +127,12 @@ class Memory:
             self._kept = len(self._ranges)
 
     def _tidy_groups(self) -> None:
-        groups: dict[ArrayGroup | Scar, Var] = {}
+        groups: dict[Part | Scar, Var] = {}
         for group, var in self._groups.items():
             if not var.idle:
                 groups[group] = var
             elif var.poison is not None:
-                scar = Scar(group) if isinstance(group, ArrayGroup) else group
+                scar = Scar(group, self._owner_of) if isinstance(group, Part) else group
                 scar.forget_freed()
                 if scar.ranges:
                     groups[scar] = var

@@ -17,12 +17,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from engine.devices import DeviceMemory, Devices, Event, Stream
-from engine.groups import ArrayGroup
+from engine.devices import Devices, Event, Stream
 from engine.handle import Completion
-from engine.memory import Memory
 from engine.scheduler import DONE, RUNNING, Flight, Op
-from engine.var import Var
 
 if TYPE_CHECKING:
     from engine.base import Engine
@@ -85,7 +82,6 @@ class Streams:
     def __init__(self, engine: Engine, devices: Devices) -> None:
         self._engine = engine
         self.devices = devices
-        self._memories: dict[int, Memory] = {}
         self._lanes: dict[tuple[int, str], list[Stream]] = {}
         self._next: dict[tuple[int, str], int] = {}
         self._making = threading.Lock()
@@ -107,13 +103,8 @@ class Streams:
         It runs on the device of the first array it writes there, else reads there. What the thread has enqueued on
         its own streams of all the devices concerned comes before it.
         """
-        device, memories = None, set()
-        for item in (*writes, *reads):
-            if not isinstance(item, Var):
-                where = self.device_of(item)
-                memories.add(where)
-                if device is None:
-                    device = where
+        memories = list(dict.fromkeys(self._engine._operands.places((*writes, *reads))))
+        device = next((one for one in memories if one is not None), None)
         if device is None:
             return None, None
         callers = {one: self.devices.current(one) for one in memories if one is not None}
@@ -124,28 +115,6 @@ class Streams:
                 marks[stream] = self.devices.record(stream)
             launch.before.append(marks[stream])
         return launch, COPIES if len(memories) > 1 else None
-
-    def device_of(self, item: Any) -> int | None:
-        """The device whose memory an array is in."""
-        return None if isinstance(item, ArrayGroup) else self.devices.device_of(item)
-
-    def memory_of(self, item: Any) -> Memory | None:
-        """The map of the memory that an array is in; None: the host's. Called with the engine's lock held."""
-        device = self.device_of(item)
-        if device is None:
-            return None
-        if device not in self._memories:
-            self._memories[device] = DeviceMemory(self.devices)
-        return self._memories[device]
-
-    def tidy(self) -> None:
-        """Forget what is not in use; see :meth:`Memory.tidy`."""
-        for memory in self._memories.values():
-            memory.tidy()
-
-    def in_use(self) -> bool:
-        """Does an op use any memory of a device, or an error mark some?"""
-        return any(memory.in_use() for memory in self._memories.values())
 
     # --- issuing ----------------------------------------------------------------------------------
 

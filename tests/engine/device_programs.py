@@ -25,10 +25,14 @@ def values(item):
     return item.data if isinstance(item, Array) else item
 
 
+def single(items):
+    """The arrays, in place of groups."""
+    return [values(one) for item in items for one in (item.arrays if isinstance(item, engine.ArrayGroup) else [item])]
+
+
 def mix(number, sources, targets, modify):
-    total = number + sum(values(source).sum() for source in sources)
-    for target in targets:
-        array = values(target)
+    total = number + sum(source.sum() for source in single(sources))
+    for array in single(targets):
         array[...] = ((array * 3 if modify else 0) + total) % PRIME
 
 
@@ -40,7 +44,7 @@ def mixed(runtime, machine, seed):
     cells = [np.array([n], np.int64) for n in range(2)]
     variables = [engine.Var(f"v{n}") for n in range(2)]
     cell_of = dict(zip(variables, cells, strict=True))
-    handles, outcome, completers = [], [], []
+    handles, outcome, completers, groups = [], [], [], []
     bulk = contextlib.ExitStack()
 
     def data(items):
@@ -53,6 +57,13 @@ def mixed(runtime, machine, seed):
             bulk.close()
         pool = [(array[view], n < 4) for n, array in enumerate((*device, *host)) for view in VIEWS]
         pool += [(variable, False) for variable in variables]
+        groups = [group for group in groups if rng.random() < 0.8]
+        if len(groups) < 2:  # of one memory each: errors are shared as far as that
+            together = rng.choice([device[::2], device[1::2], host])
+            views = [array[view] for array in together for view in VIEWS]
+            group = engine.ArrayGroup(rng.sample(views, rng.randrange(4)))
+            groups.append((group, together is not host and len(group.arrays) > 0))
+        pool += groups * 3
         picked = rng.sample(pool, rng.randrange(0, 5))
         cut = rng.randrange(len(picked) + 1)
         reads, writes = [item for item, _ in picked[:cut]], [item for item, _ in picked[cut:]]
@@ -108,8 +119,8 @@ def mixed(runtime, machine, seed):
     outcome += [waited(runtime, variable, cell) for variable, cell in cell_of.items()]
     bulk.close()
     runtime.wait_all(LIMIT_S)
-    for item in (*device, *host):  # or the errors would pile up
-        runtime.push(lambda: None, writes=[item]).result()
+    for memory in (device[::2], device[1::2], host):  # or the errors would pile up
+        runtime.push(lambda: None, writes=[engine.ArrayGroup(memory)]).result()
     assert not runtime.uses_arrays()
     runtime.validate()
     return outcome
@@ -155,6 +166,8 @@ def with_streams(runtime, machine, seed):
                 in_pieces = rng.random() < 0.15
                 picked = [view for view, _ in rng.sample(views, rng.randrange(1, 5))]
                 cut, modify = rng.randrange(len(picked)), rng.random() < 0.5
+                if rng.random() < 0.3:  # a group, as a rule over both devices
+                    picked = [*picked[:cut], engine.ArrayGroup(picked[cut:])]
                 reads, writes = picked[:cut], picked[cut:]
                 reads += writes if modify else []
 

@@ -30,6 +30,10 @@ class Array:
         return Array(part, self.device, self.address + start, self if self.base is None else self.base)
 
     @property
+    def shape(self):
+        return self.data.shape
+
+    @property
     def nbytes(self):
         return self.data.nbytes
 

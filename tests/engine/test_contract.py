@@ -333,7 +333,7 @@ def test_an_empty_group_is_nothing(runtime):
 
 def test_only_arrays_are_grouped():
     for strange in ([1.0], "text", [[np.zeros(2)]], [engine.Var()], [engine.ArrayGroup([])]):
-        with pytest.raises(engine.ArgumentError, match="a group: expected NumPy arrays"):
+        with pytest.raises(engine.ArgumentError, match="a group: expected arrays"):
             engine.ArrayGroup(strange)
 
 

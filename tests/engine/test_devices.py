@@ -199,6 +199,52 @@ def test_views_of_one_devices_memory_conflict(streams, devices):
     assert streams.push(fill(devices, array[2:6], 1), writes=[array[2:6]]).op.flight.after[0] is first.op
 
 
+def test_a_group_over_memories_stands_for_all_of_its_arrays(streams, devices):
+    devices.frozen = True
+    first, second = devices.array(np.zeros(8), 0), devices.array(np.zeros(8), 1)
+    host, empty = np.zeros(8), devices.array(np.zeros(0), 1)
+    group = engine.ArrayGroup([first[:4], second, host, empty, first[4:]])
+    handle = streams.push(fill(devices, first, 1), writes=[group])
+    assert handle.op.lane == "copy"
+    assert sorted(handle.op.flight.callers) == [0, 1]
+    assert len(handle.op.writes) == 3
+    for one in (first[2:6], second, host[:1], group, engine.ArrayGroup([second[7:]])):
+        assert streams.pending(one)
+    assert not streams.pending(empty) and not streams.pending(np.zeros(8))
+    assert streams.push(fill(devices, first, 1), reads=[group]).op.flight.after == [handle.op] * 3
+    behind = streams.push(lambda: host.fill(2), writes=[host])
+    with pytest.raises(engine.DeadlineError):
+        behind.result(0.01)
+    devices.frozen = False
+    streams.wait(group, timeout=LIMIT_S)
+    assert first.data[0] == 1 and host[0] == 2
+
+
+def test_the_error_of_a_group_marks_its_memory_on_the_device(streams, devices):
+    arrays = [devices.array(np.zeros(8), 0) for _ in range(3)]
+    for array in arrays[:2]:  # the group itself is gone
+        failed = streams.push(lambda: 1 / 0, writes=[engine.ArrayGroup([array[:4], arrays[2]])])
+        assert isinstance(failed.exception(LIMIT_S), ZeroDivisionError)
+    with pytest.raises(ZeroDivisionError):
+        streams.wait(arrays[0][3:], timeout=LIMIT_S)
+    streams.wait(arrays[0][4:], timeout=LIMIT_S)
+    assert streams.uses_arrays()
+    assert streams.claim([np.zeros(2)], "write") is None
+    streams.push(lambda: None, writes=[engine.ArrayGroup(arrays)]).result(LIMIT_S)
+    assert not streams.uses_arrays()
+    assert streams.claim([arrays[0]], "write") is None  # of a device
+    assert streams.claim([engine.ArrayGroup(arrays)], "write") is None
+
+
+def test_a_group_of_another_engines_devices_is_refused(devices):
+    group = engine.ArrayGroup([devices.array(np.zeros(8), 0)])
+    runtime = engine.create("threaded")
+    for use in (runtime.pending, runtime.wait, lambda group: runtime.push(lambda: None, writes=[group])):
+        with pytest.raises(engine.ArgumentError, match="devices in use"):
+            use(group)
+    runtime.wait_all(LIMIT_S)
+
+
 def test_independent_ops_of_a_bulk_can_overlap(streams, devices):
     arrays = [devices.array(np.zeros(4), 0) for _ in range(100)]
     devices.frozen = True

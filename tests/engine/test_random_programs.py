@@ -126,7 +126,7 @@ def test_a_planted_missing_dependency_is_caught():
     threaded, serial = engine.create("threaded", threads=3), engine.create("serial")
     found_one = []
     for runtime in (threaded, serial):
-        memory = runtime._memory
+        memory = runtime._operands._memories[None]
         honest = memory.vars_of
         if runtime is threaded:
             memory.vars_of = lambda array, honest=honest: ([], [])  # type: ignore[method-assign]

@@ -1,0 +1,83 @@
+"""How a thread waits for an op: it runs the op itself if that is ready, and is told why if it waits in vain."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator
+from concurrent.futures import CancelledError, Future
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING
+
+from engine.errors import DeadlineError, DeadlockError
+from engine.handle import Handle
+from engine.scheduler import DONE, ISSUED, WAITING, Op
+
+if TYPE_CHECKING:
+    from engine.base import Engine
+
+
+def until_done(engine: Engine, handle: Handle, timeout: float | None) -> None:
+    """Wait until the handle is done. Raises DeadlineError, DeadlockError."""
+    _meet(engine, handle.op)
+    if handle.done():
+        return
+    with _waiting(engine, handle.op, timeout):
+        if handle.op.state == ISSUED and timeout is None:
+            engine._streams_in_use.synchronise(handle.op)
+        with suppress(CancelledError):
+            Future.exception(handle, timeout)
+
+
+def until_issued(engine: Engine, handle: Handle, timeout: float | None) -> None:
+    """Wait until an op of a device is issued, or the handle is done. Raises DeadlineError, DeadlockError."""
+    op = handle.op
+    _meet(engine, op)
+    issued = threading.Event()
+    with engine._lock:
+        if op.state in (ISSUED, DONE):
+            return
+        op.flight.followers.append(issued.set)
+    handle.add_done_callback(lambda _: issued.set())  # it may be given up
+    engine._before_wait()
+    with _waiting(engine, op, timeout):
+        if not issued.wait(timeout):
+            raise TimeoutError
+
+
+def listed(ops: Iterable[Op]) -> str:
+    """The first few of them, for an error."""
+    some = [f"{op.name!r} pushed at {op.site}" for op in list(ops)[:5]]
+    return ", ".join(some) or "nothing"
+
+
+def _meet(engine: Engine, op: Op) -> None:
+    """This thread is about to wait for the op: run it here if it is ready."""
+    engine._check_process()
+    stack = engine._here.ops
+    with engine._lock:
+        if stack and op.state != DONE:
+            for own in stack:
+                if own is op or engine._scheduler.waits_for(op, own):
+                    raise DeadlockError(f"{own!r} would wait for {op!r}, which waits for it")
+        mine = engine._claim(op)
+    if mine:
+        engine._run(op)
+
+
+@contextmanager
+def _waiting(engine: Engine, op: Op, timeout: float | None) -> Iterator[None]:
+    """Within the block this thread waits for the op; a TimeoutError becomes the one that names the ops awaited."""
+    inside = bool(engine._here.ops)
+    if inside:
+        engine._lend()
+    try:
+        yield
+    except TimeoutError:
+        with engine._lock:
+            ahead = listed(engine._scheduler.blockers(op)) if op.state == WAITING else repr(op)
+        raise DeadlineError(
+            f"op {op.name!r} pushed at {op.site}: not done after {timeout:g} s; waits for {ahead}"
+        ) from None
+    finally:
+        if inside:
+            engine._take_back()
