@@ -13,16 +13,19 @@ from kvstore.kernels.compiled import (
     allreduce,
     broadcast,
     cast,
+    concatenate,
     ftrl,
     gather,
     lamb,
     lars,
     merge,
+    merge_many,
     norm,
     prepare,
     rmsprop,
     scatter_add,
     sgd,
+    split,
     wait,
 )
 from kvstore.kernels.reference import HALVES, Change
@@ -31,6 +34,7 @@ NAMES = (
     *(
         "merge",
         "allreduce",
+        "merge_many",
         "norm",
         "accumulate",
         "sgd",
@@ -42,7 +46,7 @@ NAMES = (
         "lars",
         "lamb",
     ),
-    *("cast", "broadcast", "gather", "scatter_add"),
+    *("cast", "broadcast", "concatenate", "split", "gather", "scatter_add"),
 )
 
 __all__ = [
@@ -56,15 +60,18 @@ __all__ = [
     "allreduce",
     "broadcast",
     "cast",
+    "concatenate",
     "ftrl",
     "gather",
     "lamb",
     "lars",
     "merge",
+    "merge_many",
     "norm",
     "prepare",
     "rmsprop",
     "scatter_add",
     "sgd",
+    "split",
     "wait",
 ]

@@ -7,6 +7,7 @@ memory, and are computed with by :mod:`kvstore.kernels.cuda`.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -98,6 +99,24 @@ def allreduce(arrays: Sequence[Array], out: Array, others: Sequence[Array]) -> N
     reference.allreduce(arrays, out, others)
 
 
+def merge_many(groups: Sequence[Sequence[Array]], out: Array) -> None:
+    """See :func:`kvstore.kernels.reference.merge_many`."""
+    if type(out) is not ndarray and (form := _elsewhere(out)) is not None:
+        form.merge_many(groups, out)
+        return
+    seen, count = _SEEN.get(out.dtype), len(groups[0])
+    if count == 1:
+        reference.concatenate([arrays[0] for arrays in groups], out)
+        return
+    if seen is not None and out.flags.c_contiguous:
+        kernel = LOADER.get("merge_many", seen, seen)
+        if kernel is not None and (found := _located([a for arrays in groups for a in arrays], seen)) is not None:
+            flats, table = found
+            kernel(_flat(out, seen), table, np.array([flat.size for flat in flats[::count]]))
+            return
+    reference.merge_many(groups, out)
+
+
 def _overlap_in_part(one: Array, other: Array) -> bool:
     return one is not other and np.may_share_memory(one, other) and one.ctypes.data != other.ctypes.data
 
@@ -117,21 +136,32 @@ def norm(arrays: Sequence[Array]) -> float:
 
 def _pushes(arrays: Sequence[Array], seen: np.dtype[Any]) -> tuple[Array, Array] | None:
     """The first and the addresses of all (none if there is one); None: they do not fit."""
-    first = arrays[0]
     if len(arrays) == 1:
-        return (_flat(first, seen), _ONE_PUSH) if first.flags.c_contiguous else None
+        return (_flat(arrays[0], seen), _ONE_PUSH) if arrays[0].flags.c_contiguous else None
+    found = _located(arrays, seen)
+    return None if found is None else (found[0][0], found[1])
+
+
+def _located(arrays: Sequence[Array], seen: np.dtype[Any]) -> tuple[Sequence[Array], Array] | None:
+    """All of them in one dimension, and their addresses; None: they do not fit."""
     locate = LOADER.get("locate", seen, seen)
     if locate is None:
         return None
+    if arrays[0].ndim == 1 and arrays[0].dtype is seen:
+        with contextlib.suppress(TypeError):  # Numba's, which looks at each: not all lie so
+            return arrays, _addresses(arrays, locate)
     flats = [_flat(array, seen) for array in arrays if array.flags.c_contiguous]
+    return (flats, _addresses(flats, locate)) if len(flats) == len(arrays) else None
+
+
+def _addresses(flats: Sequence[Array], locate: Callable[..., Any]) -> Array:
     count = len(flats)
-    if count != len(arrays):
-        return None
     table = np.empty(count, np.int64)
-    flats += flats[:1] * (-count % 4)
-    for at in range(0, count, 4):
+    for at in range(0, count - 3, 4):
         locate(table, at, *flats[at : at + 4])
-    return flats[0], table
+    if left := count % 4:
+        locate(table, count - left, *flats[count - left :], *[flats[0]] * (4 - left))
+    return table
 
 
 def _flat(array: Array, seen: np.dtype[Any]) -> Array:
@@ -211,6 +241,28 @@ def broadcast(source: Array, outs: Sequence[Array]) -> None:
             kernel(_flat(source, _BYTE), found[1])
             return
     reference.broadcast(source, outs)
+
+
+def concatenate(arrays: Sequence[Array], out: Array) -> None:
+    """See :func:`kvstore.kernels.reference.concatenate`: it takes NumPy less to copy a small array than to find it."""
+    if type(out) is not ndarray and (form := _elsewhere(out)) is not None:
+        form.concatenate(arrays, out)
+        return
+    reference.concatenate(arrays, out)
+
+
+def split(source: Array, outs: Sequence[Array]) -> None:
+    """See :func:`kvstore.kernels.reference.split`."""
+    if type(source) is not ndarray and (form := _elsewhere(source)) is not None:
+        form.split(source, outs)
+        return
+    seen = _SEEN.get(source.dtype)
+    if seen is not None and source.flags.c_contiguous:
+        kernel = LOADER.get("split", seen, seen)
+        if kernel is not None and (found := _located(outs, seen)) is not None:
+            kernel(_flat(source, seen), found[1], np.array([flat.size for flat in found[0]]))
+            return
+    reference.split(source, outs)
 
 
 def gather(source: Array, row_ids: Array, out: Array) -> None:

@@ -233,6 +233,19 @@ def merge(out: Any, first: Any, table: Any) -> None:
             part[i] = _narrow(total[i], first[0])
 
 
+def merge_many(out: Any, table: Any, sizes: Any) -> None:
+    scratch, count, end = _scratch(out), table.size // sizes.size, 0
+    for k in range(sizes.size):
+        pushes, begin = table[k * count : (k + 1) * count], end
+        end += sizes[k]
+        for start in range(begin, end, BLOCK):
+            total = scratch[: min(BLOCK, end - start)]
+            _add_up(out, pushes, start - begin, total)
+            part = out[start : start + total.size]
+            for i in range(part.size):
+                part[i] = _narrow(total[i], out[0])
+
+
 def allreduce(targets: Any, first: Any, table: Any) -> None:
     scratch, rounded = _scratch(first), np.empty(BLOCK, first.dtype)
     streamed = first.size * first.itemsize >= STREAMED
@@ -543,6 +556,15 @@ def broadcast(source: Any, table: Any) -> None:
         _fence()
 
 
+def split(source: Any, table: Any, sizes: Any) -> None:
+    start = 0
+    for k in range(table.size):
+        part, target = source[start : start + sizes[k]], _block(table[k], source, 0, sizes[k])
+        for i in range(part.size):
+            target[i] = part[i]
+        start += sizes[k]
+
+
 def locate(table: Any, at: Any, a: Any, b: Any, c: Any, d: Any) -> None:
     """The addresses of four arrays, or of as many as there is room for, into a table; NumPy needs 1 us for one."""
     left = table[at:]
@@ -610,6 +632,8 @@ def signature(name: str, dtype: np.dtype[Any], pushed: np.dtype[Any]) -> tuple[C
             return merge, types.void(_out(element), _in(element), TABLE)
         case "allreduce":
             return allreduce, types.void(TABLE, _in(element), TABLE)
+        case "merge_many":
+            return merge_many, types.void(_out(element), TABLE, TABLE)
         case "norm":
             return norm, number(_in(element), TABLE)
         case "widen":
@@ -618,6 +642,8 @@ def signature(name: str, dtype: np.dtype[Any], pushed: np.dtype[Any]) -> tuple[C
             return narrow, types.void(_in(types.float32), _out(element))
         case "broadcast":
             return broadcast, types.void(_in(element), TABLE)
+        case "split":
+            return split, types.void(_in(element), TABLE, TABLE)
         case "locate":
             return locate, types.void(TABLE, types.int64, *[_in(element)] * 4)
         case "first_wrong":

@@ -78,6 +78,20 @@ def allreduce(arrays: Sequence[Array], out: Array, others: Sequence[Array]) -> N
         np.copyto(other, out)
 
 
+def merge_many(groups: Sequence[Sequence[Array]], out: Array) -> None:
+    """The sums of many small groups of arrays, one behind the other in ``out``, each as :func:`merge` adds it up.
+
+    Args:
+        groups: at least one; as many arrays in each, of any shape, which is the same within a group.
+        out: of one dimension, with as many elements as the sums have; overlaps none of the arrays.
+    """
+    start = 0
+    for arrays in groups:
+        stop = start + arrays[0].size
+        merge(arrays, out[start:stop].reshape(arrays[0].shape))
+        start = stop
+
+
 def _merge_halves(arrays: Sequence[Array], out: Array) -> None:
     if out.ndim != 1 or not all(array.flags.c_contiguous for array in (*arrays, out)):
         total = arrays[0].astype(np.float32)
@@ -355,6 +369,25 @@ def broadcast(source: Array, outs: Sequence[Array]) -> None:
     """Each of ``outs`` = ``source``, in C order; all of as many elements, of one dtype, overlapping nothing."""
     for out in outs:
         np.copyto(out, source.reshape(out.shape))
+
+
+def concatenate(arrays: Sequence[Array], out: Array) -> None:
+    """``out`` = the elements of ``arrays``, each in C order, one array behind the other.
+
+    Args:
+        arrays: at least one, of any shapes and strides, all of ``out``'s dtype.
+        out: of one dimension, with as many elements as all of them; overlaps none.
+    """
+    np.concatenate(arrays, axis=None, out=out)
+
+
+def split(source: Array, outs: Sequence[Array]) -> None:
+    """The reverse of :func:`concatenate`: each of ``outs`` = the next elements of ``source``, of one dimension."""
+    start = 0
+    for out in outs:
+        stop = start + out.size
+        np.copyto(out, source[start:stop].reshape(out.shape))
+        start = stop
 
 
 def gather(source: Array, row_ids: Array, out: Array) -> None:

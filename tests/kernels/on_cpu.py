@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import shutil
 import subprocess
 import tempfile
@@ -19,25 +20,26 @@ FLAGS = [*("-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-shared"), *("-Wa
 BLOCKS, THREADS = 3, 32  # few, so that threads come round more than once
 
 
-def build() -> ctypes.CDLL:
+@functools.cache
+def library() -> ctypes.CDLL:
     """The kernels as a library of this process."""
     assert COMPILER is not None
     with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder) / "kernels.so"
-        subprocess.run([COMPILER, *FLAGS, *DEFINITIONS, "-I", SOURCE.parent, SHIM, "-o", library], check=True)
-        return ctypes.CDLL(str(library))
+        built = Path(folder) / "kernels.so"
+        subprocess.run([COMPILER, *FLAGS, *DEFINITIONS, "-I", SOURCE.parent, SHIM, "-o", built], check=True)
+        return ctypes.CDLL(str(built))
 
 
 class OnCpu:
     def __init__(self) -> None:
-        self.library = build()
-        self.started: set[str] = set()
+        self.library = library()
+        self.started: list[str] = []
 
     def blocks(self) -> int:
         return BLOCKS
 
     def start(self, kernel: str, blocks: int, work: bytes) -> None:
-        self.started.add(kernel)
+        self.started.append(kernel)
         aligned = np.frombuffer(work, np.uint64).copy()
         self.library.run(self.library[kernel], blocks, THREADS, ctypes.c_void_p(aligned.ctypes.data))
 

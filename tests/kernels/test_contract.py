@@ -159,6 +159,27 @@ def test_allreduce(form: Form, dtype, count):
     assert ("allreduce" in form.used) == (form.name == "numba" and dtype not in BY_NUMPY_ALWAYS)
 
 
+PARTS = [(), (0,), (1,), (7,), (4096,), (3, 5), (2, 0), (20_000,), (5, 41, 43), (64,), (16, 16)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("count", [1, 2, 4, 5])
+def test_merge_many(form: Form, dtype, count):
+    rng = np.random.default_rng(count)
+    groups = [[numbers(rng, shape, dtype) for _ in range(count)] for shape in PARTS]
+    expected = np.concatenate([dumb_sum(arrays).ravel() for arrays in groups])
+    buffer = np.empty(expected.nbytes + 1, np.uint8)
+    for layout in LAYOUTS:
+        for out in (np.zeros_like(expected), strided(expected), buffer[1:].view(expected.dtype)):
+            out.fill(0)
+            kernels.merge_many([[layout(array) for array in arrays] for arrays in groups], out)
+            same(out, expected)
+        flat = [[layout(array.ravel()) for array in arrays] for arrays in groups]
+        kernels.merge_many(flat, out)
+        same(out, expected)
+    assert ("merge_many" in form.used) == (form.name == "numba" and count > 1 and dtype not in BY_NUMPY_ALWAYS)
+
+
 def test_halves_are_rounded_once(form: Form):
     """1 + 2^-11 twice: rounding after each sum would lose both."""
     small = np.full(3, 2.0**-11, np.float16)
@@ -298,6 +319,30 @@ def test_broadcast(form: Form, shape):
     for out in holes:
         same(out, source)
     assert ("broadcast" in form.used) == (form.name == "numba" and source.size >= 1000)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_concatenate_and_split(form: Form, dtype):
+    rng = np.random.default_rng(4)
+    arrays = [numbers(rng, shape, dtype) for shape in PARTS]
+    expected = np.concatenate([array.ravel() for array in arrays])
+    buffer = np.empty(expected.nbytes + 1, np.uint8)
+    for layout in LAYOUTS:
+        for out in (np.zeros_like(expected), strided(expected), buffer[1:].view(expected.dtype)):
+            out.fill(0)
+            kernels.concatenate([layout(array) for array in arrays], out)
+            same(out, expected)
+            outs = [layout(array).copy() if layout is not strided else strided(array) for array in arrays]
+            for part in outs:
+                part.fill(0)
+            kernels.split(out, outs)
+            for part, array in zip(outs, arrays, strict=True):
+                same(part, array)
+        flats = [np.zeros(array.size, dtype) for array in arrays]
+        kernels.split(layout(expected), flats)
+        for part, array in zip(flats, arrays, strict=True):
+            same(part, array.ravel())
+    assert ("split" in form.used) == (form.name == "numba" and dtype not in BY_NUMPY_ALWAYS)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16", BFLOAT16, "int16", "complex64"], ids=str)

@@ -11,9 +11,10 @@ import pytest
 
 from kvstore import kernels
 from kvstore.kernels import Change
-from kvstore.kernels.cuda.launches import NEAR, OPTIONS, SOURCE
+from kvstore.kernels.cuda.launches import NEAR, OPTIONS, SOURCE, TILE_BYTES, Launches
 from tests.kernels import on_cpu
 from tests.kernels.forms import cuda_on_cpu
+from tests.kernels.on_cpu import OnCpu
 
 NVCC = shutil.which("nvcc")
 WANTED = ("80", "90", "100")
@@ -40,6 +41,22 @@ def test_more_arrays_than_are_passed_with_a_kernel():
     cuda_on_cpu().allreduce(arrays, out, [other])
     assert (out == sum(range(NEAR + 10))).all()
     assert (other == out).all()
+
+
+@on_cpu_only
+@pytest.mark.parametrize(("count", "devices"), [(1, 1), (20, 1), (1000, 1), (15, 2), (700, 3)])
+def test_many_arrays_are_one_kernel(count, devices):
+    """With their addresses beside the kernel, or in memory."""
+    processor = OnCpu()
+    launches, rng = Launches(processor), np.random.default_rng(count)
+    shapes = [(int(size),) for size in rng.integers(0, 99, count - 1)] + [(3 * TILE_BYTES // 4 + 5,)]
+    groups = [[np.asarray(rng.integers(0, 9, shape), np.float32) for _ in range(devices)] for shape in shapes]
+    out = np.empty(sum(arrays[0].size for arrays in groups), np.float32)
+    launches.merge_many(groups, out)
+    assert (out == np.concatenate([sum(arrays) for arrays in groups])).all()
+    launches.split(out, [arrays[0] for arrays in groups])
+    assert (out == np.concatenate([arrays[0] for arrays in groups])).all()
+    assert processor.started == ["merge_many_f4"] * 2
 
 
 @on_cpu_only

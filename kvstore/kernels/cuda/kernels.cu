@@ -110,14 +110,15 @@ template <class Step, int N> INLINE void each(const Work& work) {
     for (int64 i = packs * N + thread(); i < work.size; i += threads()) Step::template run<1>(work, i);
 }
 
-// The sum of the pushes, left to right, not rounded yet.
-template <class P, int N> INLINE void add_up(const Work& work, int64 i, typename Sum<P>::type (&total)[N]) {
-    Pack<P, N> first = load<P, N>(address(work, 0), i);
+// The sum of the pushes, left to right, not rounded yet; `first`: where their addresses begin.
+template <class P, int N>
+INLINE void add_up(const Work& work, int64 i, typename Sum<P>::type (&total)[N], int64 first = 0) {
+    Pack<P, N> next = load<P, N>(address(work, first), i);
 #pragma unroll
-    for (int j = 0; j < N; j++) total[j] = widen(first.at[j]);
+    for (int j = 0; j < N; j++) total[j] = widen(next.at[j]);
 #pragma unroll 4
     for (int64 k = 1; k < work.pushes; k++) {
-        Pack<P, N> next = load<P, N>(address(work, k), i);
+        next = load<P, N>(address(work, first + k), i);
 #pragma unroll
         for (int j = 0; j < N; j++) total[j] = plus(total[j], widen(next.at[j]));
     }
@@ -126,19 +127,32 @@ template <class P, int N> INLINE void add_up(const Work& work, int64 i, typename
 // --- sums ----------------------------------------------------------------------------------------
 
 template <class T> struct Merge {
-    template <int N> static INLINE void run(const Work& work, int64 i) {
+    template <int N> static INLINE void run(const Work& work, int64 i, int64 first = 0) {
         Pack<T, N> merged;
         if (work.pushes == 1) {  // copied, whatever the bits mean
-            merged = load<T, N>(address(work, 0), i);
+            merged = load<T, N>(address(work, first), i);
         } else {
             typename Sum<T>::type total[N];
-            add_up<T, N>(work, i, total);
+            add_up<T, N>(work, i, total, first);
 #pragma unroll
             for (int j = 0; j < N; j++) merged.at[j] = Narrow<T>::from(total[j]);
         }
-        for (int64 k = 0; k < work.outs; k++) store(address(work, work.pushes + k), i, merged);
+        for (int64 k = 0; k < work.outs; k++) store(address(work, first + work.pushes + k), i, merged);
     }
 };
+
+// Many sums, each of one tile: the addresses of its pushes and of the sum, and how many elements. A block does a tile.
+template <class T> INLINE void merge_many(const Work& work) {
+    const int N = 16 / sizeof(T);
+    int64 words = work.pushes + 2;
+    for (int64 first = blockIdx.x * words; first < work.size * words; first += gridDim.x * words) {
+        int64 size = (int64)address(work, first + words - 1), packs = size / N;
+        for (int64 k = 0; k < words - 1; k++)
+            if ((uint64)address(work, first + k) % 16) packs = 0;
+        for (int64 i = threadIdx.x; i < packs; i += blockDim.x) Merge<T>::template run<N>(work, i * N, first);
+        for (int64 i = packs * N + threadIdx.x; i < size; i += blockDim.x) Merge<T>::template run<1>(work, i, first);
+    }
+}
 
 // The sum, rounded to the pushes' type, then in the value's; scaled, clipped, and with the weights' decay.
 template <class T, class P, int N> INLINE void gradient(const Work& work, int64 i, const T (&w)[N], T (&g)[N]) {
@@ -379,6 +393,7 @@ template <class T> INLINE void scatter_add(const Work& work) {
 
 #define SUMS_OF(name, T)                                                        \
     KERNEL(merge_##name) { each<Merge<T>, 16 / sizeof(T)>(work); }              \
+    KERNEL(merge_many_##name) { merge_many<T>(work); }                          \
     KERNEL(scatter_add_##name) { scatter_add<T>(work); }
 SUMS_OF(flag, flag)
 SUMS_OF(u1, uint8)

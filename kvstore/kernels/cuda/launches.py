@@ -24,6 +24,8 @@ from kvstore.kernels.reference import LANES, Array, Change, States
 NEAR = 64  # addresses that are passed with a kernel; more lie in memory
 THREADS = 256  # of a block
 PACK_BYTES = 16  # the most that one instruction loads
+TILE_BYTES = THREADS * PACK_BYTES * 4  # of one of many arrays, for a block
+TILES_MAX = 16 << 10  # about; of more bytes, tiles are larger
 WORK = struct.Struct(f"6q 2Q 3Q 3Q 3d 8d Q {NEAR}Q")  # as `struct Work` in kernels.cu
 SOURCE = Path(__file__).with_name("kernels.cu")
 OPTIONS = (  # of the compiler: the same bits as NumPy
@@ -115,6 +117,34 @@ class Launches:
         size = arrays[0].nbytes // unit
         self._each(f"merge_{kind}", size, unit, unit, [*pushes, *rooms], pushes=len(pushes), outs=len(rooms))
         self._back(rooms, outs)
+
+    def merge_many(self, groups: Sequence[Sequence[Array]], out: Array) -> None:
+        """See :func:`kvstore.kernels.reference.merge_many`. One kernel for all."""
+        kind, unit = _kind("merge_many", out, *[array for arrays in groups for array in arrays])
+        given, room = [[self._fit(array) for array in arrays] for arrays in groups], self._room(out)
+        at = self._processor.address(room)
+        targets = at + _starts([arrays[0].nbytes for arrays in given])
+        sources = np.array([[self._processor.address(array) for array in arrays] for arrays in given], np.int64)
+        self._tiles(f"merge_many_{kind}", unit, [arrays[0].nbytes for arrays in given], sources, targets)
+        self._back([room], [out])
+
+    def _tiles(self, kernel: str, unit: int, sizes: Sequence[int], sources: Array, targets: Array) -> None:
+        """A kernel that makes each target of its sources, ``sizes`` bytes, a block of threads for every tile of them.
+
+        Args:
+            unit: bytes of an element.
+            sources: addresses, a row for each target.
+            targets: their addresses.
+        """
+        tile = max(TILE_BYTES, sum(sizes) // (TILES_MAX * TILE_BYTES) * TILE_BYTES)
+        counts = -(-np.array(sizes) // tile)
+        part = np.repeat(np.arange(len(sizes)), counts)
+        if part.size:
+            start = (np.arange(part.size) - np.repeat(_starts(counts), counts)) * tile
+            elements = np.minimum(tile, np.array(sizes)[part] - start) // unit
+            words = np.column_stack([sources[part] + start[:, None], targets[part] + start, elements])
+            pushes = sources.shape[1]
+            self._start(kernel, part.size * THREADS, words=words.ravel(), size=part.size, pushes=pushes, outs=1)
 
     def _overlap_in_part(self, one: Array, other: Array) -> bool:
         """Of what kernels take as it lies."""
@@ -244,6 +274,20 @@ class Launches:
             self._processor.copy(given, room)
         self._back([room], [target])
 
+    def concatenate(self, arrays: Sequence[Array], out: Array) -> None:
+        """See :func:`kvstore.kernels.reference.concatenate`. One kernel for all."""
+        self.merge_many([[array] for array in arrays], out)
+
+    def split(self, source: Array, outs: Sequence[Array]) -> None:
+        """See :func:`kvstore.kernels.reference.split`. One kernel for all."""
+        kind, unit = _kind("split", source, *outs)
+        given, rooms = self._fit(source), [self._room(out) for out in outs]
+        sizes = [out.nbytes for out in outs]
+        sources = (self._processor.address(given) + _starts(sizes))[:, None]
+        targets = np.array([self._processor.address(room) for room in rooms], np.int64)
+        self._tiles(f"merge_many_{kind}", unit, sizes, sources, targets)
+        self._back(rooms, outs)
+
     def gather(self, source: Array, row_ids: Array, out: Array) -> None:
         """See :func:`kvstore.kernels.reference.gather`."""
         ids = self._checked(source, row_ids)
@@ -337,8 +381,9 @@ class Launches:
         self,
         kernel: str,
         items: int,
-        arrays: Sequence[Array],
+        arrays: Sequence[Array] = (),
         *,
+        words: Array | None = None,
         size: int = 0,
         columns: int = 0,
         pushes: int = 0,
@@ -355,20 +400,25 @@ class Launches:
         decay: float = 0.0,
         numbers: Sequence[float] = (),
     ) -> None:
-        """Start it with a thread for each item, or as many as are useful."""
-        table = [self._processor.address(array) for array in arrays]
+        """Start it with a thread for each item, or as many as are useful; on the arrays' addresses, or other words."""
+        near: Sequence[int] | Array = [self._processor.address(array) for array in arrays] if words is None else words
         far = None
-        if len(table) > NEAR:
-            far = self._processor.upload(np.array(table, np.uint64))
-            table = []
+        if len(near) > NEAR:
+            far, near = self._processor.upload(np.asarray(near, np.int64)), ()
         single = (value, target, *states, *[None] * (3 - len(states)), scratch, ids, order)
         work = WORK.pack(
             *(size, columns, pushes, outs, packed, 0),
             *[0 if array is None else self._processor.address(array) for array in single],
             *(scale, clip, decay, *numbers, *[0.0] * (8 - len(numbers))),
-            *(0 if far is None else self._processor.address(far), *table, *[0] * (NEAR - len(table))),
+            *(0 if far is None else self._processor.address(far), *near, *[0] * (NEAR - len(near))),
         )
         self._processor.start(kernel, max(1, min(-(-items // THREADS), self._processor.blocks())), work)
+
+
+def _starts(sizes: Sequence[int] | Array) -> Array:
+    """Where each begins, if they lie one behind the other."""
+    ends = np.cumsum(sizes, dtype=np.int64)
+    return ends - sizes
 
 
 def _kind(what: str, *arrays: Array) -> tuple[str, int]:
