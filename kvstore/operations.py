@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 import engine
-from kvstore.arrays import callers, is_writable
+from kvstore.arrays import Array, callers, is_writable
 from kvstore.devices import Devices, Entry, Request
 from kvstore.entries import IN_PLACE, Entries, Keys, Push, Target, as_many, listed
 from kvstore.errors import DuplicateKeyError
@@ -23,6 +23,8 @@ from kvstore.lists import Arrays, EntryBundle, Lists, Plan
 from kvstore.protocol.pieces import Key
 
 _T = TypeVar("_T")
+
+_NOTHING: dict[int, list[Array]] = {}  # is pushed
 
 
 class Operations:
@@ -44,7 +46,29 @@ class Operations:
     def __repr__(self) -> str:
         return f"<Operations: {len(self._pushes)} pushes not committed>"
 
-    def start(
+    def one(
+        self, what: str, key: Keys, value: Any, out: Any, priority: int, device: int | None, samples: int | None = None
+    ) -> Handle:
+        """Push, pull or both (``what`` says it: ``push``, ``pull`` or ``pushpull``), checked before anything is done.
+
+        Args:
+            value, out: None if it does not apply; ``out`` also for its default.
+        """
+        with callers(value, out):
+            keys = self.entries.checked(key)
+            if what == "pull":
+                device = self.entries.device(device)
+                entry, pushed = self.entries.known(keys)[0], _NOTHING
+            else:
+                if out is None and what == "pushpull":
+                    out = self._own_out(self.entries.get(keys[0]), value)
+                entry, pushed = self.entries.pushes(keys, [value], device)[0]
+            target = None if what == "push" else self.entries.target(entry, out, device)
+            handle, reading = self._move(what, entry, pushed, target, priority, device, samples)
+            _wait_for(reading)
+        return handle
+
+    def many(
         self,
         what: str,
         key: Keys,
@@ -54,36 +78,27 @@ class Operations:
         device: int | None,
         samples: int | None = None,
     ) -> Handle:
-        """Push, pull or both, checked whole before anything is done.
-
-        Args:
-            what: ``push``, ``pull`` or ``pushpull``.
-            value, out: of all keys; None if it does not apply, or for the default.
-        """
+        """:meth:`one` of a list of keys, with a list of values or outs; checked whole before anything is done."""
         with callers(value, out):
-            many = isinstance(key, list | tuple)
-            if many and device is None:
-                whole = self._together(what, key, value, out, priority, samples)
-                if whole is not None:
-                    return whole
+            if device is None and (whole := self._together(what, key, value, out, priority, samples)) is not None:
+                return whole
             keys = self.entries.checked(key)
-            values = [value] if not many else as_many(keys, value, "values")
-            outs = [out] if not many else as_many(keys, out, "outs")
-            if what == "pushpull":
-                if len(set(keys)) != len(keys):
-                    raise DuplicateKeyError("pushpull: expected each key once in a call")
-                if out is None:
-                    outs = [self._own_out(self.entries.get(k), v) for k, v in zip(keys, values, strict=True)]
             if what == "pull":
                 device = self.entries.device(device)
-                pushes: list[Push] = [(entry, {}) for entry in self.entries.known(keys)]
+                pushes: list[Push] = [(entry, _NOTHING) for entry in self.entries.known(keys)]
             else:
+                values = as_many(keys, value, "values")
+                if what == "pushpull" and len(set(keys)) != len(keys):
+                    raise DuplicateKeyError("pushpull: expected each key once in a call")
+                if what == "pushpull" and out is None:
+                    out = [self._own_out(self.entries.get(k), v) for k, v in zip(keys, values, strict=True)]
                 pushes = self.entries.pushes(keys, values, device)
             targets: Sequence[Target | None] = [None] * len(pushes)
             if what != "push":
+                outs = as_many(keys, out, "outs")
                 targets = [self.entries.target(entry, o, device) for (entry, _), o in zip(pushes, outs, strict=True)]
             handles = self._each(what, pushes, targets, priority, device, samples)
-        return self._gathered(what, handles) if many else handles[0]
+        return self._gathered(what, handles)
 
     @property
     def uncommitted(self) -> list[Handle]:
@@ -100,28 +115,44 @@ class Operations:
         device: int | None,
         samples: int | None,
     ) -> list[Handle]:
-        """Push, pull or both, key by key. ``targets``: None for a push alone."""
-        handles, reading = [], []
-        for (entry, per_device), target in zip(pushes, targets, strict=True):
-            handle = pushed = self._handle_of(entry, what)
-            try:
-                if target is None:
-                    ended = countdown(pushed, len(per_device))
-                    reading += self._level.push(entry, per_device, priority, ended, samples)
-                elif not per_device:
-                    self._level.pull(entry, Request(handle, *target, priority, device))
-                else:
-                    pushed = self._handle_of(entry, "push")
-                    pushed.observed = True  # the pull's handle fails with it
-                    request = Request(handle, *target, priority, device)
-                    ended = countdown(pushed, len(per_device))
-                    reading += self._level.pushpull(entry, per_device, ended, request, samples)
-            except BaseException as error:
-                _interrupted(error, pushed, handle)
-                raise
+        """Key by key."""
+        handles, all_reading = [], []
+        for (entry, pushed), target in zip(pushes, targets, strict=True):
+            handle, reading = self._move(what, entry, pushed, target, priority, device, samples)
             handles.append(handle)
-        _wait_for(reading)
+            all_reading += reading
+        _wait_for(all_reading)
         return handles
+
+    def _move(
+        self,
+        what: str,
+        entry: Entry,
+        pushed: dict[int, list[Array]],
+        target: Target | None,
+        priority: int,
+        device: int | None,
+        samples: int | None,
+    ) -> tuple[Handle, list[Reading]]:
+        """Push ``pushed``, if there is any, pull to ``target``, if there is one, or both."""
+        handle = of_push = self._handle_of(entry, what)
+        reading: list[Reading] = []
+        try:
+            if target is None:
+                ended = countdown(handle, len(pushed))
+                reading = self._level.push(entry, pushed, priority, ended, samples)
+            elif not pushed:
+                self._level.pull(entry, Request(handle, *target, priority, device))
+            else:
+                of_push = self._handle_of(entry, "push")
+                of_push.observed = True  # the pull's handle fails with it
+                request = Request(handle, *target, priority, device)
+                ended = countdown(of_push, len(pushed))
+                reading = self._level.pushpull(entry, pushed, ended, request, samples)
+        except BaseException as error:
+            _interrupted(error, of_push, handle)
+            raise
+        return handle, reading
 
     def _own_out(self, entry: Entry | None, value: Any) -> Any:
         """Where a pushpull without ``out`` puts the value."""
@@ -136,7 +167,7 @@ class Operations:
     # collector look at everything.
 
     def _together(
-        self, what: str, key: Keys, value: Any, out: Any, priority: int, samples: int | None = None
+        self, what: str, key: Keys, value: Any, out: Any, priority: int, samples: int | None
     ) -> Handle | None:
         """A list call some of whose keys are moved together: checked whole, then bundle by bundle, the rest one by one.
 
@@ -167,7 +198,9 @@ class Operations:
             if not alive:
                 return None
             parts = [
-                self._move(what, bundle, _at(some, arrays), _at(some, targets), _at(some, results), priority, samples)
+                self._move_bundle(
+                    what, bundle, _at(some, arrays), _at(some, targets), _at(some, results), priority, samples
+                )
                 for bundle, some in plan.bundles
             ]
         positions, rest = [some for _, some in plan.bundles], plan.singles
@@ -205,7 +238,7 @@ class Operations:
             results.append(result)
         return targets, results
 
-    def _move(
+    def _move_bundle(
         self,
         what: str,
         bundle: EntryBundle,

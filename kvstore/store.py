@@ -272,7 +272,8 @@ class KVStore:
         self._check_open()
         self._check_takes_part("push")
         samples = self._samples(samples, "push")
-        return self._operations.start("push", key, value, None, _priority(priority), device, samples)
+        start = self._operations.many if isinstance(key, list | tuple) else self._operations.one
+        return start("push", key, value, None, _priority(priority), device, samples)
 
     def pull(self, key: Keys, out: Any = None, priority: int = 0, *, device: int | None = None) -> Handle:
         """Read values.
@@ -290,7 +291,8 @@ class KVStore:
             UnknownKeyError, ShapeError, DtypeError, DeviceCountError, ReadOnlyError: at once.
         """
         self._check_open()
-        return self._operations.start("pull", key, None, out, _priority(priority), device)
+        start = self._operations.many if isinstance(key, list | tuple) else self._operations.one
+        return start("pull", key, None, out, _priority(priority), device)
 
     def pushpull(
         self,
@@ -313,7 +315,8 @@ class KVStore:
         self._check_open()
         self._check_takes_part("pushpull")
         samples = self._samples(samples, "pushpull")
-        return self._operations.start("pushpull", key, value, out, _priority(priority), device, samples)
+        start = self._operations.many if isinstance(key, list | tuple) else self._operations.one
+        return start("pushpull", key, value, out, _priority(priority), device, samples)
 
     # --- memory of the store's own ----------------------------------------------------------------
 
