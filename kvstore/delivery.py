@@ -56,6 +56,11 @@ class Delivery:
     def __repr__(self) -> str:
         return f"<Delivery: {self._to_begin} ops have to begin, {self._to_end} to end>"
 
+    @property
+    def by_devices(self) -> bool:
+        """Is anything written by a device? Then what is read had better be pinned."""
+        return bool(self._on_devices)
+
     def write(self, source: Array, start: int = 0, over: Callable[[], None] = lambda: None) -> None:
         """Write the flat ``source`` to the arrays, from element ``start`` on in C order.
 

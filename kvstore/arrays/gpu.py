@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import logging
 import sys
-import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -368,14 +367,17 @@ def mark() -> Callable[[], bool]:
     return functools.partial(cuda.done, cuda.record(cuda.current(current_device())))
 
 
+@functools.cache
+def _branch(device: int) -> engine.CudaStream:
+    """The stream of all forks on the device: the memory of a pool belongs to a stream for good."""
+    return devices().stream(device)
+
+
 class Fork:
     """Work on several devices side by side: after what the current stream holds, and before what follows on it.
 
     Memory that was made before the block may be used in all of it; what is made within :meth:`on`, only there.
     """
-
-    _streams: dict[int, Any] = {}  # noqa: RUF012  of all forks: the memory of a pool belongs to a stream for good
-    _making = threading.Lock()
 
     def __enter__(self) -> Fork:
         self._device = current_device()
@@ -393,10 +395,7 @@ class Fork:
         cuda = devices()
         if self._begin is None:
             self._begin = cuda.record(self._stream)
-        with self._making:
-            stream = self._streams.get(device)
-            if stream is None:
-                stream = self._streams[device] = cuda.stream(device)
+        stream = _branch(device)
         if stream not in self._used:
             cuda.wait(stream, self._begin)
             self._used.append(stream)

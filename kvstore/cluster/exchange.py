@@ -264,6 +264,8 @@ class Arrivals(Source):
 
         def begin(delivery: Delivery) -> None:
             def copy(piece: _Piece) -> None:
+                if delivery.by_devices and piece.place is not None:
+                    self._neighbourhood.pin(self._remote.owners[piece.number], piece.place)
                 over = partial(self._remote.give_back, piece.number, piece.request_id)
                 delivery.write(piece.array, self._remote.cut.span(piece.number)[0], over)
 

@@ -7,6 +7,7 @@ overwritten when is not decided here: see :mod:`kvstore.stored` for values and
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import os
@@ -214,8 +215,9 @@ class Neighbourhood:
         return self._mapped_of(peer).array(place, nbytes)
 
     def pin(self, peer: int, place: Place) -> None:
-        """GPUs are to copy from this place of ``peer``: see :class:`Pinning`. Raises like :meth:`array`."""
-        self.arena.pinning.pin(self._mapped_of(peer).segment(place), own=False)
+        """GPUs are to copy from this place of ``peer``: see :class:`Pinning`."""
+        with contextlib.suppress(SharedMemoryError):  # it is not mapped any more
+            self.arena.pinning.pin(self._mapped_of(peer).segment(place), own=False)
 
     def _mapped_of(self, peer: int) -> Mappings:
         mappings = self._mappings.get(peer)
