@@ -108,6 +108,7 @@ class Engine(ABC):
         inline: bool = False,
         info: dict[str, Any] | None = None,
         deadline: float | None = None,
+        lent: bool = False,
     ) -> Handle:
         """Run ``fn()`` when everything it reads and writes is free, in program order per var.
 
@@ -127,11 +128,13 @@ class Engine(ABC):
             inline: run it in the calling thread, before returning, if nothing is in the way.
             info: shown in the trace.
             deadline: seconds after which the op fails with :class:`DeadlineError`.
+            lent: the arrays are left alone until the op has ended. So what this thread enqueues later need not come
+                after an op of a device, and can overlap with it.
 
         Raises:
             ArgumentError, ClosedError, ForkedError: nothing was submitted.
         """
-        handle = self._submit(fn, reads, writes, priority, lane, name, inline, info, deadline, False)
+        handle = self._submit(fn, reads, writes, priority, lane, name, inline, info, deadline, False, lent=lent)
         assert handle is not None
         return handle
 
@@ -181,6 +184,7 @@ class Engine(ABC):
         deadline: float | None,
         is_async: bool,
         if_free: bool = False,
+        lent: bool = False,
     ) -> Handle | None:
         self._check_process()
         if not callable(fn):
@@ -233,7 +237,7 @@ class Engine(ABC):
             self._deadlines.add(time.monotonic() + deadline, op)
         if ready and inline:
             self._run(op)
-            if launch is not None:
+            if launch is not None and not lent:
                 self._streams_in_use.join(launch)
         else:
             self._submitted()

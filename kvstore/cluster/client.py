@@ -273,7 +273,7 @@ class ClusterHome(Home):
                     self._turn += 1
                     runtime.push(
                         copy, reads=_from(gradient.reads, self._turn), writes=[copies, there],
-                        priority=priority, lane="copy", name="stage",
+                        priority=priority, lane="copy", name="stage", lent=gradient.lent,
                         info={"key": remote.key, "bytes": part.nbytes, "piece": some[0]},
                     )  # fmt: skip
                     send = partial(self._send_part, exchange, flat, some, pull, priority, gradient.samples)

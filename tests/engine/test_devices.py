@@ -107,6 +107,22 @@ def test_who_follows_an_op_comes_after_it(lost):
     assert (seen == {7}) == (not lost)
 
 
+@pytest.mark.parametrize("lent", [False, True])
+def test_what_a_caller_enqueues_may_overtake_an_op_on_what_he_has_lent(lent):
+    first = set()
+    for seed in range(50):
+        runtime, devices, order = engine.create("threaded", threads=1), Simulated(seed), []
+        runtime.use(devices)
+        array = devices.array(np.zeros(4), 0)
+        handle = runtime.push(lambda: devices.enqueue(lambda: order.append("op")), writes=[array], lent=lent)  # noqa: B023
+        devices.enqueue(lambda: order.append("caller"))  # noqa: B023
+        devices.drain()
+        handle.result(LIMIT_S)
+        first.add(order[0])
+        runtime.close()
+    assert first == ({"op", "caller"} if lent else {"op"})
+
+
 @pytest.fixture
 def devices():
     return Simulated(3)
