@@ -23,6 +23,7 @@ from typing import Any
 from engine import waiting
 from engine.claim import Claim
 from engine.deadlines import Deadlines
+from engine.device_time import DeviceTime
 from engine.devices import Devices
 from engine.errors import ArgumentError, ClosedError, DeadlineError, DeadlockError, ForkedError
 from engine.handle import Completion, Handle
@@ -91,6 +92,8 @@ class Engine(ABC):
             if self._streams is None:
                 self._streams = Streams(self, devices)
                 self._operands.devices = devices
+                if self.profiling:
+                    self._streams.time = DeviceTime(devices)
             elif self._streams.devices is not devices:
                 raise ArgumentError(f"use: expected {self._streams.devices!r}, which the engine uses, got {devices!r}")
 
@@ -378,7 +381,10 @@ class Engine(ABC):
         if op.given_up is None:
             op.handle._settle(result, error)
         if self._trace is not None and op.thread:
-            self._trace.add(op, perf_counter())
+            if op.flight is None:
+                self._trace.add(op, op.started_at, perf_counter())
+            else:
+                self._streams_in_use.trace(op, self._trace)
         if self._awaiting_idle and not self._scheduler.pending:
             self._idle.notify_all()
         return ready
@@ -552,7 +558,10 @@ class Engine(ABC):
 
     @contextmanager
     def profile(self, path: str | os.PathLike[str]) -> Iterator[None]:
-        """Record the ops that end within the ``with`` and write a Chrome/Perfetto trace to ``path``."""
+        """Record the ops that end within the ``with`` and write a Chrome/Perfetto trace to ``path``.
+
+        Ops of devices that are pushed meanwhile are timed by their devices, too; see :attr:`Handle.device_ms`.
+        """
         self.start_profile()
         try:
             yield
@@ -566,11 +575,17 @@ class Engine(ABC):
 
     def start_profile(self) -> None:
         """Begin to record."""
-        self._trace = Trace()
+        with self._lock:
+            self._trace = Trace()
+            if self._streams is not None:
+                self._streams.time = DeviceTime(self._streams.devices)
 
     def stop_profile(self, path: str | os.PathLike[str]) -> None:
         """Stop recording and write the trace."""
-        trace, self._trace = self._trace, None
+        with self._lock:
+            trace, self._trace = self._trace, None
+            if self._streams is not None:
+                self._streams.time = None
         if trace is not None:
             trace.write(path)
 

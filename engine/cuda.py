@@ -82,10 +82,10 @@ class Cuda:
         with self._cuda.Device(stream.device), stream.stream:
             yield
 
-    def record(self, stream: CudaStream) -> Any:
+    def record(self, stream: CudaStream, timed: bool = False) -> Any:
         """A mark behind what has been enqueued on the stream so far."""
         with self._at(stream.device):
-            event = self._cuda.Event(block=True, disable_timing=True)
+            event = self._cuda.Event(block=True, disable_timing=not timed)
             event.record(stream.stream)
             return event
 
@@ -101,6 +101,10 @@ class Cuda:
     def synchronise(self, event: Any) -> None:
         """Block this thread, without the GIL, until it has come to pass; raises like :meth:`done`."""
         event.synchronize()
+
+    def elapsed_ms(self, first: Any, second: Any) -> float:
+        """Milliseconds between two timed events of one device that have come to pass."""
+        return float(self._cuda.get_elapsed_time(first, second))
 
     def _at(self, device: int) -> Any:
         """Within the block, the device is the current one."""

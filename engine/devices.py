@@ -40,8 +40,8 @@ class Devices(Protocol):
     def on(self, stream: Stream) -> AbstractContextManager[Any]:
         """Within the block, the stream is the calling thread's current one, and its device the current one."""
 
-    def record(self, stream: Stream) -> Event:
-        """A mark behind what has been enqueued on the stream so far."""
+    def record(self, stream: Stream, timed: bool = False) -> Event:
+        """A mark behind what has been enqueued on the stream so far; ``timed``: for :meth:`elapsed_ms`."""
 
     def wait(self, stream: Stream, event: Event) -> None:
         """What will be enqueued on the stream starts when the event, of any device, has come to pass."""
@@ -51,6 +51,9 @@ class Devices(Protocol):
 
     def synchronise(self, event: Event) -> None:
         """Block the calling thread until it has come to pass; raises like :meth:`done`."""
+
+    def elapsed_ms(self, first: Event, second: Event) -> float:
+        """Milliseconds between two timed events of one device that have come to pass."""
 
 
 class DeviceMemory(Memory):

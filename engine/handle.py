@@ -119,6 +119,15 @@ class Handle(Future[Any]):
         """
         self._engine._follow(self, timeout)
 
+    @property
+    def device_ms(self) -> float | None:
+        """How long the device worked on the op, in milliseconds, from what it waited for to its end.
+
+        None: it is no op of a device, or not complete, or was not timed, since nobody was profiling when it was issued.
+        """
+        flight = self.op.flight
+        return None if flight is None else flight.device_ms
+
     def add_done_callback(self, fn: Callable[[Future[Any]], Any]) -> None:
         """Call ``fn(handle)`` when the op has ended, or now if it has."""
         with self._engine._lock:

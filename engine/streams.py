@@ -15,11 +15,14 @@ import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+from engine.device_time import DeviceTime
 from engine.devices import Devices, Event, Stream
 from engine.handle import Completion
 from engine.scheduler import DONE, RUNNING, Flight, Op
+from engine.trace import Trace
 
 if TYPE_CHECKING:
     from engine.base import Engine
@@ -42,6 +45,11 @@ class Launch(Flight):
         self.is_open = False  # ends when its function's completion is told, rather than when the function returns
         self.stream: Stream = None
         self.event: Event = None  # behind its work; None: there is no telling
+        self.began: Event = None  # before it, if it is timed
+        self.time: DeviceTime | None = None  # then, whose axis it is on
+        self.issued_at = 0.0
+        self.started_at = 0.0  # by the device, if ``device_ms`` is known
+        self.device_ms: float | None = None  # how long the device worked on it, if that is known
         self.followers: list[Callable[[], None]] = []  # to be told that it is issued
         self.result: Any = None
         self.error_at_issue: BaseException | None = None
@@ -90,6 +98,7 @@ class Streams:
         self._changed = engine._lock.condition()
         self._watched = False  # there is a thread that looks
         self._asleep = False
+        self.time: DeviceTime | None = None  # while there is a profile
 
     def __repr__(self) -> str:
         lanes = {f"{lane} on {device}": len(streams) for (device, lane), streams in self._lanes.items()}
@@ -154,6 +163,14 @@ class Streams:
                 self.devices.wait(launch.stream, one.event)
         for event in launch.before:
             self.devices.wait(launch.stream, event)
+        if self.time is not None:
+            self._begin_time(launch, self.time)
+
+    def _begin_time(self, launch: Launch, axis: DeviceTime) -> None:
+        with contextlib.suppress(Exception):  # the work is to be done all the same
+            axis.begin(launch.device)
+            launch.began = self.devices.record(launch.stream, timed=True)
+            launch.time = axis
 
     def _stream_for(self, launch: Launch, lane: str, before: list[Stream]) -> Stream:
         """One on which the op comes after others anyway, else each of the lane's in turn."""
@@ -175,13 +192,14 @@ class Streams:
         try:
             if launch.stream is None:  # it was given up, or is poisoned; it still comes after others
                 self._enter(op)
-            event = self.devices.record(launch.stream)
+            event = self.devices.record(launch.stream, timed=launch.began is not None)
         except Exception as raised:
             error = error or raised
         with engine._lock:
             if op.state != RUNNING:
                 return
             launch.event, launch.result, launch.error_at_issue = event, result, op.given_up or error
+            launch.issued_at = perf_counter()
             self._flying.setdefault(launch.stream, deque()).append(op)
             for ready in engine._scheduler.issue(op, launch.error_at_issue):
                 engine._dispatch(ready)
@@ -281,7 +299,20 @@ class Streams:
             if launch.error_at_issue is None:
                 self._engine._blame(raised, op)
             return (launch.error_at_issue or raised,)
+        if launch.time is not None and launch.device_ms is None:
+            with contextlib.suppress(Exception):  # the work is done all the same
+                launch.started_at = launch.time.at(launch.device, launch.began)
+                launch.device_ms = self.devices.elapsed_ms(launch.began, launch.event)
         return (launch.error_at_issue,)
+
+    def trace(self, op: Op, trace: Trace) -> None:
+        """Show when an op that is complete was issued, and, if it was timed, when the device worked on it."""
+        launch: Launch = op.flight
+        trace.add(op, op.started_at, launch.issued_at, what="issue ")
+        if launch.device_ms is not None:
+            number = self._lanes[launch.device, op.lane].index(launch.stream) + 1
+            name = f"device {launch.device}, {op.lane} {number}"
+            trace.add(op, launch.started_at, launch.started_at + launch.device_ms / 1e3, stream=name)
 
     # --- the thread that looks --------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import random
 import threading
+import time
 from collections import deque
 
 import numpy as np
@@ -48,8 +49,9 @@ class Stream:
 
 
 class Event:
-    def __init__(self, stream):
+    def __init__(self, stream, timed):
         self.stream, self.happened, self.error = stream, False, None
+        self.timed, self.at = timed, None
         self.thread = threading.get_ident()
 
 
@@ -82,6 +84,8 @@ class Simulated:
         self.frozen = False
         self.synchronised = []  # the threads that have waited for a device
         self.launched = 0
+        self.timed = 0  # events
+        self.worked_s = 0.0  # what kernels have added, in place of taking time
 
     # --- what the engine asks for ---
 
@@ -116,9 +120,10 @@ class Simulated:
         finally:
             self.here.device, self.here.streams = before
 
-    def record(self, stream):
+    def record(self, stream, timed=False):
         with self.lock:
-            event = Event(stream)
+            event = Event(stream, timed)
+            self.timed += timed
             stream.queue.append(event)
             self.advance()
             return event
@@ -146,7 +151,17 @@ class Simulated:
             if event.error is not None:
                 raise event.error
 
+    def elapsed_ms(self, first, second):
+        with self.lock:
+            assert first.timed and second.timed and first.happened and second.happened
+            assert first.stream.device == second.stream.device
+            return float(np.float32((second.at - first.at) * 1e3))
+
     # --- what a program asks for ---
+
+    def clock(self, device):
+        """Seconds since some time of the device's own."""
+        return time.perf_counter() + self.worked_s - 1e4 * device
 
     def array(self, values, device):
         data = np.array(values)
@@ -198,6 +213,7 @@ class Simulated:
         first = stream.queue.popleft()
         if isinstance(first, Event):
             first.happened, first.error = True, stream.errors.pop(first.thread, None)
+            first.at = self.clock(stream.device)
         elif isinstance(first, Kernel):
             try:
                 first.work()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import random
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -424,3 +427,95 @@ def test_an_engine_uses_one_kind_of_devices(streams, devices):
 def test_an_array_of_a_device_that_is_not_used_is_refused(devices):
     with engine.create("threaded").bulk(), pytest.raises(engine.ArgumentError):
         engine.create("threaded").push(lambda: None, writes=[devices.array(np.zeros(4), 0)])
+
+
+# --- device time ----------------------------------------------------------------------------------
+
+
+def working(devices, seconds):
+    """The function of an op that keeps the device busy for some of its time."""
+
+    def work():
+        devices.worked_s += seconds
+
+    return lambda: devices.enqueue(work)
+
+
+def traced(path):
+    """The rows of a trace by name (else thread), each with its spans in order."""
+    events = json.loads(path.read_text())["traceEvents"]
+    names = {event["tid"]: event["args"]["name"] for event in events if event["ph"] == "M"}
+    rows = {}
+    for event in sorted((one for one in events if one["ph"] == "X"), key=lambda one: one["ts"]):
+        rows.setdefault(names.get(event["tid"], event["tid"]), []).append(event)
+    return rows
+
+
+def test_the_trace_shows_when_devices_worked(streams, devices, tmp_path):
+    arrays = [devices.array(np.zeros(4), device) for device in (0, 1)]
+    with streams.profile(tmp_path / "trace.json"):
+        start_us = time.perf_counter() * 1e6
+        first = streams.push(working(devices, 7.0), writes=[arrays[0]], name="first", info={"key": "w"})
+        across = streams.push(working(devices, 3.0), reads=[arrays[0]], writes=[arrays[1]], name="across")
+        streams.push(lambda: None, writes=[engine.Var()], name="on the host")
+        streams.wait_all(LIMIT_S)
+        end_us = (time.perf_counter() + devices.worked_s) * 1e6
+    rows = traced(tmp_path / "trace.json")
+    (one,) = rows.pop("device 0, cpu 1")
+    (other,) = rows.pop("device 1, copy 1")
+    assert (one["name"], other["name"]) == ("first", "across")
+    assert one["args"]["key"] == "w"
+    assert "test_devices.py" in one["args"]["site"]
+    real_us = end_us - start_us - 10e6  # in which clocks were compared, too, which may be wrong by as much
+    assert one["dur"] >= 7e6 and other["dur"] >= 3e6
+    assert start_us - real_us <= one["ts"]
+    assert one["ts"] + one["dur"] <= other["ts"] + real_us  # though the devices' clocks differ by hours
+    assert other["ts"] + other["dur"] <= end_us + real_us
+    on_threads = [event["name"] for row in rows.values() for event in row]
+    assert sorted(on_threads) == ["issue across", "issue first", "on the host"]
+    assert first.device_ms == pytest.approx(one["dur"] / 1e3, rel=1e-5)
+    assert across.device_ms == pytest.approx(other["dur"] / 1e3, rel=1e-5)
+
+
+def test_without_a_profile_nothing_is_timed(streams, devices, tmp_path):
+    array, host = devices.array(np.zeros(4), 0), np.zeros(4)
+    before = streams.push(working(devices, 1.0), writes=[array])
+    before.result(LIMIT_S)
+    devices.frozen = True
+    waiting = streams.push(working(devices, 1.0), writes=[array])
+    streams.start_profile()
+    devices.frozen = False
+    timed = streams.push(working(devices, 1.0), writes=[array])
+    on_host = streams.push(lambda: None, reads=[host])
+    streams.wait_all(LIMIT_S)
+    streams.stop_profile(tmp_path / "trace.json")
+    after = streams.push(working(devices, 1.0), writes=[array])
+    streams.wait_all(LIMIT_S)
+    assert devices.timed == 3  # one is known to the host, too
+    assert timed.device_ms >= 1e3
+    assert [handle.device_ms for handle in (before, waiting, on_host, after)] == [None] * 4
+    assert sum(map(len, traced(tmp_path / "trace.json").values())) == 4  # two issues, a span, and the host's
+
+
+def test_device_time_stays_exact_in_a_long_profile(streams, devices, tmp_path):
+    array = devices.array(np.zeros(4), 1)
+    with streams.profile(tmp_path / "trace.json"):
+        for _ in range(300):
+            streams.push(working(devices, 997.3), writes=[array]).result(LIMIT_S)
+    rows = traced(tmp_path / "trace.json")
+    spans = [span for name in rows if str(name).startswith("device") for span in rows[name]]
+    for span, following in itertools.pairwise(sorted(spans, key=lambda one: one["ts"])):
+        assert span["ts"] + span["dur"] <= following["ts"] + 200  # of 3e11 us
+
+
+def test_work_whose_time_cannot_be_told_is_done_all_the_same(streams, devices, tmp_path, monkeypatch):
+    def fails(*_):
+        raise Boom("no time")
+
+    monkeypatch.setattr(devices, "elapsed_ms", fails)
+    array = devices.array(np.zeros(4), 0)
+    with streams.profile(tmp_path / "trace.json"):
+        handle = streams.push(fill(devices, array, 1), writes=[array])
+        handle.result(LIMIT_S)
+    assert array.data[0] == 1
+    assert handle.device_ms is None
