@@ -13,6 +13,9 @@ from typing import Any, NamedTuple
 from engine.groups import Range
 
 
+NOT_READY = 600  # cudaErrorNotReady
+
+
 class CudaStream(NamedTuple):
     """A stream and its device; the null stream, which is one for each device, does not know its own."""
 
@@ -96,7 +99,10 @@ class Cuda:
 
     def done(self, event: Any) -> bool:
         """Has it come to pass? Raises CUDARuntimeError if the device failed."""
-        return bool(event.done)
+        status = self._cuda.runtime.eventQuery(event.ptr)
+        if status not in (0, NOT_READY):  # CuPy's own ``Event.done`` only says that it is not
+            self._cuda.runtime.check_status(status)
+        return bool(status == 0)
 
     def synchronise(self, event: Any) -> None:
         """Block this thread, without the GIL, until it has come to pass; raises like :meth:`done`."""
