@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from tests.gpu import simulated
 
 PATIENCE_S = 10.0
 SHARED_MEMORY = Path("/dev/shm")
@@ -45,3 +49,17 @@ def nothing_leaks() -> Iterator[None]:
             pytest.fail(f"left behind: threads {left[0]}, segments {left[1]}, children {left[2]}")
         gc.collect()
         time.sleep(0.01)  # between looks
+
+
+@pytest.fixture
+def simulated_cupy() -> Iterator[Callable[..., Any]]:
+    """``simulated_cupy(devices=2, seed=0)``: a CuPy until the test ends; see :mod:`tests.gpu.simulated`."""
+    with contextlib.ExitStack() as installed:
+
+        def install(**options: Any) -> Any:
+            installed.enter_context(simulated.install(**options))
+            import cupy
+
+            return cupy
+
+        yield install

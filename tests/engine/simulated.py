@@ -1,22 +1,14 @@
-"""Devices that do not exist: streams are queues, and nothing but their order and events decides what comes when.
-
-Work is done lazily, some of it at every call to the device, by a random choice among the streams whose first piece
-can be done. Whatever an engine forgets to order will sooner or later happen in the wrong order.
-"""
+"""Devices that do not exist, as the engine asks for them: streams are the queues of :mod:`tests.engine.queues`."""
 
 from __future__ import annotations
 
 import contextlib
-import random
 import threading
 import time
-from collections import deque
 
 import numpy as np
 
-
-class Lost(Exception):
-    """A stream waits for something that never comes."""
+from tests.engine.queues import Item, Mark, Queue, Queues, Wait
 
 
 class Array:
@@ -39,25 +31,35 @@ class Array:
         return self.data.nbytes
 
 
-class Stream:
-    def __init__(self, device, name, speed):
-        self.device, self.name, self.speed, self.queue = device, name, speed, deque()
+class Stream(Queue):
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
         self.errors = {}  # of the work since the last mark, by the thread that enqueued it
 
-    def __repr__(self):
-        return f"<Stream {self.name} of {self.device}: {len(self.queue)} queued>"
 
-
-class Event:
-    def __init__(self, stream, timed):
-        self.stream, self.happened, self.error = stream, False, None
+class Event(Mark):
+    def __init__(self, devices, stream, timed):
+        super().__init__()
+        self.devices, self.stream, self.error = devices, stream, None
         self.timed, self.at = timed, None
         self.thread = threading.get_ident()
 
+    def run(self, stream):
+        self.error = stream.errors.pop(self.thread, None)
+        self.at = self.devices.clock(stream.device)
+        return super().run(stream)
 
-class Kernel:
+
+class Kernel(Item):
     def __init__(self, work):
         self.work, self.thread = work, threading.get_ident()
+
+    def run(self, stream):
+        try:
+            self.work()
+        except Exception as error:
+            stream.errors.setdefault(self.thread, error)
+        return True
 
 
 class Current(threading.local):
@@ -65,7 +67,7 @@ class Current(threading.local):
         self.device, self.streams = 0, {}
 
 
-class Simulated:
+class Simulated(Queues):
     """Some devices.
 
     Args:
@@ -75,13 +77,10 @@ class Simulated:
     """
 
     def __init__(self, seed=0, start=4096, lose=None):
-        self.random = random.Random(seed)
-        self.lock = threading.RLock()
+        super().__init__(seed)
         self.start, self.next, self.lose = start, {}, lose
-        self.null, self.streams = {}, []
+        self.null = {}
         self.here = Current()
-        self.diligence = self.random.choice([0.05, 0.2, 1.0])  # how likely a piece of work is done at a call
-        self.frozen = False
         self.synchronised = []  # the threads that have waited for a device
         self.launched = 0
         self.timed = 0  # events
@@ -99,10 +98,7 @@ class Simulated:
         return array if array.base is None else array.base
 
     def stream(self, device):
-        with self.lock:
-            one = Stream(device, f"s{len(self.streams)}", self.random.choice([1, 5, 25]))
-            self.streams.append(one)
-            return one
+        return self.queue(device, Stream)
 
     def current(self, device):
         with self.lock:
@@ -121,41 +117,34 @@ class Simulated:
             self.here.device, self.here.streams = before
 
     def record(self, stream, timed=False):
-        with self.lock:
-            event = Event(stream, timed)
-            self.timed += timed
-            stream.queue.append(event)
-            self.advance()
-            return event
+        event = Event(self, stream, timed)
+        self.timed += timed
+        self.put(stream, event)
+        return event
 
     def wait(self, stream, event):
-        with self.lock:
-            if not (self.lose and self.lose(stream, event)):
-                stream.queue.append((event,))
+        if self.lose and self.lose(stream, event):
             self.advance()
+        else:
+            self.put(stream, Wait(event))
 
     def done(self, event):
-        with self.lock:
-            if not self.frozen and any(map(self._can, self.streams)):
-                self.step()
-            if event.happened and event.error is not None:
-                raise event.error
-            return event.happened
+        self.step()
+        if event.happened and event.error is not None:
+            raise event.error
+        return event.happened
 
     def synchronise(self, event):
-        with self.lock:
-            assert not self.frozen
-            self.synchronised.append(threading.current_thread().name)
-            while not event.happened:
-                self.step()
-            if event.error is not None:
-                raise event.error
+        assert not self.frozen
+        self.synchronised.append(threading.current_thread().name)
+        self.until(lambda: event.happened, repr(event.stream))
+        if event.error is not None:
+            raise event.error
 
     def elapsed_ms(self, first, second):
-        with self.lock:
-            assert first.timed and second.timed and first.happened and second.happened
-            assert first.stream.device == second.stream.device
-            return float(np.float32((second.at - first.at) * 1e3))
+        assert first.timed and second.timed and first.happened and second.happened
+        assert first.stream.device == second.stream.device
+        return float(np.float32((second.at - first.at) * 1e3))
 
     # --- what a program asks for ---
 
@@ -173,8 +162,7 @@ class Simulated:
         """A kernel: ``work()`` is done on the current stream of the device, the current one unless said."""
         with self.lock:
             self.launched += 1
-            self.current(self.here.device if device is None else device).queue.append(Kernel(work))
-            self.advance()
+            self.put(self.current(self.here.device if device is None else device), Kernel(work))
 
     @contextlib.contextmanager
     def callers(self, rng):
@@ -187,38 +175,6 @@ class Simulated:
             yield
         finally:
             self.here.streams = before
-
-    def drain(self):
-        """Do all there is."""
-        with self.lock:
-            while any(stream.queue for stream in self.streams):
-                self.step()
-
-    # --- what happens ---
-
-    def advance(self):
-        if not self.frozen:
-            while self.random.random() < self.diligence * 0.7 and any(map(self._can, self.streams)):
-                self.step()
-
-    @staticmethod
-    def _can(stream):
-        return bool(stream.queue) and not (isinstance(stream.queue[0], tuple) and not stream.queue[0][0].happened)
-
-    def step(self):
-        able = list(filter(self._can, self.streams))
-        if not able:
-            raise Lost(f"{self.streams}")
-        stream = self.random.choices(able, [one.speed for one in able])[0]
-        first = stream.queue.popleft()
-        if isinstance(first, Event):
-            first.happened, first.error = True, stream.errors.pop(first.thread, None)
-            first.at = self.clock(stream.device)
-        elif isinstance(first, Kernel):
-            try:
-                first.work()
-            except Exception as error:
-                stream.errors.setdefault(first.thread, error)
 
 
 class Nowhere:

@@ -14,6 +14,7 @@ import pytest
 import engine
 from engine.scheduler import ISSUED
 from tests.engine.device_programs import Boom, mixed, with_streams
+from tests.engine.queues import Wait
 from tests.engine.simulated import Nowhere, Simulated
 
 PROGRAMS = 10_000
@@ -273,7 +274,7 @@ def test_independent_ops_of_a_bulk_can_overlap(streams, devices):
     assert len(used) > 1
     caller = devices.current(0)
     for stream in used:
-        waits = [item[0] for item in stream.queue if isinstance(item, tuple)]
+        waits = [item.mark for item in stream.items if isinstance(item, Wait)]
         assert {event.stream for event in waits} <= {caller}  # not for each other
         assert len(set(waits)) <= 1  # and for him as he was before
 
@@ -360,7 +361,7 @@ def test_to_follow_waits_for_the_issue_and_not_for_the_device(streams, devices):
     go.set()
     behind.follow(LIMIT_S)
     assert not behind.done()
-    assert devices.current(0).queue[-1][0] is behind.op.flight.event
+    assert devices.current(0).items[-1].mark is behind.op.flight.event
     assert devices.synchronised == []
 
 

@@ -1,34 +1,35 @@
-"""Everything here needs a GPU: without one it is skipped, and says why; with one the run says which."""
+"""The tests here run twice: on the simulated CuPy, and on a GPU, where there is one; the run says whether and which."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
 
 from kvstore.arrays.gpu import missing
+from tests.gpu import simulated
 
-HERE = Path(__file__).parent
-
-
-def pytest_collection_modifyitems(items):
-    here = [item for item in items if HERE in item.path.parents]
-    if here and (reason := missing()):
-        for item in here:
-            item.add_marker(pytest.mark.skip(reason=reason))
+MISSING = missing()
 
 
 def pytest_report_header():
-    if reason := missing():
-        return f"GPU: none. {reason}"
+    if MISSING:
+        return f"GPU: none, but a simulated one. {MISSING}"
     import cupy
 
     return f"GPU: {cupy.cuda.runtime.getDeviceProperties(0)['name'].decode()}, CuPy {cupy.__version__}"
 
 
-@pytest.fixture(scope="session")
-def cupy() -> ModuleType:
-    import cupy
+@pytest.fixture(params=["simulated", pytest.param("gpu", marks=pytest.mark.skipif(bool(MISSING), reason=str(MISSING)))])
+def cupy(request) -> Iterator[ModuleType]:
+    """The module; ``cupy.kvstore_simulated`` is there on the simulated one."""
+    if request.param == "gpu":
+        import cupy
 
-    return cupy
+        yield cupy
+        return
+    with simulated.install(devices=2, seed=1):
+        import cupy
+
+        yield cupy

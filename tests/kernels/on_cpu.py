@@ -15,24 +15,25 @@ from kvstore.kernels.cuda.launches import OPTIONS, SOURCE, Launches
 
 COMPILER = shutil.which("g++")
 SHIM = Path(__file__).with_name("on_cpu.cpp")
-DEFINITIONS = [option for option in OPTIONS if option.startswith("-D")]
 FLAGS = [*("-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-shared"), *("-Wall", "-Werror", "-Wno-unknown-pragmas")]
 BLOCKS, THREADS = 3, 32  # few, so that threads come round more than once
 
 
 @functools.cache
-def library() -> ctypes.CDLL:
-    """The kernels as a library of this process."""
+def build(code: str, options: tuple[str, ...] = OPTIONS) -> ctypes.CDLL:
+    """The kernels of a source for CUDA, as a library of this process."""
     assert COMPILER is not None
+    definitions = [option for option in options if option.startswith("-D")]
     with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "kernels.cu").write_text(code)
         built = Path(folder) / "kernels.so"
-        subprocess.run([COMPILER, *FLAGS, *DEFINITIONS, "-I", SOURCE.parent, SHIM, "-o", built], check=True)
+        subprocess.run([COMPILER, *FLAGS, *definitions, "-I", folder, SHIM, "-o", built], check=True)
         return ctypes.CDLL(str(built))
 
 
 class OnCpu:
     def __init__(self) -> None:
-        self.library = library()
+        self.library = build(SOURCE.read_text())
         self.started: list[str] = []
 
     def blocks(self) -> int:
