@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 from engine.groups import Range
 
-
 NOT_READY = 600  # cudaErrorNotReady
 
 
