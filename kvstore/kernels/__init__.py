@@ -1,8 +1,8 @@
 """The arithmetic on arrays, by name: leaves that decide nothing.
 
 Every name has a plain form in ``reference.py``, the oracle, which says what it does; ``compiled.py`` is what is called,
-and uses Numba's machine code (``jitted.py``) as soon as that is there (``loader.py``). For CuPy's arrays it takes the
-form in ``cuda/``. Every form of the names passes the same test, tests/kernels/test_contract.py.
+and uses Numba's machine code (``jitted.py``) as soon as that is there (``loader.py``). CuPy's arrays go to the form
+in ``cuda/`` (``dispatch.py``). Every form of the names passes the same test, tests/kernels/test_contract.py.
 """
 
 from kvstore.kernels.compiled import (

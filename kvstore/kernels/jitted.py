@@ -276,9 +276,10 @@ def _add_squares(lanes: Any, block: Any) -> None:
 
 
 @inlined
-def _root(lanes: Any) -> Any:
+def _root(lanes: Any, size: Any) -> Any:
+    """Of the sums of the squares of ``size`` elements; one after the other takes its time."""
     total = 0.0
-    for i in range(LANES):
+    for i in range(min(LANES, size)):
         total += lanes[i]
     return math.sqrt(total)
 
@@ -289,7 +290,7 @@ def norm(first: Any, table: Any) -> Any:
         block = scratch[: min(BLOCK, first.size - start)]
         _merged(first, table, start, block)
         _add_squares(lanes, block)
-    return _root(lanes)
+    return _root(lanes, first.size)
 
 
 # --- optimizers ---------------------------------------------------------------------------------
@@ -490,7 +491,7 @@ def lars(
         w, g = _begin(target, value, first, table, scale, clip, 0.0, scratch, start)
         _add_squares(weights, w)
         _add_squares(slopes, g)
-    length, slope = _root(weights), _root(slopes)
+    length, slope = _root(weights, target.size), _root(slopes, target.size)
     if length > 0 and slope > 0:
         lr = lr * (trust * length / (slope + decay * length + eps))
     rate, keep = real(lr), real(momentum)
@@ -520,7 +521,7 @@ def lamb(
             u[i] = m[i] / bias / (math.sqrt(v[i]) / divisor + small) + share * w[i]
         _add_squares(weights, w)
         _add_squares(steps, u)
-    length, way = _root(weights), _root(steps)
+    length, way = _root(weights, target.size), _root(steps, target.size)
     if length > 0 and way > 0:
         lr = lr * (length / way)
     rate = real(lr)

@@ -22,11 +22,11 @@ Wanted = tuple[str, Dtype, Dtype]  # its name, the type of the elements and that
 log = logging.getLogger(__name__)
 
 
-class Loader:
-    """The kernels of this process. Thread-safe."""
+class Loader(dict[Wanted, Kernel | None]):
+    """The kernels of this process: one is there, or None and will be, where that can be. Thread-safe."""
 
     def __init__(self) -> None:
-        self._kernels: dict[Wanted, Kernel | None] = {}  # None: not yet, or not to be had
+        super().__init__()
         self._queue: deque[Wanted] = deque()
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
@@ -34,18 +34,12 @@ class Loader:
         os.register_at_fork(after_in_child=self._forked)
 
     def __repr__(self) -> str:
-        there = sum(kernel is not None for kernel in self._kernels.values())
+        there = sum(kernel is not None for kernel in self.values())
         return f"<Loader: {there} kernels, {len(self._queue)} to come>"
 
-    def get(self, name: str, dtype: Dtype, pushed: Dtype) -> Kernel | None:
-        """The kernel if it is there. If not it will be, where that can be."""
-        wanted = name, dtype, pushed
-        try:
-            return self._kernels[wanted]
-        except KeyError:
-            self._ask_for(wanted)
-            self._ask_for(("locate", pushed, pushed))  # for pushes of more than one array
-            return None
+    def __missing__(self, wanted: Wanted) -> None:
+        self._ask_for(wanted)
+        self._ask_for(("locate", wanted[2], wanted[2]))  # for pushes of more than one array
 
     def wait(self, timeout: float | None = None) -> bool:
         """Until all that was asked for is there, or known not to be had. False: ``timeout`` seconds have passed."""
@@ -57,9 +51,9 @@ class Loader:
 
     def _ask_for(self, wanted: Wanted) -> None:
         with self._lock:
-            if wanted in self._kernels:
+            if wanted in self:
                 return
-            self._kernels[wanted] = None
+            self[wanted] = None
             if not self._usable:
                 return
             self._queue.append(wanted)
@@ -78,7 +72,7 @@ class Loader:
             try:
                 from kvstore.kernels import jitted
 
-                self._kernels[wanted] = jitted.build(*wanted)
+                self[wanted] = jitted.build(*wanted)
             except ImportError as error:
                 log.info("NumPy's kernels are used, which are slower: Numba cannot be imported: %s", error)
                 with self._lock:

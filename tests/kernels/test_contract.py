@@ -250,6 +250,16 @@ def test_optimizers(form: Form, name, values, absent, dtype, pushed):
     assert form.name != "numba" or form.used >= {name, "locate"}
 
 
+@pytest.mark.parametrize("late", ["locate", "sgd", "merge"])
+def test_while_a_part_is_not_there_yet(form: Form, late):
+    form.late.add(late)
+    value, pushes = np.zeros(9, np.float32), [np.full(9, k, np.float32) for k in (1, 2, 3, 4)]
+    kernels.sgd(Change(value, value, pushes), (None,), 1.0, 0.0, 0.0, 1.0, 0.0, 0.0)
+    assert (value == -10).all()
+    kernels.merge(pushes, value)
+    assert (value == 10).all()
+
+
 @pytest.mark.parametrize(("name", "values", "absent"), CASES, ids=lambda case: str(case)[:40])
 def test_what_is_no_number(form: Form, name, values, absent):
     """Infinities, NaNs, zeros of both signs and the smallest numbers end as they do in NumPy."""

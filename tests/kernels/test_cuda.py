@@ -9,7 +9,6 @@ import subprocess
 import numpy as np
 import pytest
 
-from kvstore import kernels
 from kvstore.kernels import Change
 from kvstore.kernels.cuda.launches import NEAR, OPTIONS, SOURCE, TILE_BYTES, Launches
 from tests.kernels import on_cpu
@@ -68,11 +67,3 @@ def test_what_no_kernel_is_for():
         cuda_on_cpu().accumulate(Change(wrong, wrong, [wrong], 0.5, math.inf), ())
     with pytest.raises(TypeError, match="row ids: expected int64, got int32"):
         cuda_on_cpu().gather(wrong, np.zeros(1, np.int32), wrong[:1])
-
-
-def test_arrays_of_no_known_library():
-    class Foreign:
-        pass
-
-    with pytest.raises(TypeError, match="expected arrays of NumPy or CuPy, got"):
-        kernels.merge([np.zeros(3)], Foreign())

@@ -42,9 +42,9 @@ def run(program: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 def test_a_kernel_comes_after_it_was_asked_for():
     loader = Loader()
-    assert loader.get("widen", BITS, BITS) is None
+    assert loader["widen", BITS, BITS] is None
     assert loader.wait(60)
-    kernel = loader.get("widen", BITS, BITS)
+    kernel = loader["widen", BITS, BITS]
     assert kernel is not None
     out = np.zeros(2, np.float32)
     kernel(np.array([0x3F80, 0x4000], np.int16), out)
@@ -54,9 +54,9 @@ def test_a_kernel_comes_after_it_was_asked_for():
 
 def test_a_kernel_that_cannot_be_had(caplog):
     loader = Loader()
-    assert loader.get("no such", BITS, BITS) is None
+    assert loader["no such", BITS, BITS] is None
     assert loader.wait(60)
-    assert loader.get("no such", BITS, BITS) is None
+    assert loader["no such", BITS, BITS] is None
     assert "no such" in caplog.text
 
 
