@@ -20,10 +20,10 @@ from __future__ import annotations
 import math
 import os
 import threading
+from heapq import heappop, heappush
 from time import perf_counter
 
 from engine.base import Engine
-from engine.ready import Ready
 from engine.scheduler import DONE, READY, RUNNING, Op
 
 LONG_S = 100e-6  # worth a thread of its own: a hand-over and the way back
@@ -41,7 +41,7 @@ class _Lane:
     def __init__(self, engine: ThreadedEngine, name: str, size: int) -> None:
         self.name = name
         self.size = size  # threads that may be awake
-        self.ready = Ready()
+        self.heap: list[tuple[int, int, Op]] = []  # by priority, then age; with ops that a waiter has taken
         self.awake = 0  # and not waiting inside an op
         self.asleep = 0
         self.called = 0  # of those counted awake: have been woken and not come yet
@@ -52,12 +52,12 @@ class _Lane:
         self.long = True  # the op that ended last was
 
     def __repr__(self) -> str:
-        return f"<_Lane {self.name}: {self.awake} threads awake, {self.asleep} asleep, {self.ready.count} ready>"
+        return f"<_Lane {self.name}: {self.awake} threads awake, {self.asleep} asleep, {len(self.heap)} ready>"
 
-    def start(self, op: Op, now: float) -> None:
+    def start(self, op: Op) -> None:
         """The thread at hand is to run ``op``."""
         op.state = RUNNING
-        op.started_at = self.started_at = now
+        op.started_at = self.started_at = perf_counter()
         self.started += 1
 
 
@@ -102,19 +102,19 @@ class ThreadedEngine(Engine):
         lane = self._lanes.get(op.lane)
         if lane is None:
             lane = self._lanes[op.lane] = _Lane(self, op.lane, self._size)
-        lane.ready.add(op)
+        heappush(lane.heap, (-op.priority, op.sequence, op))
         return lane
 
     def _attend(self, lane: _Lane) -> None:
         """Ops are ready and threads asleep: wake one, or see that the monitor will in time."""
         if not lane.awake or lane.long or not (lane.called or perf_counter() - lane.started_at < LONG_S):
             self._wake(lane)
-        elif not self._monitor.active:
+        else:
             self._monitor.rouse()
 
     def _look_after(self, lane: _Lane) -> None:
         """See that what is ready will be run."""
-        if lane.ready.count and lane.awake < lane.size:
+        if lane.heap and lane.awake < lane.size:
             self._attend(lane)
 
     def _wake(self, lane: _Lane) -> None:
@@ -131,36 +131,39 @@ class ThreadedEngine(Engine):
                 return  # then those awake will have to do
         lane.awake += 1
 
-    def _take(self, worker: _Worker, now: float) -> Op | None:
+    def _take(self, worker: _Worker) -> Op | None:
         """The op that this thread, one of those awake, is to run now, if any."""
         lane = worker.lane
         if lane.awake > 1 and (
             (worker.short and lane.started != worker.number) or lane.awake - lane.called > lane.size
         ):
             return None
-        op = lane.ready.take()
-        if op is not None:
-            lane.start(op, now)
-            worker.number = lane.started
-            if lane.ready.count and lane.awake < lane.size:
-                if lane.long:
-                    self._wake(lane)
-                elif not self._monitor.active:
-                    self._monitor.rouse()
-        return op
+        while lane.heap:
+            op = heappop(lane.heap)[2]
+            if op.state == READY:  # else a waiter has taken it
+                lane.start(op)
+                worker.number = lane.started
+                if lane.heap and lane.awake < lane.size:
+                    if lane.long:
+                        self._wake(lane)
+                    else:
+                        self._monitor.rouse()
+                return op
+        return None
 
     def _claim(self, op: Op) -> bool:
         if op.state != READY:
             return False
         lane = self._lanes[op.lane]
-        lane.start(op, perf_counter())
-        lane.ready.started()
+        lane.start(op)
+        while lane.heap and lane.heap[0][2].state != READY:
+            heappop(lane.heap)
         return True
 
     def _sleep(self, lane: _Lane) -> bool:
         """Until this thread is woken, and then True. False: it is to end."""
         lane.awake -= 1
-        if lane.ready.count:
+        if lane.heap:
             self._monitor.rouse()
         elif self._retiring:
             return False
@@ -179,7 +182,7 @@ class ThreadedEngine(Engine):
         worker = self._place.worker = _Worker(lane, self._here.ops)
         while True:
             with self._lock:
-                while (op := self._take(worker, perf_counter())) is None:
+                while (op := self._take(worker)) is None:
                     if not self._sleep(lane):
                         return
                     worker.short = False
@@ -199,7 +202,7 @@ class ThreadedEngine(Engine):
         interrupt = None
         with self._lock:
             lane.awake += 1
-            op = self._take(worker, perf_counter())
+            op = self._take(worker)
         try:
             if op is not None:
                 interrupt = self._run_on(worker, op, until)
@@ -217,33 +220,25 @@ class ThreadedEngine(Engine):
         Returns:
             What interrupted an op, as KeyboardInterrupt does; no other op is run after that.
         """
-        lane, lock = worker.lane, self._lock
+        lane = worker.lane
         following: Op | None = op
         while following is not None:
-            op, following = following, None
-            outcome = result = error = None  # nothing of the last op is kept while this one runs
+            op, following, outcome = following, None, None  # nothing of the last op is kept while this one runs
             outcome = self._execute(op, worker.stack)
             now = perf_counter()
-            if not lock.attempt(False):  # as `with` does, in less time
-                lock.wait()
-            try:
+            with self._lock:
                 lane.long = now - op.started_at > LONG_S
                 worker.short = not lane.long
                 if op.state == DONE:  # given up meanwhile
                     outcome = None
                 elif outcome is not None:
-                    result, error = outcome
-                    for ready in self._end(op, result, error):
+                    for ready in self._end(op, *outcome):
                         if self._enqueue(ready) is not lane:
                             self._look_after(self._lanes[ready.lane])
                 if now < until and op.interrupt is None:
-                    following = self._take(worker, now)
-            finally:
-                lock.leave()
-                if lock.waiting:
-                    lock.tell_one()
+                    following = self._take(worker)
             if outcome is not None:
-                self._leave(op, result, error)
+                self._leave(op, *outcome)
             if op.interrupt is not None:
                 return op.interrupt
         return None
@@ -280,14 +275,14 @@ class _Monitor:
     def __init__(self, engine: ThreadedEngine) -> None:
         self._engine = engine
         self._changed = engine._lock.condition()
-        self.active = False  # it looks every now and then
         self._alive = False
+        self._active = False  # and looks every now and then
 
     def rouse(self) -> None:
-        """Ops are ready and threads asleep: look."""
-        if self.active:
+        """Ops are ready and threads asleep."""
+        if self._active:
             return
-        self.active = True
+        self._active = True
         if self._alive:
             self._changed.notify()
         else:
@@ -305,17 +300,17 @@ class _Monitor:
                 self._changed.wait(LOOK_S)
                 quiet += 1
                 for lane in engine._lanes.values():
-                    if lane.ready.count and lane.awake < lane.size:
+                    if lane.heap and lane.awake < lane.size:
                         quiet = 0
                         if lane.started == lane.seen and not lane.called:
                             lane.long = True
                             engine._wake(lane)
                     lane.seen = lane.started
                 if quiet > LOOKS:
-                    self.active = False
+                    self._active = False
                     if not engine._retiring:
                         self._changed.wait(IDLE_S)
-                    if not self.active:
+                    if not self._active:
                         self._alive = False
                         return
                     quiet = 0

@@ -10,14 +10,23 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
+
+import numpy as np
 
 import engine
 from kvstore import comm
 from kvstore.arrays import HOST, Array, gpu, memory_of
 from kvstore.handle import Ended, when_ended
+
+UNPINNED_BYTES = 64 << 10  # up to this size CUDA itself puts by what it is to copy
+BLOCK_BYTES = 4 << 20  # of pinned memory
+
+
+def _nothing() -> None:
+    pass
 
 
 class Delivery:
@@ -61,24 +70,40 @@ class Delivery:
         """Is anything written by a device? Then what is read had better be pinned."""
         return bool(self._on_devices)
 
-    def write(self, source: Array, start: int = 0, over: Callable[[], None] = lambda: None) -> None:
-        """Write the flat ``source`` to the arrays, from element ``start`` on in C order.
+    def write(
+        self, source: Array, start: int = 0, over: Callable[[], None] = _nothing, *, pinned: bool = False
+    ) -> None:
+        """Write the flat ``source``, of the host, to the arrays, from element ``start`` on in C order.
+
+        A device copies from pinned memory while this thread goes on; what is not ``pinned`` is copied there before.
 
         Args:
             over: called when nobody reads ``source`` any more, which is held until then.
         """
-        mark = _never if self._on_devices else None
+        pinned = pinned or source.nbytes <= UNPINNED_BYTES
+        over_later = False
         try:
             for completion, outs in self._parts:
-                with completion.on():
+                if outs is not self._on_devices:
                     comm.broadcast(source, outs, start)
-                    if outs is self._on_devices:
-                        mark = gpu.mark()
+                elif pinned:
+                    over_later = True
+                    self._write_up(completion, source, start, over)
+                else:
+                    for at, block in _blocks(source):
+                        self._write_up(completion, _pinned_copy(block), start + at, _nothing)
         finally:
-            if mark is None:
+            if not over_later:
                 over()
-            else:
-                self._hold(source, mark, over)
+
+    def _write_up(self, completion: engine.Completion, source: Array, start: int, over: Callable[[], None]) -> None:
+        mark = _never
+        try:
+            with completion.on():
+                comm.broadcast(source, self._on_devices, start)
+                mark = gpu.mark()
+        finally:
+            self._hold(source, mark, over)
 
     def end(self, error: BaseException | None = None) -> None:
         """All has been written that will be."""
@@ -128,6 +153,19 @@ class _Read(NamedTuple):
     source: Array
     mark: Callable[[], bool]  # has it?
     over: Callable[[], None]
+
+
+def _blocks(source: Array) -> Iterator[tuple[int, Array]]:
+    """The source in blocks, and where each begins."""
+    items = max(1, BLOCK_BYTES // source.itemsize)
+    for at in range(0, source.size, items):
+        yield at, source[at : at + items]
+
+
+def _pinned_copy(source: Array) -> Array:
+    copied = gpu.pinned(source.nbytes)
+    np.copyto(copied, source.view(np.uint8))
+    return copied.view(source.dtype)
 
 
 def _never() -> bool:

@@ -264,10 +264,11 @@ class Arrivals(Source):
 
         def begin(delivery: Delivery) -> None:
             def copy(piece: _Piece) -> None:
+                pinned = False
                 if delivery.by_devices and piece.place is not None:
-                    self._neighbourhood.pin(self._remote.owners[piece.number], piece.place)
+                    pinned = self._neighbourhood.pin(self._remote.owners[piece.number], piece.place)
                 over = partial(self._remote.give_back, piece.number, piece.request_id)
-                delivery.write(piece.array, self._remote.cut.span(piece.number)[0], over)
+                delivery.write(piece.array, self._remote.cut.span(piece.number)[0], over, pinned=pinned)
 
             self._consume(self._each(copy, len(outs), priority), delivery.end)
 

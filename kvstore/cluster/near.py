@@ -43,6 +43,9 @@ class Region:
         return Place(self.segment.address, self.offset + start)
 
 
+FAILED = object()  # a segment's companion, if it could not be registered
+
+
 class Pinning:
     """Registers segments with the driver of the GPUs, which then copy from and to them while the host goes on.
 
@@ -56,21 +59,26 @@ class Pinning:
     def __repr__(self) -> str:
         return f"<Pinning: {'not always possible' if self._warned else 'no failure so far'}>"
 
-    def pin(self, segment: Segment, *, own: bool) -> None:
-        """Register a segment, ``own`` or another's, if it has not been; it stays so as long as it is mapped."""
+    def pin(self, segment: Segment, *, own: bool) -> bool:
+        """Register a segment, ``own`` or another's, for as long as it is mapped. Is it, now or since before?"""
         with self._lock:
-            if segment.companion is not None:
-                return
-            memory = segment.companion = _alias(segment)
-            try:
-                if own:
-                    segment.reserve(0, segment.size)  # all of it will be there from now on
-                pinned = gpu.pin(memory, read_only=not own)
-            except SharedMemoryError:
-                pinned = False
-            if not pinned and not self._warned:
-                log.warning("%r cannot be registered with the GPUs' driver; copies from and to it are slower", segment)
-                self._warned = True
+            if segment.companion is None:
+                registered = self._registered(segment, own)
+                segment.companion = FAILED if registered is None else registered
+            return segment.companion is not FAILED
+
+    def _registered(self, segment: Segment, own: bool) -> Array | None:
+        """The segment's memory as an array; None: it could not be registered."""
+        memory = _alias(segment)
+        with contextlib.suppress(SharedMemoryError):
+            if own:
+                segment.reserve(0, segment.size)  # all of it will be there from now on
+            if gpu.pin(memory, read_only=not own):
+                return memory
+        if not self._warned:
+            log.warning("%r cannot be registered with the GPUs' driver; copies from and to it are slower", segment)
+            self._warned = True
+        return None
 
 
 def _alias(segment: Segment) -> Array:
@@ -214,10 +222,13 @@ class Neighbourhood:
         """Bytes of ``peer``, read-only. Raises SharedMemoryError when they cannot be mapped."""
         return self._mapped_of(peer).array(place, nbytes)
 
-    def pin(self, peer: int, place: Place) -> None:
+    def pin(self, peer: int, place: Place) -> bool:
         """GPUs are to copy from this place of ``peer``: see :class:`Pinning`."""
-        with contextlib.suppress(SharedMemoryError):  # it is not mapped any more
-            self.arena.pinning.pin(self._mapped_of(peer).segment(place), own=False)
+        try:
+            segment = self._mapped_of(peer).segment(place)
+        except SharedMemoryError:  # it is not mapped any more
+            return False
+        return self.arena.pinning.pin(segment, own=False)
 
     def _mapped_of(self, peer: int) -> Mappings:
         mappings = self._mappings.get(peer)

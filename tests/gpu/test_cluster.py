@@ -1,0 +1,493 @@
+"""Arrays of GPUs in a cluster: the same bits as arrays of the host, by as few copies as can be, each in its time.
+
+Whatever is planted to go wrong is seen: by wrong values, or by what the simulated machine has counted.
+"""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections import Counter
+from functools import partial
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import engine
+import kvstore
+from kvstore import comm
+from kvstore.arrays import gpu
+from kvstore.cluster import client, near
+from kvstore.cluster.exchange import Exchange
+from kvstore.delivery import Delivery
+from tests.clusters import cluster
+from tests.gpu import simulated
+
+ROUNDS = 3
+LIMIT_S = 30
+PARTS = 2_600_000  # float32: two parts, of several pieces each
+SIZES = [1, 1000, 300_000, PARTS]  # float32: tiny, small, one piece, and that
+BOTH = pytest.mark.parametrize("shared", [True, False], ids=["shared memory", "sockets"])
+DTYPES = [np.float16, ml_dtypes.bfloat16, np.float64, np.int8, np.int64, np.complex64]
+
+
+@pytest.fixture
+def cupy(cupy):
+    engine.default().use(gpu.devices())
+    return cupy
+
+
+def values(rank, round, device, shape, dtype=np.float32):
+    rng = np.random.default_rng([rank, round, device])
+    if np.dtype(dtype).kind in "iu":
+        return rng.integers(-100, 100, shape).astype(dtype)
+    return rng.standard_normal(shape).astype(dtype)
+
+
+class Host:
+    """Arrays in host memory."""
+
+    def array(self, values, device):
+        return np.array(values)
+
+    def numpy(self, array):
+        return np.array(array)
+
+    def overwrite(self, array):
+        array[...] = 0
+
+
+class Gpus:
+    """Arrays on so many GPUs in turn, one in ``every`` in host memory; elements lie ``step`` apart."""
+
+    def __init__(self, cupy, count=None, step=1, every=0):
+        self.cupy, self.step, self.every = cupy, step, every
+        self.count = count or cupy.cuda.runtime.getDeviceCount()
+        self.made = 0
+
+    def array(self, values, device):
+        self.made += 1
+        if self.every and self.made % self.every == 0:
+            return np.array(values)
+        with self.cupy.cuda.Device(device % self.count):
+            base = self.cupy.empty((*values.shape[:-1], values.shape[-1] * self.step), values.dtype)
+            view = base[..., :: self.step]
+            view[...] = self.cupy.asarray(values)
+            return view
+
+    def numpy(self, array):
+        if isinstance(array, np.ndarray):
+            return np.array(array)
+        with array.device:
+            return self.cupy.asnumpy(array)
+
+    def overwrite(self, array):
+        if isinstance(array, np.ndarray):
+            array[...] = 0
+        else:
+            with array.device:
+                array[...] = 0
+
+
+def train(kv, place, devices, shape, dtype, optimizer):
+    """What a worker sees in some rounds, as arrays of the host."""
+    kv.init("w", values(7, 7, 7, shape, dtype))
+    if optimizer is not None:
+        kv.set_optimizer(optimizer)
+    seen = []
+    for round in range(ROUNDS):
+        given = [place.array(values(kv.rank, round, d, shape, dtype), d) for d in range(devices)]
+        one = given if devices > 1 else given[0]
+        if round % 3 == 0:
+            kv.pushpull("w", one, priority=round).result()
+            outs = given
+        else:
+            outs = [place.array(np.zeros(shape, dtype), d) for d in range(devices)]
+            out = outs if devices > 1 else outs[0]
+            if round % 3 == 1:
+                kv.push("w", one, priority=round)
+                for array in given:  # it has been read
+                    place.overwrite(array)
+                kv.pull("w", out=out).result()
+            else:
+                kv.pushpull("w", one, out=out).result()
+        seen += [place.numpy(array) for array in outs]
+    kv.barrier()
+    return seen
+
+
+def both(place, devices=1, shape=(1000,), dtype=np.float32, optimizer=None, servers=1, **options):
+    """Run it with arrays of the host, and with the others: are they the same?"""
+    results = []
+    for one in (Host(), place):
+        with cluster(2, servers) as running:
+            work = partial(train, place=one, devices=devices, shape=shape, dtype=dtype, optimizer=optimizer)
+            results.append(running.run(work, **options))
+    for expected, got in zip(*results, strict=True):
+        for one, other in zip(expected, got, strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+# --- the same bits ------------------------------------------------------------------------------------
+
+
+@BOTH
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("devices", [1, 3])
+def test_the_same_bits_as_on_the_host(cupy, size, shared, devices):
+    both(Gpus(cupy), devices, (size,), servers=1 + (size > 10_000), shared_memory=shared)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: np.dtype(dtype).name)
+def test_of_every_kind(cupy, dtype):
+    both(Gpus(cupy), 4, (300, 123), dtype)
+
+
+@BOTH
+@pytest.mark.parametrize("optimizer", [kvstore.optim.SGD(lr=0.1, momentum=0.9), kvstore.optim.LAMB(lr=0.1)], ids=repr)
+def test_servers_with_an_optimizer(cupy, optimizer, shared):
+    both(Gpus(cupy), 2, (1200, 1000), optimizer=optimizer, servers=2, shared_memory=shared)
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("shape", [(7, 3), (500, 2401)])
+def test_arrays_that_are_not_in_one_run(cupy, devices, shape):
+    both(Gpus(cupy, step=2), devices, shape)
+
+
+@BOTH
+@pytest.mark.parametrize("size", [1000, PARTS])
+def test_some_devices_are_the_host(cupy, shared, size):
+    both(Gpus(cupy, every=3), 4, (size,), shared_memory=shared)
+
+
+def test_on_one_gpu_several_devices(cupy):
+    both(Gpus(cupy, 1), 4, (PARTS,))
+
+
+@pytest.mark.parametrize("level", ["device_consistency", "cluster_consistency"])
+@pytest.mark.parametrize("model", ["sequential", "bounded(1)", "eventual"])
+def test_every_model_counts_every_push(cupy, level, model):
+    place, size = Gpus(cupy), 40_000
+
+    def work(kv):
+        kv.init("w", np.zeros(size, np.int64))
+        kv.set_optimizer(kvstore.optim.Accumulate())
+        seen = [0]
+        for _ in range(5):
+            for device in (0, 1):
+                kv.push("w", place.array(np.ones(size, np.int64), device), device=device)
+            for device in (1, 0):
+                out = place.array(np.zeros(size, np.int64), device)
+                read = place.numpy(kv.pull("w", out=out, device=device).result())
+                assert read.min() == read.max() >= seen[-1]
+                seen.append(read[0])
+        kv.barrier()
+        outs = [place.array(np.zeros(size, np.int64), device) for device in (0, 1)]
+        return [int(place.numpy(out)[-1]) for out in kv.pull("w", out=outs).result()]
+
+    with cluster(2, 2) as running:
+        assert running.run(work, devices=2, **{level: model}) == [[20, 20], [20, 20]]
+
+
+def test_what_is_pulled_in_place_stays_with_the_host(cupy):
+    place = Gpus(cupy)
+
+    def work(kv):
+        kv.init("w", np.zeros(PARTS, np.float32))
+        kv.push("w", place.array(np.ones(PARTS, np.float32), kv.rank))
+        view = kv.pull("w", out=kvstore.IN_PLACE).result()
+        staged = kv.staging("w")
+        staged[...] = 3
+        out = kv.pushpull("w", staged, out=place.array(np.zeros(PARTS, np.float32), kv.rank)).result()
+        return isinstance(view, np.ndarray), float(view.max()), float(place.numpy(out).min())
+
+    with cluster(2) as running:
+        assert running.run(work) == [(True, 2, 6), (True, 2, 6)]
+
+
+# --- what is copied, and when -------------------------------------------------------------------------
+
+
+def count_copies(cupy, shared, devices, size):
+    """By (from, to, how the host's memory was), the bytes that two workers' pushpulls copy, over those of one value."""
+    place, machine, copied = Gpus(cupy), cupy.machine, Counter()
+
+    def work(kv):
+        kv.init("w", np.zeros(size, np.float32))
+        outs = [place.array(np.zeros(size, np.float32), d) for d in range(devices)]
+        given = [place.array(np.ones(size, np.float32), d) for d in range(devices)]
+        kv.barrier()
+        kv._home.meet(LIMIT_S)
+        if kv.rank == 0:
+            copied.subtract(machine.copied_bytes)
+        kv._home.meet(LIMIT_S)
+        for _ in range(ROUNDS):
+            kv.pushpull("w", given, out=outs).result()
+        kv._home.meet(LIMIT_S)
+        if kv.rank == 0:
+            copied.update(machine.copied_bytes)
+        kv._home.meet(LIMIT_S)
+
+    with cluster(2) as running:
+        running.run(work, shared_memory=shared, devices=devices)
+    return {way: nbytes / (2 * ROUNDS * size * 4) for way, nbytes in copied.items() if nbytes}
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize("size", [300_000, PARTS])
+def test_a_co_located_server_costs_no_other_copy(cupy, devices, size, monkeypatch):
+    """One copy down of what the devices have merged, one up to each GPU; all by memory that is pinned where it is."""
+    if not hasattr(cupy, "machine"):
+        pytest.skip("counted by the simulated machine")
+    monkeypatch.setattr(gpu, "pinned", None)  # is not needed
+    copied = count_copies(cupy, True, devices, size)
+    host = simulated.HOST
+    assert {how for one, other, how in copied if host in (one, other)} == {"pinned"}
+    assert sum(times for (_, to, _), times in copied.items() if to == host) == 1
+    for device in range(min(devices, 2)):
+        assert copied[host, device, "pinned"] == 1
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_over_a_socket_all_goes_by_pinned_memory_too(cupy, devices):
+    if not hasattr(cupy, "machine"):
+        pytest.skip("counted by the simulated machine")
+    copied = count_copies(cupy, False, devices, PARTS)
+    assert {how for one, other, how in copied if simulated.HOST in (one, other)} == {"pinned"}
+    assert sum(times for (_, to, _), times in copied.items() if to == simulated.HOST) == 1
+
+
+@pytest.mark.parametrize("lacking", ["arena", "mappings"])
+def test_memory_that_is_not_registered_is_seen(cupy, lacking, monkeypatch):
+    if not hasattr(cupy, "machine"):
+        pytest.skip("counted by the simulated machine")
+    blocks, pinned = [], gpu.pinned
+    monkeypatch.setattr(gpu, "pinned", lambda nbytes: blocks.append(nbytes) or pinned(nbytes))
+    monkeypatch.setattr(near.Arena if lacking == "arena" else near.Neighbourhood, "pin", lambda *_: False)
+    copied = count_copies(cupy, True, 1, 300_000)
+    if lacking == "arena":
+        assert copied[0, simulated.HOST, "pageable"] == 1
+    else:
+        assert blocks
+
+
+def test_memory_that_cannot_be_pinned_costs_time_only(cupy, monkeypatch, caplog):
+    monkeypatch.setattr(gpu, "pin", lambda memory, read_only=False: False)
+    both(Gpus(cupy), 2, (PARTS,))
+    assert sum("cannot be registered" in record.message for record in caplog.records) == 2  # once per worker
+
+
+@pytest.mark.parametrize("planted", [False, True])
+def test_a_part_is_sent_while_the_next_one_is_copied(cupy, monkeypatch, planted):
+    """The device copies no part before the one ahead of it has been sent. Planted: all are sent when all are copied."""
+    parts, size = 5, 5 << 20  # a piece each
+    sent = [threading.Event() for _ in range(parts)]
+    in_time: list[bool] = []
+    merge, submit, in_order = comm.merge, Exchange.submit, client.ClusterHome._in_order
+    held_up: list[tuple] = []
+
+    def merge_behind(arrays, out):
+        number = len(in_time)
+        in_time.append(True)
+        if number:
+            cupy.cuda.get_current_stream().launch_host_func(wait_for, number)
+        merge(arrays, out)
+
+    def wait_for(number):
+        in_time[number] = sent[number - 1].wait(0.3 if planted else LIMIT_S)
+
+    def submit_and_tell(exchange, requests):
+        submit(exchange, requests)
+        sent[requests[0].message.piece].set()
+
+    def in_order_at_last(home, exchange, send, reads, *more):
+        held_up.append((exchange, send, reads, *more))
+        if len(held_up) == parts:
+            everything = [one for _, _, reads, *_ in held_up for one in reads]
+            for exchange, send, _, *rest in held_up:
+                in_order(home, exchange, send, everything, *rest)
+
+    monkeypatch.setattr(client, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(comm, "merge", merge_behind)
+    monkeypatch.setattr(Exchange, "submit", submit_and_tell)
+    if planted:
+        monkeypatch.setattr(client.ClusterHome, "_in_order", in_order_at_last)
+
+    def work(kv):
+        kv.init("w", np.zeros(size, np.float32))
+        kv.push("w", Gpus(cupy).array(np.ones(size, np.float32), 0)).result()
+
+    with cluster(1) as running:
+        running.run(work)
+    assert len(in_time) == parts
+    assert all(in_time) == (not planted)
+
+
+# --- what must not be early ---------------------------------------------------------------------------
+
+
+def rounds_under_way(cupy, seed, shared):
+    """Are the values right when no round waits for the one before? On a machine of its own."""
+    size, rounds = 20_000, 8
+
+    def work(kv):
+        place = Gpus(cupy)
+        kv.init("w", np.zeros(size, np.float32))
+        outs = [place.array(np.zeros(size, np.float32), 0) for _ in range(rounds)]
+        given = [place.array(np.full(size, 10 * round + kv.rank, np.float32), 0) for round in range(rounds)]
+        handles = [kv.pushpull("w", one, out=out) for one, out in zip(given, outs, strict=True)]
+        for handle in handles:
+            handle.result()
+        return [place.numpy(out) for out in outs]
+
+    with cluster(2) as running:
+        seen = running.run(work, shared_memory=shared)
+    return all((out == 20 * round + 1).all() for outs in seen for round, out in enumerate(outs))
+
+
+@pytest.mark.parametrize("planted", ["given back", "sent", ""])
+@BOTH
+def test_nothing_is_read_or_written_before_its_time(monkeypatch, planted, shared):
+    """Memory of the server or a message is given back, or a part sent, before the device has copied: it is seen."""
+    if planted == "given back":
+        if not shared:
+            pytest.skip("what came in a message is not written again")
+        write = Delivery.write
+
+        def write_and_give_back(delivery, source, start, over, **options):
+            write(delivery, source, start, **options)
+            over()
+
+        monkeypatch.setattr(Delivery, "write", write_and_give_back)
+    elif planted == "sent":
+        in_order = client.ClusterHome._in_order
+        monkeypatch.setattr(
+            client.ClusterHome, "_in_order",
+            lambda self, exchange, submit, reads, *more: in_order(self, exchange, submit, [], *more),
+        )  # fmt: skip
+    right = []
+    for seed in range(20 if planted else 6):
+        with simulated.install(devices=1, seed=seed):
+            import cupy
+
+            engine.default().use(gpu.devices())
+            right.append(rounds_under_way(cupy, seed, shared))
+        if not right[-1]:
+            break
+    assert all(right) == (not planted)
+
+
+# --- errors and memory --------------------------------------------------------------------------------
+
+
+def test_an_error_before_anything_is_sent_costs_that_push_only(cupy, monkeypatch):
+    merge, failures = comm.merge, [MemoryError("no room to merge")]
+
+    def merge_or_fail(arrays, out):
+        if failures:
+            raise failures.pop()
+        merge(arrays, out)
+
+    place = Gpus(cupy)
+
+    def work(kv):
+        kv.init("w", np.zeros(PARTS, np.float32))
+        given = place.array(np.ones(PARTS, np.float32), 0)
+        monkeypatch.setattr(comm, "merge", merge_or_fail)
+        failed = kv.pushpull("w", given, out=place.array(np.zeros(PARTS, np.float32), 0))
+        with pytest.raises(MemoryError, match="no room"):
+            failed.result()
+        out = kv.pushpull("w", given, out=place.array(np.zeros(PARTS, np.float32), 0)).result()
+        staging = kv._home._remotes["w"].staging
+        return float(place.numpy(out).min()), [slot.busy for slot in staging._own]
+
+    with cluster(1) as running:
+        assert running.run(work) == [(1, [False])]
+
+
+def test_an_error_of_the_device_reaches_the_handle():
+    with simulated.install(devices=1, seed=1) as machine:
+        import cupy
+
+        engine.default().use(gpu.devices())
+        place = Gpus(cupy)
+
+        def work(kv):
+            kv.init(["up", "down"], [np.zeros(PARTS, np.float32)] * 2)
+            out = place.array(np.zeros(PARTS, np.float32), 0)
+            given = place.array(np.ones(PARTS, np.float32), 0)
+            with machine.standstill():
+                handles = [kv.push("down", given), kv.pull("up", out=out)]
+                machine.devices[0].fail(700, "planted")
+            for handle in handles:
+                assert "IllegalAddress" in str(handle.exception(LIMIT_S))
+            assert not any(slot.busy for slot in kv._home._remotes["down"].staging._own)
+            return kv.pull("up", out=np.ones(PARTS, np.float32)).result().max()
+
+        with cluster(1) as running:
+            assert running.run(work) == [0]
+
+
+def test_a_server_that_is_lost_leaves_nothing_behind(cupy):
+    place = Gpus(cupy)
+    with cluster(1) as running:
+
+        def work(kv):
+            kv.init("w", np.zeros(PARTS, np.float32))
+            given = place.array(np.ones(PARTS, np.float32), 0)
+            kv.pushpull("w", given).result()
+            handles = []
+            with pytest.raises(kvstore.ServerLostError):  # noqa: PT012
+                for round in range(1000):
+                    handles.append(kv.pushpull("w", given, out=place.array(np.zeros(PARTS, np.float32), 0)))
+                    if round == 2:
+                        running.servers[0].stop()
+            for handle in handles:
+                error = handle.exception(LIMIT_S)
+                assert error is None or isinstance(error, kvstore.ServerLostError), error
+            assert not any(slot.busy for slot in kv._home._remotes["w"].staging._own)
+            engine.default().wait_all(LIMIT_S)
+            kv._leave("the test is over")
+
+        running.run(work)
+
+
+@BOTH
+def test_nothing_grows_over_rounds(cupy, shared):
+    if not hasattr(cupy, "machine"):
+        pytest.skip("counted by the simulated machine")
+    place, machine, size = Gpus(cupy), cupy.machine, 100_000
+    used: list[dict[str, int]] = []
+
+    def look():
+        gc.collect()
+        used.append(
+            {
+                "devices": sum(device.arena.bytes_in_use for device in machine.devices),
+                "pinned": machine.pinned.bytes_in_use,
+                "registered": sum(machine.registered.values()),
+                "streams": len(machine.streams),
+            }
+        )
+
+    def work(kv):
+        kv.init("w", np.zeros(size, np.float32))
+        given = [place.array(np.ones(size, np.float32), d) for d in range(3)]
+        outs = [place.array(np.zeros(size, np.float32), d) for d in range(3)]
+        for _ in range(2):
+            for _ in range(40):
+                kv.pushpull("w", given, out=outs).result()
+            kv._home.meet(LIMIT_S)
+            if kv.rank == 0:
+                look()
+            kv._home.meet(LIMIT_S)
+
+    with cluster(2) as running:
+        running.run(work, shared_memory=shared, devices=3)
+    before, after = used
+    assert after["registered"] == before["registered"]
+    for what in ("devices", "pinned"):  # pools are as large as their busiest moment, which may come late
+        assert after[what] <= before[what] + 8 * 4 * size
+    assert after["streams"] <= before["streams"] + 1
