@@ -187,7 +187,7 @@ def _optimizer(plain: Callable[..., None]) -> Callable[..., None]:
 
     def kernel(change: Change, states: States, *numbers: float) -> None:
         value, target, pushes, scale, clip = change
-        if type(target) is not ndarray:
+        if type(target) is not ndarray and not isinstance(target, ndarray):  # which is a file's memory, say
             forms[type(target)](change, states, *numbers)
             return
         pushed = pushes[0].dtype

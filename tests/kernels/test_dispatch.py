@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from types import ModuleType
 
@@ -67,6 +68,9 @@ def test_what_numpy_has_derived_is_numpys(tmp_path):
     kernels.merge([mapped, mapped], mapped)
     assert (mapped == 4).all()
     assert kernels.norm((np.float32(3),)) == 3
+    numbers = 0.5, 0.0, 0.0, 1.0, 0.0, 1.0
+    kernels.sgd(Change(mapped, mapped, [mapped.copy()], 1.0, math.inf), (None,), *numbers)
+    assert (mapped == 2).all()
 
 
 def test_arrays_of_no_known_library():
