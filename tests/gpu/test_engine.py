@@ -12,7 +12,7 @@ from tests.engine.device_programs import with_streams
 from tests.engine.simulated import Nowhere
 
 PROGRAMS = 10_000
-PROGRAMS_SIMULATED = 100
+PROGRAMS_SIMULATED = 300
 
 
 class OnCupy:

@@ -18,9 +18,7 @@ globals().update({name: test for name, test in vars(test_contract).items() if na
 
 @pytest.fixture(params=["current stream", "own stream"])
 def form(request, monkeypatch, cupy):
-    if hasattr(cupy, "kvstore_simulated"):  # slow, and the arithmetic has its own test
-        if request.param == "current stream":
-            pytest.skip("on streams of their own the simulated devices are less kind")
+    if hasattr(cupy, "kvstore_simulated"):
         monkeypatch.setattr(test_contract, "SHAPES", SMALL)
     for name in kernels.NAMES:
         monkeypatch.setattr(kernels, name, mirrored(getattr(kernels, name), cupy))

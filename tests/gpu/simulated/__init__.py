@@ -39,11 +39,11 @@ import numpy as np
 
 import engine
 from tests.engine.queues import Lost
-from tests.gpu.simulated import array, cuda, functions, runtime
+from tests.gpu.simulated import array, cuda, dlpack, functions, nccl, runtime
 from tests.gpu.simulated.compiled import RawModule
-from tests.gpu.simulated.machine import HOST, Machine
+from tests.gpu.simulated.machine import HOST, Failure, Machine
 
-__all__ = ["HOST", "Lost", "Machine", "install"]
+__all__ = ["HOST", "Failure", "Lost", "Machine", "install"]
 
 ROOTS = ("cupy", "cupyx", "cupy_backends")
 HOLDERS = ("kvstore.kernels.cuda.gpu",)  # modules that hold what they have made of CuPy
@@ -83,6 +83,7 @@ def install(
                 machine.close()
         finally:
             cuda._watcher.forget()
+            dlpack.sweep()
             _taken_out()
             runtime._machine.clear()
             _put_back(before)
@@ -124,12 +125,13 @@ def _modules(machine: Machine) -> dict[str, ModuleType]:
         setattr(cupy, name, getattr(np, name))
     parts: dict[str, dict[str, Any]] = {
         "cupy.cuda": {name: getattr(cuda, name) for name in cuda.NAMES},
-        "cupy.cuda.runtime": {name: value for name, value in vars(runtime).items() if not name.startswith("_")},
+        "cupy.cuda.runtime": {name: getattr(runtime, name) for name in runtime.EXPORTED},
+        "cupy.cuda.nccl": {name: value for name, value in vars(nccl).items() if name[0] != "_"},
         "cupy.cuda.device": {"Device": cuda.Device},
         "cupy.cuda.stream": {"Stream": cuda.Stream, "Event": cuda.Event},
         "cupy.cuda.memory": {"OutOfMemoryError": cuda.OutOfMemoryError, "MemoryPointer": cuda.MemoryPointer},
         "cupy.cuda.pinned_memory": {"PinnedMemoryPointer": cuda.PinnedMemoryPointer},
-        "cupy.exceptions": {"PerformanceWarning": array.PerformanceWarning},
+        "cupy._util": {"PerformanceWarning": array.PerformanceWarning},
         "cupyx": {},
     }
     modules = {"cupy": cupy}

@@ -23,7 +23,7 @@ _KNOWN = {*"?bhilqBHILQefdFD"}
 
 
 class PerformanceWarning(RuntimeWarning):
-    """``cupy.exceptions.PerformanceWarning``."""
+    """``cupy._util.PerformanceWarning``."""
 
 
 def check_dtype(dtype: Any) -> np.dtype[Any]:
@@ -74,6 +74,7 @@ class Flags(SimpleNamespace):
 class ndarray:
     """An array in a device's memory."""
 
+    __slots__ = ("__weakref__", "_shape", "_strides", "base", "data", "dtype", "size")
     __array_priority__ = 100
     __hash__ = None  # type: ignore[assignment]
 
@@ -88,7 +89,7 @@ class ndarray:
         laid = contiguous_strides(self._shape, self.dtype.itemsize, order or "C")
         self._strides = laid if strides is None else tuple(map(int, strides))
         self.data = cuda.alloc(self.size * self.dtype.itemsize) if memptr is None else memptr
-        self.base: ndarray | None = None
+        self.base = None
 
     # --- what it is ---
 
@@ -173,9 +174,6 @@ class ndarray:
     def __int__(self) -> int:
         return int(self.get())
 
-    def __index__(self) -> int:
-        return operator.index(self.get())
-
     def __float__(self) -> float:
         return float(self.get())
 
@@ -245,8 +243,8 @@ class ndarray:
             arr = np.asfortranarray(arr)
         else:
             raise RuntimeError("Cannot set to non-contiguous array")
+        stream = cuda.get_current_stream() if stream is None else stream  # of the current device, as in CuPy
         with cuda.Device(self.data.device_id):
-            stream = cuda.get_current_stream() if stream is None else stream
             self.data.copy_from_host_async(arr.ctypes.data, self.nbytes, stream)
 
     def item(self) -> Any:

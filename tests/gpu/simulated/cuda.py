@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tests.gpu.simulated import runtime
-from tests.gpu.simulated.machine import UNIT, Machine, Task
+from tests.gpu.simulated.machine import OUT_OF_MEMORY, UNIT, Machine, Task
 from tests.gpu.simulated.runtime import machine
 
 
@@ -420,13 +420,13 @@ class SingleDeviceMemoryPool:
         try:
             memory = Memory(size)
         except runtime.CUDARuntimeError as error:
-            if error.status != runtime.errorMemoryAllocation:
+            if error.status != OUT_OF_MEMORY:
                 raise
             self.free_all_blocks()
             try:
                 memory = Memory(size)
             except runtime.CUDARuntimeError as error:
-                if error.status != runtime.errorMemoryAllocation:
+                if error.status != OUT_OF_MEMORY:
                     raise
                 raise OutOfMemoryError(size, self._total, self._limit) from None
         self._total += size
@@ -714,7 +714,7 @@ def is_available() -> bool:
 
 NAMES = [
     *("Device", "Event", "Stream", "ExternalStream", "get_current_stream", "get_elapsed_time"),
-    *("BaseMemory", "Memory", "UnownedMemory", "MemoryPointer", "MemoryPool", "PooledMemory", "alloc"),
+    *("BaseMemory", "Memory", "UnownedMemory", "MemoryPointer", "MemoryPool", "alloc"),
     *("set_allocator", "get_allocator", "PinnedMemory", "PinnedMemoryPointer", "PinnedMemoryPool"),
     *("alloc_pinned_memory", "set_pinned_memory_allocator", "is_available"),
 ]

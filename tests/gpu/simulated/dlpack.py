@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import sys
+import threading
 from typing import Any
 
 import ml_dtypes
@@ -54,11 +56,11 @@ _python.PyCapsule_IsValid.restype = ctypes.c_int
 _python.PyCapsule_IsValid.argtypes = [ctypes.py_object, ctypes.c_char_p]
 _get_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(("PyCapsule_GetPointer", _python))
 _set_name = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.py_object, ctypes.c_char_p)(("PyCapsule_SetName", _python))
-_valid_at = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_char_p)(("PyCapsule_IsValid", _python))
-_pointer_at = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p)(("PyCapsule_GetPointer", _python))
 
 NAMES = {b"dltensor": (Managed, b"used_dltensor"), b"dltensor_versioned": (Versioned, b"used_dltensor_versioned")}
 _alive: dict[int, tuple[Any, ...]] = {}  # what capsules stand for, by the address of their structs
+_made: list[Any] = []  # the capsules
+_lock = threading.RLock()
 
 
 @DELETER
@@ -66,12 +68,19 @@ def _delete(address: int) -> None:
     _alive.pop(address, None)
 
 
-@ctypes.PYFUNCTYPE(None, ctypes.c_void_p)
-def _forget(capsule: int) -> None:
-    """A capsule that nobody has taken goes."""
-    for name in NAMES:
-        if _valid_at(capsule, name):
-            _alive.pop(_pointer_at(capsule, name), None)
+def sweep() -> None:
+    """Let go of what stands behind capsules that went without having been taken.
+
+    They have no destructor for that: in Python none can be written that may be called while an error is being raised.
+    """
+    gone = []  # what they held is let go of without the lock
+    with _lock:
+        for at in reversed(range(len(_made))):
+            if sys.getrefcount(_made[at]) <= 2:
+                capsule = _made.pop(at)
+                for name in NAMES:
+                    if _python.PyCapsule_IsValid(capsule, name):
+                        gone.append(_alive.pop(_get_pointer(capsule, name), None))
 
 
 def export(owner: Any, address: int, device: tuple[int, int], versioned: bool, read_only: bool = False) -> Any:
@@ -95,9 +104,12 @@ def export(owner: Any, address: int, device: tuple[int, int], versioned: bool, r
     if versioned:
         struct.major, struct.minor, struct.flags = 1, 0, READ_ONLY * read_only
     at = ctypes.addressof(struct)
+    sweep()
     _alive[at] = owner, struct, shape, strides
-    name = b"dltensor_versioned" if versioned else b"dltensor"
-    return _python.PyCapsule_New(at, _static(name), ctypes.cast(_forget, ctypes.c_void_p))
+    capsule = _python.PyCapsule_New(at, _static(b"dltensor_versioned" if versioned else b"dltensor"), None)
+    with _lock:
+        _made.append(capsule)
+    return capsule
 
 
 _STATIC = {name: ctypes.create_string_buffer(name) for pair in NAMES.items() for name in (pair[0], pair[1][1])}

@@ -253,6 +253,7 @@ class Machine(Queues):
         self.streams: dict[int, Stream] = {}
         self.events: dict[int, Event] = {}
         self.here = Here()
+        self.haste = self.random.choice([0.5, 0.8, 0.95])  # how likely another piece of work is done at a look
         self.dropped: deque[int] = deque()  # memory to be freed with the next call: garbage is collected anywhere
         self.done = 0
         self.launches: Counter[str] = Counter()
@@ -497,12 +498,17 @@ class Machine(Queues):
     def query_stream(self, number: int) -> int:
         with self.lock:
             stream = self.stream_of(number)
-            self.step()
+            self._look()
             return self._status(stream.device, not self._busy(stream))
 
     def _busy(self, stream: Stream) -> bool:
         device = self.devices[stream.device]
         return bool(stream.items) or (stream is device.null and any(one.items for one in device.streams))
+
+    def _look(self) -> None:
+        """Who looks again and again sees something happen."""
+        while self.random.random() < self.haste and self.step():
+            pass
 
     def _status(self, device: int, done: bool) -> int:
         error = self.devices[device].error
@@ -570,7 +576,7 @@ class Machine(Queues):
     def query_event(self, number: int) -> int:
         with self.lock:
             event = self.event_of(number)
-            self.step()
+            self._look()
             return self._status(event.device, event.done)
 
     def finish_event(self, number: int) -> None:
@@ -633,6 +639,13 @@ class Machine(Queues):
             with self.lock:
                 self.frozen = False
                 self.changed.notify_all()
+
+    def forget(self) -> None:
+        """Give up all work that is queued."""
+        with self.lock:
+            for queue in self.busy:
+                queue.items.clear()
+            self.busy.clear()
 
     def close(self) -> None:
         """Do what is left, and end. Raises the error of a device that nobody has been told."""

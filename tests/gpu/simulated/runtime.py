@@ -6,22 +6,18 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-from tests.gpu.simulated.machine import INVALID_VALUE, NAMES, NOT_READY, PAGEABLE, PINNED, Failure, Machine
+from tests.gpu.simulated.machine import INVALID_VALUE, NAMES, PAGEABLE, PINNED, Failure, Machine
 
-errorInvalidValue, errorMemoryAllocation = 1, 2
-errorPeerAccessAlreadyEnabled, errorInvalidResourceHandle = 704, 400
-cudaErrorNotReady = NOT_READY
 memcpyHostToHost, memcpyHostToDevice, memcpyDeviceToHost, memcpyDeviceToDevice, memcpyDefault = range(5)
 memoryTypeUnregistered, memoryTypeHost, memoryTypeDevice, memoryTypeManaged = range(4)
 streamDefault, streamNonBlocking = 0, 1
 streamLegacy, streamPerThread = 1, 2
 eventDefault, eventBlockingSync, eventDisableTiming, eventInterprocess = 0, 1, 2, 4
 hostAllocDefault, hostAllocPortable, hostAllocMapped, hostAllocWriteCombined = 0, 1, 2, 4
-hostRegisterDefault, hostRegisterPortable, hostRegisterMapped = 0, 1, 2
-hostRegisterReadOnly = 8
 is_hip = False
 
 MULTIPROCESSORS = 2
+_OWN = {"annotations", "machine", "ask", "ensure_peer_access"}  # not CuPy's
 
 _machine: list[Machine] = []  # the one at hand, if there is one
 
@@ -145,10 +141,6 @@ def free(address: int) -> None:
 
 def hostAlloc(size: int, flags: int) -> int:
     return int(ask(machine().allocate_host, size))
-
-
-def mallocHost(size: int) -> int:
-    return hostAlloc(size, 0)
 
 
 def freeHost(address: int) -> None:
@@ -299,3 +291,6 @@ def eventSynchronize(event: int) -> None:
 
 def eventElapsedTime(start: int, end: int) -> float:
     return float(ask(machine().elapsed, start, end))
+
+
+EXPORTED = [name for name in dir() if name[0].islower() and name not in _OWN] + ["CUDARuntimeError"]
