@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, Future
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from pathlib import Path
+from sys import _getframe
 from threading import get_ident
 from time import perf_counter
 from types import FrameType
@@ -29,14 +30,14 @@ from engine.errors import ArgumentError, ClosedError, DeadlineError, DeadlockErr
 from engine.handle import Completion, Handle
 from engine.mutex import Mutex
 from engine.operands import Operands
-from engine.scheduler import DONE, ISSUED, READY, RUNNING, WAITING, Op, Scheduler
+from engine.scheduler import DONE, READY, RUNNING, WAITING, Op, Scheduler
 from engine.streams import Streams
 from engine.trace import Trace
 from engine.var import Var
 
 Outcome = tuple[Any, BaseException | None]
 
-_HERE = os.path.dirname(__file__) + os.sep
+_FILES = frozenset(map(str, Path(__file__).parent.glob("*.py")))  # whose frames push on behalf of others
 
 _process = object()  # another one in a forked child; cheaper to look at than the process's id
 
@@ -137,7 +138,7 @@ class Engine(ABC):
         Raises:
             ArgumentError, ClosedError, ForkedError: nothing was submitted.
         """
-        handle = self._submit(fn, reads, writes, priority, lane, name, inline, info, deadline, False, lent=lent)
+        handle = self._submit(fn, reads, writes, priority, lane, name, inline, info, deadline, False, False, lent)
         assert handle is not None
         return handle
 
@@ -154,7 +155,7 @@ class Engine(ABC):
         info: dict[str, Any] | None = None,
     ) -> Handle | None:
         """Like :meth:`push` if nothing is in the op's way. Else nothing is submitted, and the answer is None."""
-        return self._submit(fn, reads, writes, priority, lane, name, inline, info, None, False, if_free=True)
+        return self._submit(fn, reads, writes, priority, lane, name, inline, info, None, False, True)
 
     def push_async(
         self,
@@ -189,27 +190,34 @@ class Engine(ABC):
         if_free: bool = False,
         lent: bool = False,
     ) -> Handle | None:
-        self._check_process()
+        if self._process is not _process:
+            self._check_process()
         if not callable(fn):
             raise ArgumentError(f"push: expected a function, got {type(fn).__name__}")
-        if isinstance(reads, Var) or isinstance(writes, Var):
-            raise ArgumentError("push: expected lists of reads and writes, got a Var")
         if lane is not None and not isinstance(lane, str):
             raise ArgumentError(f"push: expected a lane's name, got {type(lane).__name__}")
         if name is None:
             name = getattr(fn, "__name__", "op")
-        reads, writes = tuple(reads), tuple(writes)
-        caller = _caller()
-        launch = None
-        if self._streams is not None:
+        try:
+            reads, writes = tuple(reads), tuple(writes)
+        except TypeError as error:
+            raise ArgumentError(f"push: expected lists of reads and writes: {error}") from error
+        caller = _getframe(2)  # as a rule
+        if caller.f_code.co_filename in _FILES:
+            caller = _outside(caller)
+        op, launch = None, None
+        if _only_vars(reads, writes):
+            op = Op(name, reads, writes, priority)
+        elif self._streams is not None:
             launch, own_lane = self._streams.launch_for(reads, writes)
             lane = lane or own_lane
-        with self._lock:
+        lock = self._lock  # as `with` does, in less time
+        if not lock.attempt(False):
+            lock.wait()
+        try:
             if self._closed:
                 raise ClosedError("the engine is closed")
-            if _only_vars(reads, writes):
-                op = Op(name, reads, writes, priority)
-            else:
+            if op is None:
                 self._come_near_arrays()
                 op = self._operands.op(name, reads, writes, priority)
                 op.flight = launch
@@ -219,8 +227,7 @@ class Engine(ABC):
             op.caller, op.caller_at = caller.f_code, caller.f_lasti
             op.handle = handle = Handle(self, op)
             op.is_async = is_async
-            if info is not None:
-                op.info = info
+            op.info = info
             if lane is not None:
                 op.lane = lane
             if op.holds is not None:
@@ -236,6 +243,10 @@ class Engine(ABC):
                     op.started_at = perf_counter()
                 else:
                     self._dispatch(op)
+        finally:
+            lock.leave()
+            if lock.waiting:
+                lock.tell_one()
         if deadline is not None:
             self._deadlines.add(time.monotonic() + deadline, op)
         if ready and inline:
@@ -266,7 +277,7 @@ class Engine(ABC):
         with self._lock:
             if self._claimed is not None or self._operands.in_use() or self.profiling or self._closed:
                 return None
-            claim = self._claimed = Claim(self, arrays, name, sys._getframe(1))
+            claim = self._claimed = Claim(self, arrays, name, _getframe(1))
         return claim
 
     def _come_near_arrays(self) -> None:
@@ -325,7 +336,8 @@ class Engine(ABC):
         """Run a claimed op on this thread."""
         outcome = self._execute(op, self._here.ops)
         if outcome is not None:
-            self._finish(op, *outcome)
+            result, error = outcome
+            self._finish(op, result, error)
         if op.interrupt is not None:
             raise op.interrupt
 
@@ -374,12 +386,13 @@ class Engine(ABC):
 
     def _end(self, op: Op, result: Any, error: BaseException | None) -> list[Op]:
         """The op has ended; called with the lock held, and :meth:`_leave` is to follow. The ops that are ready now."""
-        error = op.given_up or error
+        if op.given_up is not None:
+            error = op.given_up
         ready = self._scheduler.complete(op, error)
         if op.holds is not None:
             self._operands.ended(error)
         if op.given_up is None:
-            op.handle._settle(result, error)
+            op.watched = op.handle._settle(result, error)
         if self._trace is not None and op.thread:
             if op.flight is None:
                 self._trace.add(op, op.started_at, perf_counter())
@@ -393,7 +406,7 @@ class Engine(ABC):
         """Tell those who watch an op that has ended, and let go of what it held; without the lock."""
         handle = op.handle
         op.fn = op.holds = op.handle = None
-        if op.given_up is None:
+        if op.watched:
             handle._announce(result, error)
 
     # --- waiting ------------------------------------------------------------------------------
@@ -456,7 +469,7 @@ class Engine(ABC):
         with self._lock:
             for item in items:
                 for var in self._vars_of(item):
-                    if var.writer is not None or any(writes for _, writes in var.queue):
+                    if var.writer is not None or any(var in op.writes for op in var.queue):
                         return True
         return False
 
@@ -479,16 +492,6 @@ class Engine(ABC):
     def _await(self, handle: Handle, timeout: float | None) -> None:
         """Until the handle is done."""
         waiting.until_done(self, handle, timeout)
-
-    def _follow(self, handle: Handle, timeout: float | None) -> None:
-        """See :meth:`Handle.follow`."""
-        if handle.op.flight is None:
-            with suppress(CancelledError):
-                handle.exception(timeout)
-            return
-        waiting.until_issued(self, handle, timeout)
-        if handle.op.state == ISSUED:
-            self._streams_in_use.follow(handle.op)
 
     def _lend(self) -> None:
         """This thread is about to wait inside an op."""
@@ -609,10 +612,9 @@ def _only_vars(reads: tuple[Any, ...], writes: tuple[Any, ...]) -> bool:
     return True
 
 
-def _caller() -> FrameType:
-    """The frame outside this package that pushes."""
-    frame = sys._getframe(2)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_HERE):
+def _outside(frame: FrameType) -> FrameType:
+    """The frame outside this package that the call comes from."""
+    while frame.f_back is not None and frame.f_code.co_filename in _FILES:
         frame = frame.f_back
     return frame
 

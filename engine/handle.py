@@ -10,6 +10,8 @@ from contextlib import AbstractContextManager, nullcontext
 from threading import Condition
 from typing import TYPE_CHECKING, Any
 
+from engine import waiting
+
 if TYPE_CHECKING:
     from engine.base import Engine
     from engine.scheduler import Op
@@ -28,16 +30,16 @@ class Handle(Future[Any]):
     a handle that has none. Callbacks need no condition.
     """
 
-    _state: str = PENDING
     _result: Any = None
     _exception: BaseException | None = None
-    _watched: Condition | None = None
     _waiters: list[Any]
-    _callbacks: list[Callable[[Future[Any]], Any]] | None = None
 
     def __init__(self, engine: Engine, op: Op) -> None:  # in place of Future's
         self._engine = engine
         self.op = op
+        self._state = PENDING
+        self._watched: Condition | None = None
+        self._callbacks: list[Callable[[Future[Any]], Any]] | None = None
 
     def __repr__(self) -> str:
         return f"<Handle of {self.op!r}>"
@@ -53,12 +55,20 @@ class Handle(Future[Any]):
                 self._watched = Condition()
             return self._watched
 
-    def _settle(self, result: Any, error: BaseException | None) -> None:
-        """The op has ended. Called with the engine's lock held; :meth:`_announce`, without it, tells who watches."""
+    def _settle(self, result: Any, error: BaseException | None) -> bool:
+        """The op has ended. Called with the engine's lock held.
+
+        Returns:
+            Does somebody watch, whom :meth:`_announce` has to tell without the lock?
+        """
         if self._watched is None:
-            self._result = result
-            self._exception = error
+            if result is not None:
+                self._result = result
+            if error is not None:
+                self._exception = error
             self._state = FINISHED
+            return self._callbacks is not None
+        return True
 
     def _announce(self, result: Any, error: BaseException | None) -> None:
         """The op has ended and :meth:`_settle` has left the rest to this; or it has been given up."""
@@ -117,7 +127,7 @@ class Handle(Future[Any]):
             DeadlineError: after ``timeout`` seconds, naming the ops awaited.
             DeadlockError: inside an op, for something that this op blocks.
         """
-        self._engine._follow(self, timeout)
+        waiting.follow(self._engine, self, timeout)
 
     @property
     def device_ms(self) -> float | None:

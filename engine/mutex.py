@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 
@@ -15,26 +16,38 @@ class Mutex:
     the GIL. The thread that has the GIL meets the lock again before that, finds it taken and gives
     the GIL up; and so on, with a switch of threads for every op. Here one who waits is told that the lock is
     free, and when it runs it tries again.
+
+    ``with mutex`` costs two Python calls, which is dear for what is run for every op. There it is written out::
+
+        if not mutex.attempt(False):
+            mutex.wait()
+        try:
+            ...
+        finally:
+            mutex.leave()
+            if mutex.waiting:
+                mutex.tell_one()
     """
 
-    __slots__ = ("_lock", "_try", "_waiting")
+    __slots__ = ("_lock", "attempt", "leave", "waiting")
 
     def __init__(self) -> None:
         self._lock: Any = threading.RLock()
-        self._try = self._lock.acquire
-        self._waiting: deque[threading.Lock] = deque()  # what the threads that wait are locked out by
+        self.attempt: Callable[[bool], bool] = self._lock.acquire
+        self.leave: Callable[[], None] = self._lock.release
+        self.waiting: deque[threading.Lock] = deque()  # what the threads that wait are locked out by
 
     def __repr__(self) -> str:
-        return f"<Mutex: {self._lock!r}, {len(self._waiting)} waiting>"
+        return f"<Mutex: {self._lock!r}, {len(self.waiting)} waiting>"
 
     def __enter__(self) -> None:
-        if not self._try(False):
-            self._wait()
+        if not self.attempt(False):
+            self.wait()
 
     def __exit__(self, kind: object, error: object, traceback: object) -> None:
-        self._lock.release()
-        if self._waiting:
-            self._tell_one()
+        self.leave()
+        if self.waiting:
+            self.tell_one()
 
     def acquire(self) -> bool:
         """Wait until this thread has it."""
@@ -49,29 +62,31 @@ class Mutex:
         """A condition of it."""
         return threading.Condition(self)  # type: ignore[arg-type]
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
+        """Until this thread has it."""
         bell = threading.Lock()
         bell.acquire()
         while True:
-            self._waiting.append(bell)
+            self.waiting.append(bell)
             try:
-                if self._try(False):  # the holder may have looked for waiters before there was this one
+                if self.attempt(False):  # the holder may have looked for waiters before there was this one
                     with contextlib.suppress(ValueError):  # rung meanwhile
-                        self._waiting.remove(bell)
+                        self.waiting.remove(bell)
                     return
                 bell.acquire()
             except BaseException:  # an interrupt
                 try:
-                    self._waiting.remove(bell)
+                    self.waiting.remove(bell)
                 except ValueError:
-                    self._tell_one()  # in place of this one
+                    self.tell_one()  # in place of this one
                 raise
-            if self._try(False):
+            if self.attempt(False):
                 return
 
-    def _tell_one(self) -> None:
+    def tell_one(self) -> None:
+        """It is free: say so to one of those who wait."""
         with contextlib.suppress(IndexError):  # another thread has told the last one
-            self._waiting.popleft().release()
+            self.waiting.popleft().release()
 
     # what a Condition needs of a lock that is reentrant
 
@@ -80,8 +95,8 @@ class Mutex:
 
     def _release_save(self) -> Any:
         state = self._lock._release_save()
-        if self._waiting:
-            self._tell_one()
+        if self.waiting:
+            self.tell_one()
         return state
 
     def _acquire_restore(self, state: Any) -> None:

@@ -14,12 +14,13 @@ argument is that of MXNet's engine: Chen et al. 2015, arXiv 1512.01274, section 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from types import CodeType
 from typing import Any
 
 from engine.var import Var
 
+FEW = 8
 WAITING, READY, RUNNING, ISSUED, DONE = "waiting", "ready", "running", "issued", "done"
 
 
@@ -38,13 +39,13 @@ class Op:
     __slots__ = (
         *("caller", "caller_at", "flight", "fn", "given_up", "handle", "heals", "holds", "info", "interrupt"),
         *("is_async", "lane", "missing", "name", "poisons", "priority", "reads", "sequence", "started_at", "state"),
-        *("thread", "writes"),
+        *("thread", "watched", "writes"),
     )
 
     def __init__(self, name: str, reads: tuple[Var, ...], writes: tuple[Var, ...], priority: int = 0) -> None:
         self.name = name
-        self.writes = writes if len(writes) < 2 else tuple(dict.fromkeys(writes))
-        self.reads = reads if len(reads) < 2 else tuple(dict.fromkeys(reads))
+        self.writes = writes if len(writes) < 2 else _once(writes)
+        self.reads = reads if len(reads) < 2 else _once(reads)
         self.poisons: Iterable[Var] = self.writes  # those that carry its error
         self.heals: Iterable[Var] = self.writes  # those that are whole again after it
         self.priority = priority
@@ -62,6 +63,7 @@ class Op:
         self.started_at = 0.0
         self.thread = 0  # that ran it; 0: none
         self.is_async = False
+        self.watched = False  # somebody is to be told that it has ended
         self.interrupt: BaseException | None = None  # raised by it, but meant for its thread: KeyboardInterrupt
         self.given_up: BaseException | None = None  # by whoever settles the handle: a deadline, a cancellation
 
@@ -75,6 +77,12 @@ class Op:
             return ""
         line = next((line for low, high, line in self.caller.co_lines() if low <= self.caller_at < high), None)
         return f"{self.caller.co_filename}:{line}"
+
+
+def _once(vars_: Iterable[Var]) -> Collection[Var]:
+    """Each of them once, in their order; looking one up in many takes no longer than in few."""
+    found = dict.fromkeys(vars_)
+    return found if len(found) > FEW else tuple(found)
 
 
 class Scheduler:
@@ -100,22 +108,23 @@ class Scheduler:
 
     def submit(self, op: Op) -> bool:
         """Take an op; True if it may run now."""
-        self._submitted += 1
-        op.sequence = self._submitted
+        op.sequence = self._submitted = self._submitted + 1
         self.pending[op.sequence] = op
         missing = 0
-        writes = op.writes
+        writes, of_host = op.writes, op.flight is None  # which can follow nothing
         for var in writes:
-            if (var.writer is not None or var.readers or var.queue) and (var.queue or not self._follow(op, var, True)):
-                var.queue.append((op, True))
+            if (var.writer is not None or var.readers or var.queue) and (
+                of_host or var.queue or not self._follow(op, var, True)
+            ):
+                var.queue.append(op)
                 missing += 1
             else:
                 var.writer = op
         for var in op.reads:
             if var in writes:
                 continue
-            if (var.writer is not None or var.queue) and (var.queue or not self._follow(op, var, False)):
-                var.queue.append((op, False))
+            if (var.writer is not None or var.queue) and (of_host or var.queue or not self._follow(op, var, False)):
+                var.queue.append(op)
                 missing += 1
             else:
                 var.readers.add(op)
@@ -211,17 +220,21 @@ class Scheduler:
             if var.queue:
                 self._advance(var, ready)
         for var in op.reads:
-            if op in var.readers:
-                var.readers.discard(op)
-                if var.queue:
+            readers = var.readers
+            if op in readers:
+                readers.discard(op)
+                if var.queue and (not readers or var.queue[0].flight is not None):
                     self._advance(var, ready)
         return ready
 
     def _advance(self, var: Var, ready: list[Op]) -> None:
         queue = var.queue
         while queue:
-            op, writes = queue[0]
-            if (var.writer is not None or (writes and var.readers)) and not self._follow(op, var, writes):
+            op = queue[0]
+            writes = var in op.writes
+            if (var.writer is not None or (writes and var.readers)) and (
+                op.flight is None or not self._follow(op, var, writes)
+            ):
                 return
             queue.popleft()
             if writes:
@@ -240,7 +253,7 @@ class Scheduler:
             return found
         for var in {*op.reads, *op.writes}:
             ahead: list[Op] = []
-            for queued, _ in var.queue:
+            for queued in var.queue:
                 if queued is op:
                     found.update(ahead)
                     found.update(var.readers)
@@ -272,11 +285,11 @@ class Scheduler:
                 continue
             held = 0
             for var in op.writes:
-                assert var.writer is op or any(queued is op for queued, _ in var.queue), (op, var)
+                assert var.writer is op or op in var.queue, (op, var)
                 held += var.writer is op
             for var in op.reads:
                 if var not in op.writes:
-                    assert op in var.readers or any(queued is op for queued, _ in var.queue), (op, var)
+                    assert op in var.readers or op in var.queue, (op, var)
                     held += op in var.readers
                 assert not var.readers or var.writer is None or var.writer.state == ISSUED, var
             assert held + op.missing == len({*op.reads, *op.writes}), op

@@ -20,10 +20,10 @@ from __future__ import annotations
 import math
 import os
 import threading
-from heapq import heappop, heappush
 from time import perf_counter
 
 from engine.base import Engine
+from engine.ready import Ready
 from engine.scheduler import DONE, READY, RUNNING, Op
 
 LONG_S = 100e-6  # worth a thread of its own: a hand-over and the way back
@@ -41,7 +41,7 @@ class _Lane:
     def __init__(self, engine: ThreadedEngine, name: str, size: int) -> None:
         self.name = name
         self.size = size  # threads that may be awake
-        self.heap: list[tuple[int, int, Op]] = []  # by priority, then age; with ops that a waiter has taken
+        self.ready = Ready()
         self.awake = 0  # and not waiting inside an op
         self.asleep = 0
         self.called = 0  # of those counted awake: have been woken and not come yet
@@ -52,12 +52,12 @@ class _Lane:
         self.long = True  # the op that ended last was
 
     def __repr__(self) -> str:
-        return f"<_Lane {self.name}: {self.awake} threads awake, {self.asleep} asleep, {len(self.heap)} ready>"
+        return f"<_Lane {self.name}: {self.awake} threads awake, {self.asleep} asleep, {self.ready.count} ready>"
 
-    def start(self, op: Op) -> None:
+    def start(self, op: Op, now: float) -> None:
         """The thread at hand is to run ``op``."""
         op.state = RUNNING
-        op.started_at = self.started_at = perf_counter()
+        op.started_at = self.started_at = now
         self.started += 1
 
 
@@ -102,19 +102,19 @@ class ThreadedEngine(Engine):
         lane = self._lanes.get(op.lane)
         if lane is None:
             lane = self._lanes[op.lane] = _Lane(self, op.lane, self._size)
-        heappush(lane.heap, (-op.priority, op.sequence, op))
+        lane.ready.add(op)
         return lane
 
     def _attend(self, lane: _Lane) -> None:
         """Ops are ready and threads asleep: wake one, or see that the monitor will in time."""
         if not lane.awake or lane.long or not (lane.called or perf_counter() - lane.started_at < LONG_S):
             self._wake(lane)
-        else:
+        elif not self._monitor.active:
             self._monitor.rouse()
 
     def _look_after(self, lane: _Lane) -> None:
         """See that what is ready will be run."""
-        if lane.heap and lane.awake < lane.size:
+        if lane.ready.count and lane.awake < lane.size:
             self._attend(lane)
 
     def _wake(self, lane: _Lane) -> None:
@@ -131,39 +131,36 @@ class ThreadedEngine(Engine):
                 return  # then those awake will have to do
         lane.awake += 1
 
-    def _take(self, worker: _Worker) -> Op | None:
+    def _take(self, worker: _Worker, now: float) -> Op | None:
         """The op that this thread, one of those awake, is to run now, if any."""
         lane = worker.lane
         if lane.awake > 1 and (
             (worker.short and lane.started != worker.number) or lane.awake - lane.called > lane.size
         ):
             return None
-        while lane.heap:
-            op = heappop(lane.heap)[2]
-            if op.state == READY:  # else a waiter has taken it
-                lane.start(op)
-                worker.number = lane.started
-                if lane.heap and lane.awake < lane.size:
-                    if lane.long:
-                        self._wake(lane)
-                    else:
-                        self._monitor.rouse()
-                return op
-        return None
+        op = lane.ready.take()
+        if op is not None:
+            lane.start(op, now)
+            worker.number = lane.started
+            if lane.ready.count and lane.awake < lane.size:
+                if lane.long:
+                    self._wake(lane)
+                elif not self._monitor.active:
+                    self._monitor.rouse()
+        return op
 
     def _claim(self, op: Op) -> bool:
         if op.state != READY:
             return False
         lane = self._lanes[op.lane]
-        lane.start(op)
-        while lane.heap and lane.heap[0][2].state != READY:
-            heappop(lane.heap)
+        lane.start(op, perf_counter())
+        lane.ready.started()
         return True
 
     def _sleep(self, lane: _Lane) -> bool:
         """Until this thread is woken, and then True. False: it is to end."""
         lane.awake -= 1
-        if lane.heap:
+        if lane.ready.count:
             self._monitor.rouse()
         elif self._retiring:
             return False
@@ -182,7 +179,7 @@ class ThreadedEngine(Engine):
         worker = self._place.worker = _Worker(lane, self._here.ops)
         while True:
             with self._lock:
-                while (op := self._take(worker)) is None:
+                while (op := self._take(worker, perf_counter())) is None:
                     if not self._sleep(lane):
                         return
                     worker.short = False
@@ -202,7 +199,7 @@ class ThreadedEngine(Engine):
         interrupt = None
         with self._lock:
             lane.awake += 1
-            op = self._take(worker)
+            op = self._take(worker, perf_counter())
         try:
             if op is not None:
                 interrupt = self._run_on(worker, op, until)
@@ -220,25 +217,33 @@ class ThreadedEngine(Engine):
         Returns:
             What interrupted an op, as KeyboardInterrupt does; no other op is run after that.
         """
-        lane = worker.lane
+        lane, lock = worker.lane, self._lock
         following: Op | None = op
         while following is not None:
-            op, following, outcome = following, None, None  # nothing of the last op is kept while this one runs
+            op, following = following, None
+            outcome = result = error = None  # nothing of the last op is kept while this one runs
             outcome = self._execute(op, worker.stack)
             now = perf_counter()
-            with self._lock:
+            if not lock.attempt(False):  # as `with` does, in less time
+                lock.wait()
+            try:
                 lane.long = now - op.started_at > LONG_S
                 worker.short = not lane.long
                 if op.state == DONE:  # given up meanwhile
                     outcome = None
                 elif outcome is not None:
-                    for ready in self._end(op, *outcome):
+                    result, error = outcome
+                    for ready in self._end(op, result, error):
                         if self._enqueue(ready) is not lane:
                             self._look_after(self._lanes[ready.lane])
                 if now < until and op.interrupt is None:
-                    following = self._take(worker)
+                    following = self._take(worker, now)
+            finally:
+                lock.leave()
+                if lock.waiting:
+                    lock.tell_one()
             if outcome is not None:
-                self._leave(op, *outcome)
+                self._leave(op, result, error)
             if op.interrupt is not None:
                 return op.interrupt
         return None
@@ -275,14 +280,14 @@ class _Monitor:
     def __init__(self, engine: ThreadedEngine) -> None:
         self._engine = engine
         self._changed = engine._lock.condition()
+        self.active = False  # it looks every now and then
         self._alive = False
-        self._active = False  # and looks every now and then
 
     def rouse(self) -> None:
-        """Ops are ready and threads asleep."""
-        if self._active:
+        """Ops are ready and threads asleep: look."""
+        if self.active:
             return
-        self._active = True
+        self.active = True
         if self._alive:
             self._changed.notify()
         else:
@@ -300,17 +305,17 @@ class _Monitor:
                 self._changed.wait(LOOK_S)
                 quiet += 1
                 for lane in engine._lanes.values():
-                    if lane.heap and lane.awake < lane.size:
+                    if lane.ready.count and lane.awake < lane.size:
                         quiet = 0
                         if lane.started == lane.seen and not lane.called:
                             lane.long = True
                             engine._wake(lane)
                     lane.seen = lane.started
                 if quiet > LOOKS:
-                    self._active = False
+                    self.active = False
                     if not engine._retiring:
                         self._changed.wait(IDLE_S)
-                    if not self._active:
+                    if not self.active:
                         self._alive = False
                         return
                     quiet = 0

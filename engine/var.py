@@ -24,7 +24,7 @@ class Var:
         self.name = name
         self.readers: set[Op] = set()
         self.writer: Op | None = None
-        self.queue: deque[tuple[Op, bool]] = deque()  # (op, does it write?), in program order
+        self.queue: deque[Op] = deque()  # in program order
         self.poison: BaseException | None = None
 
     def __repr__(self) -> str:

@@ -9,27 +9,38 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from engine.errors import DeadlineError, DeadlockError
-from engine.handle import Handle
 from engine.scheduler import DONE, ISSUED, WAITING, Op
 
 if TYPE_CHECKING:
     from engine.base import Engine
+    from engine.handle import Handle
 
 
 def until_done(engine: Engine, handle: Handle, timeout: float | None) -> None:
     """Wait until the handle is done. Raises DeadlineError, DeadlockError."""
-    _meet(engine, handle.op)
+    op = handle.op
+    _meet(engine, op)
     if handle.done():
         return
-    with _waiting(engine, handle.op, timeout):
-        if handle.op.state == ISSUED and timeout is None:
-            engine._streams_in_use.synchronise(handle.op)
+    with _waiting(engine, op, timeout):
+        if op.state == ISSUED and timeout is None:
+            engine._streams_in_use.synchronise(op)
         with suppress(CancelledError):
             Future.exception(handle, timeout)
 
 
-def until_issued(engine: Engine, handle: Handle, timeout: float | None) -> None:
-    """Wait until an op of a device is issued, or the handle is done. Raises DeadlineError, DeadlockError."""
+def follow(engine: Engine, handle: Handle, timeout: float | None) -> None:
+    """See :meth:`Handle.follow`."""
+    if handle.op.flight is None:
+        engine._await(handle, timeout)
+        return
+    _until_issued(engine, handle, timeout)
+    if handle.op.state == ISSUED:
+        engine._streams_in_use.follow(handle.op)
+
+
+def _until_issued(engine: Engine, handle: Handle, timeout: float | None) -> None:
+    """Wait until an op of a device is issued, or the handle is done."""
     op = handle.op
     _meet(engine, op)
     issued = threading.Event()

@@ -47,7 +47,7 @@ def test_one_thread_at_a_time_and_again_and_again():
 
     together(work)
     assert total[0] == THREADS * TURNS
-    assert not mutex._waiting
+    assert not mutex.waiting
 
 
 def test_a_condition_of_it():
@@ -74,12 +74,12 @@ def test_who_is_told_and_interrupted_passes_the_word_on():
         tries.append(blocking)
         if len(tries) == 1:
             return False
-        mutex._tell_one()
-        mutex._waiting.append(behind)
+        mutex.tell_one()
+        mutex.waiting.append(behind)
         raise KeyboardInterrupt
 
-    mutex._try = interrupted
+    mutex.attempt = interrupted
     with pytest.raises(KeyboardInterrupt):
         mutex.acquire()
     assert behind.acquire(blocking=False)
-    assert not mutex._waiting
+    assert not mutex.waiting
