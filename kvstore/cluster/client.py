@@ -277,7 +277,7 @@ class ClusterHome(Home):
                         info={"key": remote.key, "bytes": part.nbytes, "piece": some[0]},
                     )  # fmt: skip
                     send = partial(self._send_part, exchange, flat, some, pull, priority, gradient.samples)
-                    self._in_order(exchange, send, [there], "push", part.nbytes, priority)
+                    self._in_order(exchange, send, [there], "push", part.nbytes, priority, lane="network")
         except BaseException as error:
             exchange.give_up(error)
             raise
@@ -349,6 +349,7 @@ class ClusterHome(Home):
         nbytes: int,
         priority: int,
         before: Callable[[], None] | None = None,
+        lane: str | None = None,
     ) -> None:
         """Run ``submit`` when ``reads`` are written, in this key's order of calls; ``before`` it, if that is now."""
         remote, runtime = exchange.remote, self._engine
@@ -366,8 +367,8 @@ class ClusterHome(Home):
                     raise
             return
         handle = runtime.push(
-            submit, reads=reads, writes=[order], priority=priority, name=f"{name} {remote.key!r}", inline=True,
-            info={"bytes": nbytes},
+            submit, reads=reads, writes=[order], priority=priority, lane=lane, name=f"{name} {remote.key!r}",
+            inline=True, info={"bytes": nbytes},
         )  # fmt: skip
         when_ended(handle, lambda error: None if error is None else exchange.give_up(error))
 

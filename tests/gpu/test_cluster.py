@@ -6,7 +6,9 @@ Whatever is planted to go wrong is seen: by wrong values, or by what the simulat
 from __future__ import annotations
 
 import gc
+import os
 import threading
+import time
 from collections import Counter
 from functools import partial
 
@@ -20,7 +22,10 @@ from kvstore import comm
 from kvstore.arrays import gpu
 from kvstore.cluster import client, near
 from kvstore.cluster.exchange import Exchange
+from kvstore.cluster.work import Work
 from kvstore.delivery import Delivery
+from kvstore.stored import Stored
+from kvstore.testing import Cluster as Laboratory
 from tests.clusters import cluster
 from tests.gpu import simulated
 
@@ -302,7 +307,7 @@ def test_a_part_is_sent_while_the_next_one_is_copied(cupy, monkeypatch, planted)
         submit(exchange, requests)
         sent[requests[0].message.piece].set()
 
-    def in_order_at_last(home, exchange, send, reads, *more):
+    def in_order_at_last(home, exchange, send, reads, *more, lane):
         held_up.append((exchange, send, reads, *more))
         if len(held_up) == parts:
             everything = [one for _, _, reads, *_ in held_up for one in reads]
@@ -323,6 +328,68 @@ def test_a_part_is_sent_while_the_next_one_is_copied(cupy, monkeypatch, planted)
         running.run(work)
     assert len(in_time) == parts
     assert all(in_time) == (not planted)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_caller_whose_arrays_are_lent_does_not_wait_for_copies(cupy, monkeypatch, in_place):
+    """With the copy held up, what he enqueues next is done: for a pushpull in place, but not for a push."""
+    merge, go_on = comm.merge, threading.Event()
+
+    def merge_later(arrays, out):
+        cupy.cuda.get_current_stream().launch_host_func(lambda _: go_on.wait(LIMIT_S), None)
+        merge(arrays, out)
+
+    def work(kv):
+        kv.init("w", np.zeros(PARTS, np.float32))
+        given = Gpus(cupy).array(np.ones(PARTS, np.float32), 0)
+        monkeypatch.setattr(comm, "merge", merge_later)
+        handle = kv.pushpull("w", given) if in_place else kv.push("w", given)
+        stream = cupy.cuda.get_current_stream()
+        try:
+            cupy.zeros(10).fill(1)
+            end = time.monotonic() + LIMIT_S
+            while in_place and not stream.done and time.monotonic() < end:
+                pass
+            return [stream.done for _ in range(100)][-1]
+        finally:
+            go_on.set()
+            handle.result()
+
+    with cluster(1) as running:
+        assert running.run(work) == [in_place]
+
+
+@BOTH
+def test_an_urgent_key_overtakes_a_large_one(cupy, monkeypatch, shared):
+    """As on the host: no merge begins before the urgent push is there, and then it comes after those under way."""
+    merged: list[str] = []
+    urgent_is_there = threading.Event()
+    assign, apply = Stored.assign, Work.apply
+
+    def assign_when_urgent_is_there(stored, *args, **options):
+        if stored.var.name.startswith("'large'"):
+            assert urgent_is_there.wait(LIMIT_S)
+        merged.append(stored.var.name)
+        assign(stored, *args, **options)
+
+    def apply_and_tell(work, action, *args):
+        apply(work, action, *args)
+        if action.piece[0] == "urgent":
+            urgent_is_there.set()
+
+    monkeypatch.setattr(Stored, "assign", assign_when_urgent_is_there)
+    monkeypatch.setattr(Work, "apply", apply_and_tell)
+    place = Gpus(cupy)
+
+    def work(kv):
+        kv.init(["large", "urgent"], [np.ones(16 << 20, np.float32), np.ones(15_000, np.float32)])
+        slow = kv.pushpull("large", place.array(np.ones(16 << 20, np.float32), 0), priority=0)
+        kv.pushpull("urgent", place.array(np.ones(15_000, np.float32), 0), priority=1).result()
+        slow.result()
+
+    with cluster(1) as running:
+        running.run(work, shared_memory=shared)
+    assert merged.index("'urgent'[0]") <= (os.cpu_count() or 1)
 
 
 # --- what must not be early ---------------------------------------------------------------------------
@@ -365,7 +432,7 @@ def test_nothing_is_read_or_written_before_its_time(monkeypatch, planted, shared
         in_order = client.ClusterHome._in_order
         monkeypatch.setattr(
             client.ClusterHome, "_in_order",
-            lambda self, exchange, submit, reads, *more: in_order(self, exchange, submit, [], *more),
+            lambda self, exchange, send, reads, *more, **lane: in_order(self, exchange, send, [], *more, **lane),
         )  # fmt: skip
     right = []
     for seed in range(20 if planted else 6):
@@ -428,6 +495,68 @@ def test_an_error_of_the_device_reaches_the_handle():
 
         with cluster(1) as running:
             assert running.run(work) == [0]
+
+
+def test_an_interrupted_push_costs_that_push_only(cupy, monkeypatch):
+    merge, interrupts = comm.merge, [KeyboardInterrupt()]
+
+    def merge_or_stop(arrays, out):
+        if interrupts:
+            raise interrupts.pop()
+        merge(arrays, out)
+
+    place = Gpus(cupy)
+
+    def work(kv):
+        kv.init("w", np.zeros(PARTS, np.float32))
+        given = place.array(np.ones(PARTS, np.float32), 0)
+        monkeypatch.setattr(comm, "merge", merge_or_stop)
+        with pytest.raises(KeyboardInterrupt):
+            kv.pushpull("w", given)
+        return float(place.numpy(kv.pushpull("w", given).result()).min())
+
+    with cluster(1) as running:
+        assert running.run(work) == [1]
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("fault", ["loss", "crash of a server", "crash of a worker"])
+def test_faults_of_the_cluster(fault, seed):
+    """On a simulated network: no push is lost or counted twice, and what is open ends."""
+    size, rounds = 100_000, 20
+    pause = 0.3 if "server" in fault else 0.01  # before they crash they have to be in step
+    options = {
+        "loss": {"loss": 0.1, "repetition": 0.1},
+        "crash of a server": {"replication": 1, "delay_s": (0.001, 0.01)},
+        "crash of a worker": {"on_worker_loss": "continue"},
+    }[fault]
+    with simulated.install(devices=2, seed=seed):
+        import cupy
+
+        def program(kv):
+            kv._engine.use(gpu.devices())
+            place, pending = Gpus(cupy), []
+            kv.init("w", np.zeros(size, np.float32))
+            if fault != "loss" and kv.rank == 0:
+                member = ("server", seed % 2) if "server" in fault else ("worker", 1)
+                running.at(running.now + (8 + seed) * pause, lambda: running.crash(*member))
+            for round in range(rounds):
+                out = place.array(np.zeros(size, np.float32), round)
+                pending.append(
+                    (round, out, kv.pushpull("w", place.array(np.full(size, round + 1, np.float32), 1), out=out))
+                )
+                running.sleep(pause)
+            for round, out, handle in pending:
+                handle.result()
+                read = place.numpy(out)
+                assert read.min() == read.max(), round
+                if fault != "crash of a worker":
+                    assert read[0] == 2 * (round + 1)
+                else:
+                    assert read[0] in (round + 1, 2 * (round + 1))
+
+        with Laboratory(workers=2, servers=2, seed=seed, **options) as running:
+            running.run(program)
 
 
 def test_a_server_that_is_lost_leaves_nothing_behind(cupy):
