@@ -14,6 +14,7 @@ from kvstore.kernels.compiled import (
     broadcast,
     cast,
     concatenate,
+    deduplicate,
     ftrl,
     gather,
     lamb,
@@ -46,7 +47,7 @@ NAMES = (
         "lars",
         "lamb",
     ),
-    *("cast", "broadcast", "concatenate", "split", "gather", "scatter_add"),
+    *("cast", "broadcast", "concatenate", "split", "gather", "scatter_add", "deduplicate"),
 )
 
 __all__ = [
@@ -61,6 +62,7 @@ __all__ = [
     "broadcast",
     "cast",
     "concatenate",
+    "deduplicate",
     "ftrl",
     "gather",
     "lamb",

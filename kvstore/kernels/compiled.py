@@ -39,6 +39,8 @@ _PUSHED = {(value, value): value for value in (_FLOAT32, _FLOAT64)} | {  # by th
 _NOTHING = {dtype: np.empty(0, dtype) for dtype in (_FLOAT32, _FLOAT64)}
 _INT64 = np.dtype(np.int64)
 _FIRST_WRONG, _GATHER = ("first_wrong", _INT64, _INT64), ("gather", _BYTE, _BYTE)
+_ORDER = ("order", _INT64, _INT64)
+_DEDUPLICATE = {dtype: ("deduplicate", dtype, dtype) for dtype in _NOTHING}
 _SCATTER_ADD = {dtype: ("scatter_add", dtype, dtype) for dtype in _NOTHING}
 _ONE_PUSH = np.empty(0, _INT64)
 _empty = np.empty
@@ -299,6 +301,20 @@ def scatter_add(target: Array, row_ids: Array, rows: Array) -> None:
         kernel(_rows(target), row_ids, _rows(rows))
     else:
         reference.scatter_add(target, row_ids, rows)
+
+
+@by_memory(1)
+def deduplicate(row_ids: Array, rows: Array) -> tuple[Array, Array]:
+    """See :func:`kvstore.kernels.reference.deduplicate`."""
+    kernel = LOADER[asked] if (asked := _DEDUPLICATE.get(rows.dtype)) is not None else None
+    order = LOADER[_ORDER] if kernel is not None and row_ids.dtype is _INT64 and rows.size else None
+    if kernel is None or order is None or not (rows.flags.c_contiguous and row_ids.flags.c_contiguous):
+        return reference.deduplicate(row_ids, rows)
+    positions = np.empty(row_ids.size, _INT64)
+    count = order(row_ids, positions)
+    ids, sums = np.empty(count, _INT64), np.empty((count, *rows.shape[1:]), rows.dtype)
+    kernel(row_ids, positions, _rows(rows), ids, _rows(sums))
+    return ids, sums
 
 
 def _rows_fit(table: Array, row_ids: Array, rows: Array) -> bool:

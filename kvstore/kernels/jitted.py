@@ -32,6 +32,8 @@ BLOCK = 1024  # elements: measured, with larger ones the processor is less far a
 LANES = 1024  # as in the reference
 
 LINE = 64  # bytes that the caches handle as one
+DIGIT = 11  # bits that are sorted by at one time
+DIGITS = np.uint64((1 << DIGIT) - 1)
 STREAMED = 1 << 20  # bytes: smaller copies stay in the caches for whoever reads them
 
 inlined = register_jitable(error_model="numpy")
@@ -600,6 +602,59 @@ def scatter_add(target: Any, row_ids: Any, rows: Any) -> None:
             to[j] += more[j]
 
 
+def order(row_ids: Any, positions: Any) -> Any:
+    """The positions that sort them, equal ones in their order; returns how many are different. By 11 bits at a time."""
+    size, low, high, ascending = row_ids.size, row_ids[0], row_ids[0], True
+    for i in range(size):
+        positions[i] = i
+        low, high = min(low, row_ids[i]), max(high, row_ids[i])
+        ascending &= i == 0 or row_ids[i - 1] < row_ids[i]
+    if ascending:
+        return size
+    keys, new_keys, new_positions = np.empty(size, np.uint64), np.empty(size, np.uint64), np.empty(size, np.int64)
+    for i in range(size):
+        keys[i] = np.uint64(row_ids[i]) - np.uint64(low)  # wraps to what it should be
+    begin, shift = np.empty(1 << DIGIT, np.int64), np.uint64(0)
+    left = np.uint64(high) - np.uint64(low)
+    while left:
+        begin[:] = 0
+        for i in range(size):
+            begin[(keys[i] >> shift) & DIGITS] += 1
+        start = 0
+        for digit in range(begin.size):
+            count = begin[digit]
+            begin[digit] = start
+            start += count
+        for i in range(size):
+            digit = (keys[i] >> shift) & DIGITS
+            at = begin[digit]
+            new_keys[at], new_positions[at] = keys[i], positions[i]
+            begin[digit] = at + 1
+        keys, new_keys = new_keys, keys
+        positions[:], shift, left = new_positions, shift + np.uint64(DIGIT), left >> np.uint64(DIGIT)
+    different = 1
+    for i in range(1, size):
+        different += keys[i - 1] != keys[i]
+    return different
+
+
+def deduplicate(row_ids: Any, positions: Any, rows: Any, ids: Any, sums: Any) -> None:
+    count = 0
+    for i in range(positions.size):
+        at = positions[i]
+        more = rows[at]
+        if i > 0 and row_ids[at] == ids[count - 1]:
+            to = sums[count - 1]
+            for j in range(to.size):
+                to[j] += more[j]
+        else:
+            ids[count] = row_ids[at]
+            to = sums[count]
+            for j in range(to.size):
+                to[j] = more[j]
+            count += 1
+
+
 # --- types --------------------------------------------------------------------------------------
 
 
@@ -651,6 +706,11 @@ def signature(name: str, dtype: np.dtype[Any], pushed: np.dtype[Any]) -> tuple[C
             return first_wrong, types.int64(_in(types.int64), types.int64)
         case "gather":
             return gather, types.void(_in(element, 2), _in(types.int64), _out(element, 2))
+        case "order":
+            return order, types.int64(_in(types.int64), TABLE)
+        case "deduplicate":
+            rows = _in(element, 2), TABLE, _out(element, 2)
+            return deduplicate, types.void(_in(types.int64), TABLE, *rows)
         case "scatter_add":
             return scatter_add, types.void(_out(element, 2), _in(types.int64), _in(element, 2))
     raise KeyError(name)

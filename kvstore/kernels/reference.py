@@ -421,6 +421,23 @@ def scatter_add(target: Array, row_ids: Array, rows: Array) -> None:
         np.add.at(target, row_ids, rows)
 
 
+def deduplicate(row_ids: Array, rows: Array) -> tuple[Array, Array]:
+    """The different ``row_ids``, ascending, and for each the sum of its rows, in new arrays.
+
+    Args:
+        row_ids: int64, in any order.
+        rows: of any shape, one per id. Those of one id are added up one after the other, as :func:`scatter_add` does.
+    """
+    order = np.argsort(row_ids, kind="stable")
+    ids = row_ids[order]
+    first = np.ones(ids.size, np.bool_)
+    np.not_equal(ids[1:], ids[:-1], out=first[1:])
+    sums = rows[order[first]]
+    with np.errstate(all="ignore"):
+        np.add.at(sums, (np.cumsum(first) - 1)[~first], rows[order[~first]])
+    return ids[first], sums
+
+
 def check_rows(array: Array, row_ids: Array) -> None:
     """Raises IndexError when an id is no row of ``array``."""
     if row_ids.size and (row_ids.min() < 0 or row_ids.max() >= len(array)):

@@ -71,6 +71,14 @@ def mirrored(kernel: Any, cupy: Any) -> Any:
 
         result = kernel(*[image(argument) for argument in arguments])
         mirror.bring_back()
-        return None if result is None else float(result)
+        return brought(result)
+
+    def brought(result: Any) -> Any:
+        """What a kernel returned: numbers, or new arrays."""
+        if isinstance(result, tuple):
+            return tuple(brought(part) for part in result)
+        if isinstance(result, cupy.ndarray):
+            return cupy.asnumpy(result) if result.ndim else float(result)
+        return result
 
     return call

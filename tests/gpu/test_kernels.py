@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import pytest
 
@@ -39,6 +41,22 @@ def test_kernels_are_put_into_the_current_stream(cupy):
             kernels.merge([out if _ else arrays[0], *arrays[1:]], out)
         stream.synchronize()
     assert bool((out == 1 + 50 * 5).all())
+
+
+def test_row_ids_of_the_host_are_looked_at_there(cupy):
+    """So nothing waits for the device, nor is an error told too late."""
+    table, rows, out = cupy.zeros((5, 2), np.float32), cupy.ones((3, 2), np.float32), cupy.empty((3, 2), np.float32)
+    ids = np.array([4, 0, 4])
+    still = cupy.machine.standstill() if hasattr(cupy, "kvstore_simulated") else contextlib.nullcontext()
+    with still:
+        kernels.scatter_add(table, ids, rows)
+        kernels.gather(table, ids, out)
+        for wrong in (-1, 5):
+            with pytest.raises(IndexError, match=rf"0\.\.4, got {wrong}"):
+                kernels.gather(table, np.array([1, wrong, 0]), out)
+        ids[:] = 3  # it was read
+    assert table.get().tolist() == [[1, 1], [0, 0], [0, 0], [0, 0], [2, 2]]
+    assert out.get().tolist() == [[2, 2], [1, 1], [2, 2]]
 
 
 def test_kernels_refuse_arrays_of_both_memories(cupy):

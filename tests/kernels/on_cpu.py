@@ -68,6 +68,12 @@ class OnCpu:
     def order(self, ids):
         return np.argsort(ids, kind="stable")
 
+    def positions(self, mask):
+        return np.flatnonzero(mask)
+
+    def is_here(self, array) -> bool:
+        return False
+
 
 def launches() -> Launches:
     return Launches(OnCpu())

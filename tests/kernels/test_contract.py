@@ -376,6 +376,27 @@ def test_rows(form: Form, dtype, row):
     assert ("scatter_add" in form.used) == (form.name == "numba" and dtype in ("float32", "float64"))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("row", [(), (3,), (2, 8), (0,)], ids=str)
+def test_deduplicate(form: Form, dtype, row):
+    rng = np.random.default_rng(6)
+    for count, low, high in [(0, 0, 9), (1, 5, 6), (200, -30, 30), (300, -(1 << 62), 1 << 62), (5000, 0, 3)]:
+        ids = rng.integers(low, high, count)
+        for order in (ids, np.sort(ids), np.arange(low, low + count)):
+            rows = numbers(rng, (count, *row), dtype)
+            expected: dict[int, np.ndarray] = {}
+            with np.errstate(all="ignore"):
+                for number, one in zip(order.tolist(), rows, strict=True):
+                    expected[number] = np.asarray(expected[number] + one, dtype) if number in expected else one
+            for layout in LAYOUTS:
+                found, sums = kernels.deduplicate(layout(order), layout(rows))
+                assert found.dtype == np.int64
+                assert found.tolist() == sorted(expected)
+                wanted = [expected[number] for number in sorted(expected)]
+                same(sums, np.array(wanted, dtype).reshape(len(wanted), *row))
+    assert ("deduplicate" in form.used) == (form.name == "numba" and dtype in ("float32", "float64") and row != (0,))
+
+
 @pytest.mark.parametrize("wrong", [-1, 50, 1 << 40])
 def test_rows_that_are_none_change_nothing(form: Form, wrong):
     table, ids = np.ones((50, 4), np.float32), np.array([3, wrong, 4])

@@ -44,7 +44,7 @@ def arguments_of(name: str, array) -> tuple:
             return [[array]], array
         case "norm":
             return ([array],)
-        case "cast":
+        case "cast" | "deduplicate":
             return array, array
         case "broadcast" | "split":
             return array, [array]

@@ -64,6 +64,13 @@ class Gpu:
         positions: Array = cupy.argsort(ids, kind="stable")
         return positions
 
+    def positions(self, mask: Array) -> Array:
+        there: Array = cupy.flatnonzero(mask)
+        return there
+
+    def is_here(self, array: Array) -> bool:
+        return isinstance(array, np.ndarray)
+
 
 def _blocks(device: int) -> int:
     multiprocessors: int = cupy.cuda.Device(device).attributes["MultiProcessorCount"]

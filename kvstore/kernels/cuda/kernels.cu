@@ -18,7 +18,7 @@ struct Work {
     int64 pushes;       // the first addresses are those
     int64 outs;         // and these the next
     int64 packed;       // 1: every address is a multiple of its pack's bytes
-    int64 flags;        // of the kernel: see there
+    int64 rows;         // how many there are, if `size` is another number
     void* value;
     void* target;
     void* states[3];    // null: there is none
@@ -362,10 +362,10 @@ template <class From, class To> struct Cast {
     }
 };
 
-// Is an id no row? Then scratch[0] becomes 1; all that write write the same. `columns`: how many rows there are.
+// Is an id no row? Then scratch[0] becomes 1; all that write write the same.
 KERNEL(find_wrong) {
     for (int64 i = thread(); i < work.size; i += threads())
-        if (work.ids[i] < 0 || work.ids[i] >= work.columns) *work.scratch = 1;
+        if (work.ids[i] < 0 || work.ids[i] >= work.rows) *work.scratch = 1;
 }
 
 template <class Unit> INLINE void gather(const Work& work) {
@@ -375,18 +375,45 @@ template <class Unit> INLINE void gather(const Work& work) {
         out[e] = source[work.ids[e / work.columns] * work.columns + e % work.columns];
 }
 
-// `order` sorts the ids and keeps equal ones in order. Where an id comes first, its rows are added one after the other.
-template <class T> INLINE void scatter_add(const Work& work) {
-    const T* rows = (const T*)work.value;
-    for (int64 e = thread(); e < work.size * work.columns; e += threads()) {
-        int64 at = e / work.columns, column = e % work.columns, id = work.ids[work.order[at]];
-        if (at > 0 && work.ids[work.order[at - 1]] == id) continue;
-        T* to = (T*)work.target + id * work.columns + column;
-        T total = *to;
-        for (; at < work.size && work.ids[work.order[at]] == id; at++)
-            total = Narrow<T>::from(plus(widen(total), widen(rows[work.order[at] * work.columns + column])));
-        *to = total;
+// `order` sorts the ids and keeps equal ones in order. Does this row's id come first there, among equal ones?
+INLINE bool is_first(const Work& work, int64 at) {
+    return at == 0 || work.ids[work.order[at - 1]] != work.ids[work.order[at]];
+}
+
+// `total`, and to it, one after the other, the rows of an id from the one at `at` on.
+template <class T> INLINE T add_rows(const Work& work, int64 at, int64 column, int64 id, T total) {
+    for (; at < work.rows && work.ids[work.order[at]] == id; at++) {
+        T next = ((const T*)work.value)[work.order[at] * work.columns + column];
+        total = Narrow<T>::from(plus(widen(total), widen(next)));
     }
+    return total;
+}
+
+// Whoever comes first adds all of that id.
+template <class T> INLINE void scatter_add(const Work& work) {
+    for (int64 e = thread(); e < work.rows * work.columns; e += threads()) {
+        int64 at = e / work.columns, column = e % work.columns, id = work.ids[work.order[at]];
+        if (!is_first(work, at)) continue;
+        T* to = (T*)work.target + id * work.columns + column;
+        *to = add_rows<T>(work, at, column, id, *to);
+    }
+}
+
+// Target: is it the first of its id? A byte for each in the order that sorts them.
+KERNEL(find_first) {
+    for (int64 at = thread(); at < work.rows; at += threads()) ((uint8*)work.target)[at] = is_first(work, at);
+}
+
+// States: where the first of each id is, and room for the ids. `size`: how many different ones there are.
+template <class T> INLINE void deduplicate(const Work& work) {
+    const int64* first = (const int64*)work.states[0];
+    for (int64 e = thread(); e < work.size * work.columns; e += threads()) {
+        int64 at = first[e / work.columns], column = e % work.columns;
+        T total = ((const T*)work.value)[work.order[at] * work.columns + column];
+        ((T*)work.target)[e] = add_rows<T>(work, at + 1, column, work.ids[work.order[at]], total);
+    }
+    for (int64 k = thread(); k < work.size; k += threads())
+        ((int64*)work.states[1])[k] = work.ids[work.order[first[k]]];
 }
 
 // --- one kernel for each type --------------------------------------------------------------------
@@ -394,7 +421,8 @@ template <class T> INLINE void scatter_add(const Work& work) {
 #define SUMS_OF(name, T)                                                        \
     KERNEL(merge_##name) { each<Merge<T>, 16 / sizeof(T)>(work); }              \
     KERNEL(merge_many_##name) { merge_many<T>(work); }                          \
-    KERNEL(scatter_add_##name) { scatter_add<T>(work); }
+    KERNEL(scatter_add_##name) { scatter_add<T>(work); }                        \
+    KERNEL(deduplicate_##name) { deduplicate<T>(work); }
 SUMS_OF(flag, flag)
 SUMS_OF(u1, uint8)
 SUMS_OF(u2, uint16)

@@ -1,7 +1,9 @@
 """Which CUDA kernels do what a name of :mod:`kvstore.kernels` says, and on what.
 
 Everything is put in the queue of the current stream, and nothing waits for it, but :meth:`Launches.gather` and
-:meth:`Launches.scatter_add`: whether an id is no row has to be known before they may return.
+:meth:`Launches.scatter_add` for row ids on the device: whether one is no row has to be known before they may return,
+since nobody could raise the error later. Of row ids in host memory it is. :meth:`Launches.deduplicate` returns arrays
+as large as there are different ids.
 Arrays that kernels cannot take as they lie (with holes, or at an odd address) are copied before, and back.
 
 What this file does not know: CuPy. Where the arrays are, and how a kernel is started there, is a :class:`Processor`.
@@ -34,6 +36,7 @@ OPTIONS = (  # of the compiler: the same bits as NumPy
 )
 
 _FLOAT32, _FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
+_BOOL, _INT64 = np.dtype(np.bool_), np.dtype(np.int64)
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _KINDS = {  # how kernels call the type, and the bytes of what they add up
     np.dtype(np.bool_): ("flag", 1),
@@ -78,6 +81,12 @@ class Processor(Protocol):
 
     def order(self, ids: Array) -> Array:
         """The positions that sort them, int64; equal ones stay in order."""
+
+    def positions(self, mask: Array) -> Array:
+        """Where it is true, int64. Waits for it."""
+
+    def is_here(self, array: Array) -> bool:
+        """Is it in host memory instead?"""
 
 
 class Launches:
@@ -311,17 +320,41 @@ class Launches:
             columns = rows.nbytes // len(rows) // unit
             self._start(
                 f"scatter_add_{kind}", len(rows) * columns, [],
-                size=len(rows), columns=columns, value=given, target=into, ids=ids, order=self._processor.order(ids),
+                rows=len(rows), columns=columns, value=given, target=into, ids=ids, order=self._processor.order(ids),
             )  # fmt: skip
             self._back([into], [target])
 
-    def _checked(self, table: Array, row_ids: Array) -> Array:
-        if row_ids.dtype != np.int64:
+    def deduplicate(self, row_ids: Array, rows: Array) -> tuple[Array, Array]:
+        """See :func:`kvstore.kernels.reference.deduplicate`."""
+        kind, unit = _kind("deduplicate", rows)
+        given, ids, count = self._fit(rows), self._ids(row_ids), len(row_ids)
+        if count:
+            order, is_first = self._processor.order(ids), self._processor.empty((count,), _BOOL)
+            self._start("find_first", count, [], rows=count, target=is_first, ids=ids, order=order)
+            first = self._processor.positions(is_first)
+            count = len(first)
+        own, sums = self._processor.empty((count,), _INT64), self._processor.empty((count, *rows.shape[1:]), rows.dtype)
+        if count:
+            self._start(
+                f"deduplicate_{kind}", max(count, sums.nbytes // unit), [],
+                size=count, rows=len(rows), columns=sums.nbytes // count // unit,
+                value=given, target=sums, states=(first, own), ids=ids, order=order,
+            )  # fmt: skip
+        return own, sums
+
+    def _ids(self, row_ids: Array) -> Array:
+        if row_ids.dtype != _INT64:
             raise TypeError(f"row ids: expected int64, got {row_ids.dtype}")
-        ids = self._fit(row_ids)
-        if ids.size:
+        return self._processor.upload(row_ids) if self._processor.is_here(row_ids) else self._fit(row_ids)
+
+    def _checked(self, table: Array, row_ids: Array) -> Array:
+        """Those in host memory are looked at there, and nothing waits."""
+        ids = self._ids(row_ids)
+        if self._processor.is_here(row_ids):
+            reference.check_rows(table, row_ids)
+        elif ids.size:
             wrong = self._processor.upload(np.zeros(1))
-            self._start("find_wrong", ids.size, [], size=ids.size, columns=len(table), ids=ids, scratch=wrong)
+            self._start("find_wrong", ids.size, [], size=ids.size, rows=len(table), ids=ids, scratch=wrong)
             if self._processor.download(wrong)[0]:
                 reference.check_rows(table, self._processor.download(ids))
         return ids
@@ -385,6 +418,7 @@ class Launches:
         *,
         words: Array | None = None,
         size: int = 0,
+        rows: int = 0,
         columns: int = 0,
         pushes: int = 0,
         outs: int = 0,
@@ -407,7 +441,7 @@ class Launches:
             far, near = self._processor.upload(np.asarray(near, np.int64)), ()
         single = (value, target, *states, *[None] * (3 - len(states)), scratch, ids, order)
         work = WORK.pack(
-            *(size, columns, pushes, outs, packed, 0),
+            *(size, columns, pushes, outs, packed, rows),
             *[0 if array is None else self._processor.address(array) for array in single],
             *(scale, clip, decay, *numbers, *[0.0] * (8 - len(numbers))),
             *(0 if far is None else self._processor.address(far), *near, *[0] * (NEAR - len(near))),

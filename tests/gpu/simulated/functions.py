@@ -302,6 +302,12 @@ def argsort(a: ndarray, axis: int = -1, kind: Any = None) -> ndarray:
 
 
 @_export
+def flatnonzero(a: ndarray) -> ndarray:
+    """Waits: its size is that of the result."""
+    return asarray(np.flatnonzero(a.get()))
+
+
+@_export
 def sort(a: ndarray, axis: int = -1, kind: Any = None) -> ndarray:
     return _made("sort", lambda given: np.sort(given[0], axis, kind="stable"), [a])
 
