@@ -5,6 +5,7 @@ Whatever is planted to go wrong is seen: by wrong values, or by what the simulat
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import threading
@@ -395,55 +396,79 @@ def test_an_urgent_key_overtakes_a_large_one(cupy, monkeypatch, shared):
 # --- what must not be early ---------------------------------------------------------------------------
 
 
-def rounds_under_way(cupy, seed, shared):
-    """Are the values right when no round waits for the one before? On a machine of its own."""
-    size, rounds = 20_000, 8
+@contextlib.contextmanager
+def standstill(cupy):
+    """Within the block no device does anything."""
+    if not hasattr(cupy, "machine"):
+        pytest.skip("no device can be made to stand still but a simulated one")
+    with cupy.machine.standstill():
+        yield
+
+
+def wait_until(condition, limit_s=LIMIT_S):
+    end = time.monotonic() + limit_s
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.001)
+    return condition()
+
+
+@BOTH
+@pytest.mark.parametrize("planted", [False, True])
+def test_a_part_is_sent_when_it_has_been_copied(cupy, monkeypatch, shared, planted):
+    """Planted: sent at once."""
+    in_order = client.ClusterHome._in_order
+    if planted:
+        monkeypatch.setattr(
+            client.ClusterHome, "_in_order",
+            lambda self, exchange, send, reads, *more, **lane: in_order(self, exchange, send, [], *more, **lane),
+        )  # fmt: skip
+
+    def work(kv):
+        kv.init("w", np.zeros(PARTS, np.float32))
+        given = Gpus(cupy).array(np.ones(PARTS, np.float32), 0)
+        with standstill(cupy):
+            pushed = kv.push("w", given)
+            early = wait_until(pushed.done, LIMIT_S if planted else 0.2)
+        pushed.result()
+        return early, bool((kv.pull("w", out=np.empty(PARTS, np.float32)).result() == 1).all())
+
+    with cluster(1) as running:
+        assert running.run(work, shared_memory=shared) == [(planted, not planted)]
+
+
+@BOTH
+@pytest.mark.parametrize("planted", [False, True])
+def test_what_a_device_has_not_read_is_not_given_back(cupy, monkeypatch, shared, planted):
+    """Values come in several rounds while the device stands still. Planted: given back, or let go of, at once."""
+    size, rounds, written = 20_000, 8, []
+    hold = Delivery._hold
+
+    def hold_or_not(delivery, source, mark, over):
+        hold(delivery, source, (lambda: True) if planted else mark, over)
+        written.append(source.nbytes)
+
+    monkeypatch.setattr(Delivery, "_hold", hold_or_not)
 
     def work(kv):
         place = Gpus(cupy)
         kv.init("w", np.zeros(size, np.float32))
         outs = [place.array(np.zeros(size, np.float32), 0) for _ in range(rounds)]
-        given = [place.array(np.full(size, 10 * round + kv.rank, np.float32), 0) for round in range(rounds)]
-        handles = [kv.pushpull("w", one, out=out) for one, out in zip(given, outs, strict=True)]
-        for handle in handles:
-            handle.result()
-        return [place.numpy(out) for out in outs]
+        with standstill(cupy) if kv.rank == 0 else contextlib.nullcontext():
+            kv._home.meet(LIMIT_S)
+            pulls = []
+            for round, out in enumerate(outs):
+                kv.push("w", np.full(size, 10 * round + kv.rank, np.float32)).result()
+                pulls.append(kv.pull("w", out=out))
+            assert wait_until(lambda: sum(written) == 2 * rounds * size * 4)
+            kv._home.meet(LIMIT_S)
+        for pull in pulls:
+            pull.result()
+        return [float(place.numpy(out).min()) for out in outs]
 
     with cluster(2) as running:
         seen = running.run(work, shared_memory=shared)
-    return all((out == 20 * round + 1).all() for outs in seen for round, out in enumerate(outs))
-
-
-@pytest.mark.parametrize("planted", ["given back", "sent", ""])
-@BOTH
-def test_nothing_is_read_or_written_before_its_time(monkeypatch, planted, shared):
-    """Memory of the server or a message is given back, or a part sent, before the device has copied: it is seen."""
-    if planted == "given back":
-        if not shared:
-            pytest.skip("what came in a message is not written again")
-        write = Delivery.write
-
-        def write_and_give_back(delivery, source, start, over, **options):
-            write(delivery, source, start, **options)
-            over()
-
-        monkeypatch.setattr(Delivery, "write", write_and_give_back)
-    elif planted == "sent":
-        in_order = client.ClusterHome._in_order
-        monkeypatch.setattr(
-            client.ClusterHome, "_in_order",
-            lambda self, exchange, send, reads, *more, **lane: in_order(self, exchange, send, [], *more, **lane),
-        )  # fmt: skip
-    right = []
-    for seed in range(20 if planted else 6):
-        with simulated.install(devices=1, seed=seed):
-            import cupy
-
-            engine.default().use(gpu.devices())
-            right.append(rounds_under_way(cupy, seed, shared))
-        if not right[-1]:
-            break
-    assert all(right) == (not planted)
+    right = [20 * round + 1 for round in range(rounds)]
+    assert (seen == [right, right]) == (not planted)
 
 
 # --- errors and memory --------------------------------------------------------------------------------
