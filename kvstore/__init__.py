@@ -15,7 +15,7 @@ One ``pushpull``, file by file:
 11. ``protocol/serving.py``: new, a repeat, or refused?
 12. ``consistency.py``: the cluster level's rule: merge, apply, park, answer.
 13. ``cluster/work.py``, ``stored.py``, ``optim/`` and ``kernels/``: the update, as an op of the server's engine.
-14. back the same way; ``comm/`` copies the new weights to the devices.
+14. back the same way; ``delivery.py`` and ``comm/`` copy the new weights to the devices.
 
 In a ``local`` store ``local.py`` stands in for 6 to 12. The small keys of a list call take the same way together, as
 one value: ``lists.py``, ``cluster/bundles.py`` (``together.py`` in a local store) and ``protocol/binding.py``.

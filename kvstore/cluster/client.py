@@ -529,6 +529,8 @@ class ClusterHome(Home):
                 waiting = next(iter(one.open.items()), None)
             if waiting is not None:
                 return self._session.explain(waiting[1], waiting[0])
+        if not remote.counted.order.idle:
+            return "it has not been sent: it waits for what this process still computes or copies"
         return "nothing is open on the servers"
 
     def dead_workers(self) -> list[int]:

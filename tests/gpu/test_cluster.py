@@ -428,7 +428,10 @@ def test_a_part_is_sent_when_it_has_been_copied(cupy, monkeypatch, shared, plant
         given = Gpus(cupy).array(np.ones(PARTS, np.float32), 0)
         with standstill(cupy):
             pushed = kv.push("w", given)
-            early = wait_until(pushed.done, LIMIT_S if planted else 0.2)
+            early = wait_until(pushed.done, LIMIT_S if planted else 0.1)
+            if not planted:
+                with pytest.raises(kvstore.DeadlineError, match="this process still computes or copies"):
+                    pushed.result(0.1)
         pushed.result()
         return early, bool((kv.pull("w", out=np.empty(PARTS, np.float32)).result() == 1).all())
 
