@@ -217,8 +217,11 @@ def test_what_is_pulled_in_place_stays_with_the_host(cupy):
 
 
 def count_copies(cupy, shared, devices, size):
-    """By (from, to, how the host's memory was), the bytes that two workers' pushpulls copy, over those of one value."""
-    place, machine, copied = Gpus(cupy), cupy.machine, Counter()
+    """By (from, to, how the host's memory was), the bytes that two workers' pushpulls copy, over those of one value.
+
+    No thread waits for a device meanwhile, but to copy to memory that is not pinned.
+    """
+    place, machine, copied, waited = Gpus(cupy), cupy.machine, Counter(), Counter()
 
     def work(kv):
         kv.init("w", np.zeros(size, np.float32))
@@ -228,16 +231,19 @@ def count_copies(cupy, shared, devices, size):
         kv._home.meet(LIMIT_S)
         if kv.rank == 0:
             copied.subtract(machine.copied_bytes)
+            waited.subtract(machine.synchronised)
         kv._home.meet(LIMIT_S)
         for _ in range(ROUNDS):
             kv.pushpull("w", given, out=outs).result()
         kv._home.meet(LIMIT_S)
         if kv.rank == 0:
             copied.update(machine.copied_bytes)
+            waited.update(machine.synchronised)
         kv._home.meet(LIMIT_S)
 
     with cluster(2) as running:
         running.run(work, shared_memory=shared, devices=devices)
+    assert not any(waited.values()) or any(how == "pageable" for *_, how in copied)
     return {way: nbytes / (2 * ROUNDS * size * 4) for way, nbytes in copied.items() if nbytes}
 
 
