@@ -66,9 +66,9 @@ class Delivery:
         return f"<Delivery: {self._to_begin} ops have to begin, {self._to_end} to end>"
 
     @property
-    def by_devices(self) -> bool:
-        """Is anything written by a device? Then what is read had better be pinned."""
-        return bool(self._on_devices)
+    def by_devices(self) -> int:
+        """How many of the arrays are written by devices? They had better read pinned memory."""
+        return len(self._on_devices)
 
     def write(
         self, source: Array, start: int = 0, over: Callable[[], None] = _nothing, *, pinned: bool = False

@@ -270,12 +270,12 @@ class Arrivals(Source):
                 over = partial(self._remote.give_back, piece.number, piece.request_id)
                 delivery.write(piece.array, self._remote.cut.span(piece.number)[0], over, pinned=pinned)
 
-            self._consume(self._each(copy, len(outs), priority), delivery.end)
+            self._consume(self._each(copy, len(outs) - delivery.by_devices, priority), delivery.end)
 
         Delivery(self._engine, outs, priority, begin, ended)
 
     def _each(self, copy: Callable[[_Piece], None], times: int, priority: int) -> Callable[[_Piece], None]:
-        """What copies each piece, so many times: at once, or by an engine op if it is large."""
+        """What copies each piece, in this thread so many times: at once, or by an engine op if it is large."""
         remote = self._remote
         inline_bytes = INLINE_BYTES if len(remote.cut) > 1 else ALONE_INLINE_BYTES
 
