@@ -80,9 +80,19 @@ class Cuda:
 
     @contextmanager
     def on(self, stream: CudaStream) -> Iterator[None]:
-        """Within the block, CuPy's calls in this thread use the stream, on its device."""
-        with self._cuda.Device(stream.device), stream.stream:
-            yield
+        """Within the block, CuPy's calls in this thread use the stream, on its device.
+
+        Behind it they use the one before. CuPy's own block (``with stream.stream:``) would go back to the one of the
+        block around it, and forget what ``use`` has made current since.
+        """
+        with self._at(stream.device):
+            before = self._cuda.get_current_stream()
+            stream.stream.use()
+            try:
+                yield
+            finally:
+                with self._at(stream.device):
+                    before.use()
 
     def record(self, stream: CudaStream, timed: bool = False) -> Any:
         """A mark behind what has been enqueued on the stream so far."""

@@ -206,6 +206,15 @@ def test_registered_memory_is_pinned_until_it_is_no_longer(simulated_cupy):
     assert cupy.machine.copies[-1, 0, "pageable"] == 1
 
 
+def test_devices_do_not_write_what_is_registered_to_be_read(simulated_cupy):
+    cupy = simulated_cupy()
+    memory = np.ones(100, np.uint8)
+    cupy.cuda.runtime.hostRegister(memory.ctypes.data, 100, 8)
+    array = cupy.asarray(memory)
+    with pytest.raises(cupy.cuda.runtime.CUDARuntimeError, match="IllegalAddress"):
+        array.get(out=memory)
+
+
 def test_a_copy_fails_that_finds_its_memory_no_longer_registered(simulated_cupy):
     cupy = simulated_cupy()
     memory = np.ones(100, np.uint8)
@@ -391,9 +400,11 @@ def test_a_thread_that_serves_several_ranks_outside_a_group_is_lost(simulated_cu
 
 def test_to_wait_for_what_never_comes_is_an_error(simulated_cupy, monkeypatch):
     cupy = simulated_cupy()
-    monkeypatch.setattr(queues, "PATIENCE_S", 0.01)
     array = cupy.zeros(4)
     with cupy.machine.standstill(), pytest.raises(simulated.Lost):
+        array.get()
+    monkeypatch.setattr(queues, "PATIENCE_S", 0.01)
+    with cupy.machine.standstill(may_wait=True), pytest.raises(simulated.Lost):
         array.get()
 
 
@@ -593,6 +604,27 @@ def test_threads_work_side_by_side(simulated_cupy):
     for thread in threads:
         thread.join(LIMIT_S)
     assert found == [True] * 6
+
+
+@pytest.mark.parametrize("version", ["13.6.0", "14.0.0"])
+def test_what_differs_between_releases(simulated_cupy, version):
+    cupy = simulated_cupy(version=version)
+    assert cupy.__version__ == version
+    stream = cupy.cuda.Stream(non_blocking=True)
+    array = cupy.zeros(4, ml_dtypes.bfloat16)
+    foreign = SimpleNamespace(__cuda_stream__=lambda: (0, stream.ptr))
+    if version < "14":
+        assert not hasattr(cupy.cuda.Stream, "from_external")
+        assert cupy.cuda.ExternalStream(stream.ptr) == stream
+        with pytest.raises(KeyError):
+            array += 1
+    else:
+        with cupy.cuda.Stream.from_external(foreign) as own:
+            assert own == stream and own.device_id == -1
+            array += 1
+        assert array.get(stream=stream).tolist() == [1] * 4
+        with pytest.warns(DeprecationWarning, match="Stream.from_external"):
+            cupy.cuda.ExternalStream(stream.ptr)
 
 
 # --- with the engine --------------------------------------------------------------------------------

@@ -9,7 +9,8 @@
 
 What ``import cupy`` gives in between is marked ``kvstore_simulated``, and ``cupy.machine`` is the :class:`Machine`:
 what has been launched, copied and waited for can be read there (``launches``, ``copies``, ``copied_bytes``,
-``synchronised``, ``devices[0].arena.bytes_max``), and ``with machine.standstill():`` stops all devices. As with CUDA:
+``synchronised``, ``devices[0].arena.bytes_max``), and ``with machine.standstill():`` stops all devices, so that it is
+an error to wait for one. As with CUDA:
 
 * A kernel or copy is done when its stream comes to it: lazily, in random, seeded order as far as streams and events
   allow. The null stream and blocking streams of its device wait for each other, those made with
@@ -56,6 +57,7 @@ def install(
     seed: int = 0,
     peers: Callable[[int, int], bool] = lambda one, other: True,
     memory_bytes: int = 1 << 30,
+    version: str = "14.0.0",
 ) -> Iterator[Machine]:
     """Within the block ``import cupy`` gives the simulated one, on a new machine.
 
@@ -64,11 +66,12 @@ def install(
         seed: of what happens when.
         peers: ``peers(one, other)``: can one reach the other's memory?
         memory_bytes: of each device.
+        version: of CuPy; 13 knows no bfloat16 and wraps foreign streams otherwise.
 
     Raises:
         Failure: at the end, if work of a device failed and nobody was told.
     """
-    machine = Machine(devices, seed, peers, memory_bytes)
+    machine = Machine(devices, seed, peers, memory_bytes, version)
     before = _taken_out()
     runtime._machine[:] = [machine]
     sys.modules.update(_modules(machine))
@@ -115,7 +118,7 @@ def _put_back(modules: dict[str, ModuleType]) -> None:
 
 def _modules(machine: Machine) -> dict[str, ModuleType]:
     """The modules by name."""
-    cupy = _module("cupy", functions.MODULE, ndarray=array.ndarray, RawModule=RawModule, __version__="14.0.0")
+    cupy = _module("cupy", functions.MODULE, ndarray=array.ndarray, RawModule=RawModule, __version__=machine.version)
     vars(cupy).update(kvstore_simulated=True, machine=machine, ufunc=functions.ufunc)
     for name in (
         *("bool_", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float16", "float32"),
@@ -132,7 +135,8 @@ def _modules(machine: Machine) -> dict[str, ModuleType]:
         "cupy.cuda.memory": {"OutOfMemoryError": cuda.OutOfMemoryError, "MemoryPointer": cuda.MemoryPointer},
         "cupy.cuda.pinned_memory": {"PinnedMemoryPointer": cuda.PinnedMemoryPointer},
         "cupy._util": {"PerformanceWarning": array.PerformanceWarning},
-        "cupyx": {},
+        "cupy.random": {"default_rng": functions.Generator},
+        "cupyx": {"empty_pinned": functions.empty_pinned, "zeros_pinned": functions.zeros_pinned},
     }
     modules = {"cupy": cupy}
     for name, values in parts.items():

@@ -138,6 +138,8 @@ class ndarray:
         if consumer != -1 and consumer != (current.ptr or runtime.streamLegacy):
             cuda._BaseStream(consumer, -1).wait_event(current.record())
         versioned = max_version is not None and max_version[0] >= 1
+        if self.dtype == ml_dtypes.bfloat16 and machine().version < "14":
+            raise BufferError("dtype is not supported for dlpack export")
         return dlpack.export(self, self.data.ptr, (dlpack.CUDA, self.data.device_id), versioned)
 
     def __dlpack_device__(self) -> tuple[int, int]:
@@ -427,6 +429,8 @@ def launch(name: str, compute: Callable[..., Any], sources: Sequence[ndarray], o
     arrays = [*sources, *outs]
     for array in arrays:
         check_peer(array)
+        if array.dtype == ml_dtypes.bfloat16 and machine().version < "14":
+            raise KeyError(array.dtype.type)  # kernels of CuPy 13 know no such type
     if not all(out.size for out in outs):
         return
     touches = [span(array) for array in arrays if array.size]
@@ -596,6 +600,8 @@ def from_dlpack(array: Any, *, device: Any = None, copy: Any = None) -> ndarray:
                 raise
             capsule = array.__dlpack__(stream=stream)
     tensor = dlpack.Tensor(capsule)
+    if tensor.dtype == ml_dtypes.bfloat16 and machine().version < "14":
+        raise NotImplementedError("CuPy does not support bfloat16 yet")
     memory = cuda.UnownedMemory(tensor.address, tensor.nbytes, tensor, tensor.device[1])
     strides = None if tensor.strides is None else [step * tensor.dtype.itemsize for step in tensor.strides]
     return ndarray(tensor.shape, tensor.dtype, cuda.MemoryPointer(memory, 0), strides)

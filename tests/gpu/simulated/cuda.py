@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import threading
+import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -193,6 +195,18 @@ class _BaseStream:
         return False
 
 
+class _since_14:
+    """A class method that CuPy 13 does not have."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __get__(self, stream: Any, kind: type) -> Any:
+        if machine().version < "14":
+            raise AttributeError(self._function.__name__)
+        return functools.partial(self._function, kind)
+
+
 class Stream(_BaseStream):
     null: Any = None
     ptds: Any = None
@@ -213,9 +227,15 @@ class Stream(_BaseStream):
         if one is not None:
             one.end_stream(self.ptr)
 
-    @classmethod
+    @_since_14
     def from_external(cls, obj: Any) -> Any:
-        return ExternalStream(obj.__cuda_stream__()[1], runtime.getDevice())
+        version, ptr = obj.__cuda_stream__()
+        if version != 0 or not isinstance(ptr, int):
+            raise TypeError(f"__cuda_stream__() must return (0, int), got ({version}, {type(ptr).__name__})")
+        stream = cls.__new__(cls)
+        _BaseStream.__init__(stream, ptr, -1)
+        stream._foreign_stream_ref = obj
+        return stream
 
 
 Stream.null, Stream.ptds = Stream(null=True), Stream(ptds=True)
@@ -223,6 +243,12 @@ Stream.null, Stream.ptds = Stream(null=True), Stream(ptds=True)
 
 class ExternalStream(_BaseStream):
     def __init__(self, ptr: int, device_id: int = -1) -> None:
+        if machine().version >= "14":
+            warnings.warn(
+                "ExternalStream is deprecated. Use Stream.from_external() instead",
+                DeprecationWarning,
+                stacklevel=2,
+            )
         super().__init__(ptr, device_id)
 
 

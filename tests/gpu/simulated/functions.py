@@ -386,3 +386,30 @@ def get_default_pinned_memory_pool() -> Any:
 
 
 MODULE["is_available"] = lambda: bool(runtime._machine)
+
+
+# --- other modules ----------------------------------------------------------------------------------
+
+
+class Generator:
+    """``cupy.random.default_rng``: NumPy's numbers."""
+
+    def __init__(self, seed: Any = None) -> None:
+        self._host = np.random.default_rng(seed)
+
+    def __getattr__(self, name: str) -> Callable[..., ndarray]:
+        return lambda *arguments, **options: asarray(getattr(self._host, name)(*arguments, **options))
+
+
+def empty_pinned(shape: Any, dtype: Any = float, order: str = "C") -> np.ndarray:
+    """``cupyx.empty_pinned``."""
+    size = int(np.prod(shape, dtype=np.int64))
+    memory = cuda.alloc_pinned_memory(size * np.dtype(dtype).itemsize)
+    return np.frombuffer(memory, dtype, size).reshape(shape, order=order)
+
+
+def zeros_pinned(shape: Any, dtype: Any = float, order: str = "C") -> np.ndarray:
+    """``cupyx.zeros_pinned``."""
+    made = empty_pinned(shape, dtype, order)
+    made.fill(0)
+    return made

@@ -67,6 +67,7 @@ class Arena:
         self.start = self.bytes.ctypes.data
         self.end = self.start + size
         self.used: dict[int, int] = {}  # size by address
+        self.order: list[int] = []  # the addresses, sorted
         self.free = [(self.start, size)]
         self.bytes_in_use = self.bytes_max = 0
 
@@ -79,6 +80,7 @@ class Arena:
             if room >= size:
                 self.free[at : at + 1] = [(start + size, room - size)] if room > size else []
                 self.used[start] = size
+                bisect.insort(self.order, start)
                 self.bytes_in_use += size
                 self.bytes_max = max(self.bytes_max, self.bytes_in_use)
                 self.scribble(start, size)
@@ -89,6 +91,7 @@ class Arena:
         size = self.used.pop(address, None)
         if size is None:
             raise Failure(INVALID_VALUE, f"nothing was allocated at {address:#x}")
+        self.order.remove(address)
         self.bytes_in_use -= size
         self.scribble(address, size)
         bisect.insort(self.free, (address, size))
@@ -105,7 +108,8 @@ class Arena:
 
     def allocated(self, address: int, size: int) -> bool:
         """Is all of it in use, as one allocation?"""
-        return any(start <= address and address + size <= start + room for start, room in self.used.items())
+        at = bisect.bisect_right(self.order, address) - 1
+        return at >= 0 and address + size <= self.order[at] + self.used[self.order[at]]
 
     def array(self, address: int, shape: tuple[int, ...], strides: tuple[int, ...] | None, dtype: Any) -> np.ndarray:
         if 0 in shape:
@@ -156,7 +160,7 @@ class Task(Item):
         self, machine: Machine, name: str, work: Callable[[], Any], touches: Iterable[tuple[int, int]]
     ) -> None:
         self.machine, self.name, self.work, self.touches = machine, name, work, tuple(touches)
-        self.copies = False
+        self.copies = False  # the first is written
 
     def __repr__(self) -> str:
         return f"<{self.name}>"
@@ -165,8 +169,8 @@ class Task(Item):
         self.machine.done += 1
         device = self.machine.devices[queue.device]
         if device.error is None:
-            for address, size in self.touches:
-                why = self.machine.forbidden(queue.device, address, size, self.copies)
+            for at, (address, size) in enumerate(self.touches):
+                why = self.machine.forbidden(queue.device, address, size, self.copies, self.copies and at == 0)
                 if why:
                     device.fail(ILLEGAL_ADDRESS, f"{self.name} on {queue!r}: {why}")
                     return True
@@ -227,6 +231,7 @@ class Machine(Queues):
         seed: of what happens when.
         peers: ``peers(one, other)``: can kernels of one device reach the memory of the other?
         memory_bytes: of each device.
+        version: of CuPy.
 
     Attributes:
         launches: kernels by name.
@@ -234,7 +239,6 @@ class Machine(Queues):
             numbered, :data:`HOST` or a device.
         copied_bytes: the bytes of those.
         synchronised: how often each thread, by name, has waited for a device.
-        device_calls: of :meth:`call`, how many.
     """
 
     def __init__(
@@ -243,16 +247,20 @@ class Machine(Queues):
         seed: int = 0,
         peers: Callable[[int, int], bool] = lambda one, other: True,
         memory_bytes: int = ARENA,
+        version: str = "14.0.0",
     ) -> None:
         super().__init__(seed)
+        self.version = version
         self._numbers = itertools.count(0x10000, 16)
         self.can_reach = peers
         self.devices = [Device(number, self._stream(number), memory_bytes) for number in range(devices)]
         self.pinned = Arena(ARENA)
         self.registered: dict[int, int] = {}  # size by address
+        self.read_only: set[int] = set()  # those of them that devices may not write
         self.streams: dict[int, Stream] = {}
         self.events: dict[int, Event] = {}
         self.here = Here()
+        self.awaited = False  # may somebody wait while all stands still?
         self.haste = self.random.choice([0.5, 0.8, 0.95])  # how likely another piece of work is done at a look
         self.dropped: deque[int] = deque()  # memory to be freed with the next call: garbage is collected anywhere
         self.done = 0
@@ -292,8 +300,10 @@ class Machine(Queues):
                 return arena
         return None
 
-    def forbidden(self, device: int, address: int, size: int, copies: bool) -> str | None:
+    def forbidden(self, device: int, address: int, size: int, copies: bool, writes: bool) -> str | None:
         """Why work of a device may not touch this memory."""
+        if not size:
+            return None
         memory = self.memory_of(address)
         what = f"{size} bytes at {address:#x}"
         if memory == PAGEABLE:
@@ -301,6 +311,8 @@ class Machine(Queues):
         if memory == PINNED:
             found = self._registration(address)
             whole = self.pinned.allocated(address, size) if found is None else address + size <= sum(found)
+            if writes and found is not None and found[0] in self.read_only:
+                return f"{what} are registered to be read only"
             return None if whole else f"{what} are not all pinned"
         assert isinstance(memory, int)
         if not self.devices[memory].arena.allocated(address, size):
@@ -336,7 +348,7 @@ class Machine(Queues):
         with self.lock:
             self.pinned.release(address)
 
-    def register(self, address: int, size: int) -> None:
+    def register(self, address: int, size: int, read_only: bool) -> None:
         with self.lock:
             if size <= 0 or self.memory_of(address) in range(len(self.devices)):
                 raise Failure(INVALID_VALUE, f"{size} bytes at {address:#x}")
@@ -344,12 +356,15 @@ class Machine(Queues):
                 if address < start + room and start < address + size:
                     raise Failure(HOST_REGISTERED, f"{size} bytes at {address:#x}: {room} at {start:#x} are already")
             self.registered[address] = size
+            if read_only:
+                self.read_only.add(address)
 
     def unregister(self, address: int) -> None:
         with self.lock:
             if address not in self.registered:
                 raise Failure(HOST_NOT_REGISTERED, f"{address:#x}")
             del self.registered[address]
+            self.read_only.discard(address)
 
     def scribble(self, address: int, size: int) -> None:
         """Overwrite it, as somebody would to whom it belongs now."""
@@ -471,26 +486,31 @@ class Machine(Queues):
             stream = self.stream_of(number)
             to, of = self.memory_of(target), self.memory_of(source)
             kept = None
-            if of == PAGEABLE and to != PAGEABLE:  # staged
-                kept = (ctypes.c_char * size).from_buffer_copy(ctypes.string_at(source, size))
-                taken = ctypes.addressof(kept)
-            else:
-                taken = source
+            written, taken = target, source
+            if PAGEABLE in (to, of) and to != of:  # by way of memory of the driver's
+                kept = (ctypes.c_char * size)()
+                if of == PAGEABLE:
+                    ctypes.memmove(kept, source, size)
+                    taken = ctypes.addressof(kept)
+                else:
+                    written = ctypes.addressof(kept)
             here, there = (memory if isinstance(memory, int) else HOST for memory in (of, to))
             how = next((str(memory) for memory in (of, to) if memory == PAGEABLE), "")
             kind = here, there, how or (PINNED if HOST in (here, there) else "")
             self.copies[kind] += 1
             self.copied_bytes[kind] += size
-            touches = [(a, size) for a, memory in ((target, to), (source, of)) if memory != PAGEABLE]
+            touches = [(a, size * (memory != PAGEABLE)) for a, memory in ((target, to), (source, of))]
 
             def work(kept: Any = kept) -> None:
-                ctypes.memmove(target, taken, size)
+                ctypes.memmove(written, taken, size)
 
             task = Task(self, f"copy of {size} bytes from {of} to {to}", work, touches)
             task.copies = True
             self.enqueue(stream, task)
         if to == PAGEABLE:
             self.finish_stream(stream)
+            if kept is not None:
+                ctypes.memmove(target, kept, size)
 
     def call_host(self, number: int, function: Callable[[], Any]) -> None:
         self.enqueue(self.stream_of(number), HostCall(self, function))
@@ -626,18 +646,22 @@ class Machine(Queues):
                 self.leave(queue)
 
     def expected(self) -> bool:
-        return self.frozen or self._calling > 0
+        return self.awaited if self.frozen else self._calling > 0
 
     @contextlib.contextmanager
-    def standstill(self) -> Iterator[None]:
-        """Within the block, no device does anything; who waits for one waits for the end of the block."""
+    def standstill(self, *, may_wait: bool = False) -> Iterator[None]:
+        """Within the block, no device does anything.
+
+        Args:
+            may_wait: who waits for one then waits for the end of the block; else that is an error at once.
+        """
         with self.lock:
-            self.frozen = True
+            self.frozen, self.awaited = True, may_wait
         try:
             yield
         finally:
             with self.lock:
-                self.frozen = False
+                self.frozen = self.awaited = False
                 self.changed.notify_all()
 
     def forget(self) -> None:

@@ -69,8 +69,9 @@ def get_build_version() -> int:
     return 22603
 
 
-def get_unique_id() -> bytes:
-    return next(_ids).to_bytes(_UNIQUE_ID_BYTES, "big")
+def get_unique_id() -> Any:
+    own = next(_ids).to_bytes(_UNIQUE_ID_BYTES, "big")
+    return own if machine().version >= "14" else tuple(own)
 
 
 # --- groups -----------------------------------------------------------------------------------------
@@ -164,7 +165,8 @@ class Part(Item):
 
 
 class NcclCommunicator:
-    def __init__(self, ndev: int, commId: bytes, rank: int, config: Any = None) -> None:
+    def __init__(self, ndev: int, commId: Any, rank: int, config: Any = None) -> None:
+        commId = bytes(commId)
         if len(commId) != _UNIQUE_ID_BYTES:
             raise ValueError(f"commId length {len(commId)} != {_UNIQUE_ID_BYTES}.")
         one = machine()

@@ -16,6 +16,7 @@ eventDefault, eventBlockingSync, eventDisableTiming, eventInterprocess = 0, 1, 2
 hostAllocDefault, hostAllocPortable, hostAllocMapped, hostAllocWriteCombined = 0, 1, 2, 4
 is_hip = False
 
+_REGISTER_READ_ONLY = 8  # CuPy has no names for these flags
 MULTIPROCESSORS = 2
 _OWN = {"annotations", "machine", "ask", "ensure_peer_access"}  # not CuPy's
 
@@ -148,7 +149,7 @@ def freeHost(address: int) -> None:
 
 
 def hostRegister(address: int, size: int, flags: int) -> None:
-    ask(machine().register, address, size)
+    ask(machine().register, address, size, bool(flags & _REGISTER_READ_ONLY))
 
 
 def hostUnregister(address: int) -> None:
