@@ -208,9 +208,11 @@ class Engine(ABC):
         op, launch = None, None
         if _only_vars(reads, writes):
             op = Op(name, reads, writes, priority)
-        elif self._streams is not None:
-            launch, own_lane = self._streams.launch_for(reads, writes)
-            lane = lane or own_lane
+        else:
+            places = self._operands.places(writes + reads)
+            if self._streams is not None:
+                launch, own_lane = self._streams.launch_for(places)
+                lane = lane or own_lane
         lock = self._lock  # as `with` does, in less time
         if not lock.attempt(False):
             lock.wait()
@@ -218,8 +220,9 @@ class Engine(ABC):
             if self._closed:
                 raise ClosedError("the engine is closed")
             if op is None:
-                self._come_near_arrays()
-                op = self._operands.op(name, reads, writes, priority)
+                if self._claimed is not None:
+                    self._claimed.become_op()
+                op = self._operands.op(name, reads, writes, priority, places)
                 op.flight = launch
             if if_free and not self._scheduler.free(op):
                 return None
@@ -232,9 +235,7 @@ class Engine(ABC):
                 op.lane = lane
             if op.holds is not None:
                 self._operands.begun()
-                if launch is not None:
-                    self._streams_in_use.wrap(op, fn, is_async)
-                    inline = True
+                inline = inline or launch is not None
             self._retiring = False
             ready = self._scheduler.submit(op)
             if ready:
@@ -251,8 +252,8 @@ class Engine(ABC):
             self._deadlines.add(time.monotonic() + deadline, op)
         if ready and inline:
             self._run(op)
-            if launch is not None and not lent:
-                self._streams_in_use.join(launch)
+            if launch is not None and not lent and self._streams is not None:
+                self._streams.join(launch)
         else:
             self._submitted()
         return handle
@@ -272,7 +273,8 @@ class Engine(ABC):
         """
         self._check_process()
         arrays = tuple(arrays)
-        if any(place is not None for place in self._operands.places(arrays)):
+        places = self._operands.places(arrays)
+        if any(device is not None for device in self._operands.memories(places)):
             return None
         with self._lock:
             if self._claimed is not None or self._operands.in_use() or self.profiling or self._closed:
@@ -345,14 +347,15 @@ class Engine(ABC):
         """Call the op's function. Its result and error; None if it is asynchronous, and has begun."""
         fn = op.fn  # first: gone when the op has been given up and finished
         error = op.given_up or (self._scheduler.poison_of(op) if op.reads else None)
-        if error is not None:
-            if op.flight is None:
-                return None, error
-            self._streams_in_use.issue(op, None, error)
-            return None
-        op.thread = get_ident()
+        if error is None:
+            op.thread = get_ident()
+        elif op.flight is None:
+            return None, error
         stack.append(op)
         try:
+            if op.flight is not None and self._streams is not None:
+                self._streams.run(op, fn, error)
+                return None
             if not op.is_async:
                 return fn(), None
             fn(Completion(self, op))
@@ -369,9 +372,6 @@ class Engine(ABC):
         _note(raised, op)
         if not isinstance(raised, Exception):
             op.interrupt = raised
-
-    def _issued(self, op: Op) -> None:
-        """The work of an op of a device is in a stream; called without the lock."""
 
     def _landed(self) -> None:
         """Ops of devices have ended; called without the lock."""
@@ -518,7 +518,7 @@ class Engine(ABC):
         handle._announce(None, error)
         if begun and op.flight is None:
             self._finish(op, None, error)
-        elif begun and op.flight.is_open:
+        elif begun:
             self._streams_in_use.issue(op, None, error)
 
     # --- life ---------------------------------------------------------------------------------
@@ -541,7 +541,7 @@ class Engine(ABC):
         with self._lock:
             self._retiring = True
             if self._streams is not None:
-                self._streams.retire()
+                self._streams.landing.retire()
 
     def close(self) -> None:
         """Finish what is pending, end the threads; a later push raises ClosedError."""

@@ -44,7 +44,7 @@ class Claim:
         """Somebody comes near arrays: from here on it is an op. Called with the engine's lock held."""
         engine = self._engine
         engine._claimed = None
-        op = self.op = engine._operands.op(self.name, (), self.arrays, 0)
+        op = self.op = engine._operands.op(self.name, (), self.arrays, 0, engine._operands.places(self.arrays))
         op.caller, op.caller_at = self._caller, self._caller_at
         op.handle = Handle(engine, op)
         op.is_async = True

@@ -63,7 +63,7 @@ class DeviceMemory(Memory):
         super().__init__()
         self._devices = devices
 
-    def _learn(self, array: Any) -> Range | None:
+    def _range_of(self, array: Any) -> Range | None:
         low, high = self._devices.range_of(array)
         return (low, high) if high > low else None
 

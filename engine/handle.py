@@ -136,7 +136,7 @@ class Handle(Future[Any]):
         None: it is no op of a device, or not complete, or was not timed, since nobody was profiling when it was issued.
         """
         flight = self.op.flight
-        return None if flight is None else flight.device_ms
+        return None if flight is None or flight.timing is None else flight.timing.ms
 
     def add_done_callback(self, fn: Callable[[Future[Any]], Any]) -> None:
         """Call ``fn(handle)`` when the op has ended, or now if it has."""

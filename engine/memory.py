@@ -42,6 +42,13 @@ class Memory:
     def __repr__(self) -> str:
         return f"<Memory: {len(self._ranges)} ranges, {len(self._groups)} groups>"
 
+    def only_var_of(self, array: Any) -> Var | None:
+        """The var of an array that is known, where none overlaps another, as is the rule; there is nothing to tidy."""
+        if self._freed or self._groups or not self._disjoint:
+            return None
+        range_ = self._range_of(array)
+        return None if range_ is None else self._vars.get(range_)
+
     def vars_of(self, array: Any) -> tuple[list[Var], list[Var]]:
         """The vars of what the array (or part of a group) covers whole, its own first; of what it overlaps in part.
 
@@ -50,9 +57,7 @@ class Memory:
         """
         if isinstance(array, Part):
             return self._vars_of_group(array)
-        known = self._arrays.get(id(array))
-        live = known is not None and known[0]() is not None and known[1] == array.nbytes
-        range_ = known[2] if known is not None and live else self._learn(array)
+        range_ = self._range_of(array)
         if range_ is None:
             return [], []
         own = self._vars.get(range_)
@@ -94,6 +99,13 @@ class Memory:
             if other is not group and any(map(group.overlaps, other.ranges)):
                 (whole if all(map(group.covers, other.ranges)) else part).append(var)
         return whole, part
+
+    def _range_of(self, array: Any) -> Range | None:
+        """The range of the array; None: it has no bytes."""
+        known = self._arrays.get(id(array))
+        if known is not None and known[0]() is not None and known[1] == array.nbytes:
+            return known[2]
+        return self._learn(array)
 
     def _learn(self, array: Any) -> Range | None:
         """The array's range, from now on known; None: it has no bytes."""

@@ -5,7 +5,7 @@ Nothing is known here of when an op runs, or who runs it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 from engine.devices import DeviceMemory, Devices
@@ -14,9 +14,13 @@ from engine.memory import Memory
 from engine.scheduler import Op
 from engine.var import Var
 
+Place = int | None | Var | ArrayGroup  # of an array the device in whose memory it is, None for the host; else the item
+
+_NO_ARRAYS = Var, ArrayGroup
+
 
 class Operands:
-    """The memories of the host and of devices, and what is in use of them. Not thread-safe, but for ``places``."""
+    """The memories of the host and of devices, and what is in use of them. Under the engine's lock."""
 
     def __init__(self) -> None:
         self.devices: Devices | None = None
@@ -27,21 +31,58 @@ class Operands:
     def __repr__(self) -> str:
         return f"<Operands: {self._ops} ops on arrays, {self._memories}>"
 
-    def places(self, items: Iterable[Any]) -> Iterator[int | None]:
-        """Where the arrays among the items are, in their order: numbers of devices, None for the host."""
+    def places(self, items: Iterable[Any]) -> list[Place]:
+        """Where each of the items is; without the lock, like :meth:`memories`."""
         devices = self.devices
+        found: list[Place] = []
         for item in items:
-            if isinstance(item, ArrayGroup):
-                yield from item.parts(devices)
-            elif not isinstance(item, Var):
-                yield None if devices is None else devices.device_of(item)
+            if isinstance(item, _NO_ARRAYS):
+                found.append(item)
+            else:
+                found.append(None if devices is None else devices.device_of(item))
+        return found
 
-    def op(self, name: str, reads: tuple[Any, ...], writes: tuple[Any, ...], priority: int) -> Op:
+    def memories(self, places: Iterable[Place]) -> dict[int | None, None]:
+        """The devices in whose memories that is, each once and in order; None is the host."""
+        found: dict[int | None, None] = {}
+        for place in places:
+            if place is None or type(place) is int:
+                found[place] = None
+            elif isinstance(place, ArrayGroup):
+                found.update(dict.fromkeys(place.parts(self.devices)))
+        return found
+
+    def op(self, name: str, reads: tuple[Any, ...], writes: tuple[Any, ...], priority: int, places: list[Place]) -> Op:
         """An op on items some of which are no vars; it keeps them until :meth:`ended`.
+
+        Args:
+            name, reads, writes, priority: of the op.
+            places: of the writes, then the reads.
 
         Raises:
             ArgumentError: one is not an array either.
         """
+        items = writes + reads
+        vars_: list[Var] = []
+        for item, place in zip(items, places, strict=True):
+            var = self._only_var_of(item, place)
+            if var is None:
+                op = self._op_in_general(name, reads, writes, priority)
+                break
+            vars_.append(var)
+        else:
+            op = Op(name, tuple(vars_[len(writes) :]), tuple(vars_[: len(writes)]), priority)
+        op.holds = items
+        return op
+
+    def _only_var_of(self, item: Any, place: Place) -> Var | None:
+        """The var that is all there is to an item, as a rule; else None."""
+        if place is item:
+            return item if isinstance(item, Var) else None
+        memory = self._memories.get(place)  # type: ignore[arg-type]
+        return None if memory is None else memory.only_var_of(item)
+
+    def _op_in_general(self, name: str, reads: tuple[Any, ...], writes: tuple[Any, ...], priority: int) -> Op:
         self.tidy()
         read_vars: list[Var] = []
         for item in reads:
@@ -57,7 +98,6 @@ class Operands:
             heals += whole
         op = Op(name, tuple(read_vars), tuple(write_vars), priority)
         op.poisons, op.heals = poisons, heals
-        op.holds = (reads, writes)
         return op
 
     def begun(self) -> None:

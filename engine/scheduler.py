@@ -27,6 +27,8 @@ WAITING, READY, RUNNING, ISSUED, DONE = "waiting", "ready", "running", "issued",
 class Flight:
     """What the order of work on devices needs to know of an op there; what runs it hangs more on it."""
 
+    __slots__ = ("after", "error", "inputs")
+
     def __init__(self) -> None:
         self.after: list[Op] = []  # ops that were issued before it and that its work must follow
         self.inputs: list[Op] = []  # those of them, direct or not, whose error would be its own
@@ -101,7 +103,7 @@ class Scheduler:
         for var in op.writes:
             if not var.idle and (var.queue or not self._passes(op, var, True)):
                 return False
-        for var in op.reads:  # loops, since a generator costs more
+        for var in op.reads:
             if (var.writer is not None or var.queue) and (var.queue or not self._passes(op, var, False)):
                 return False
         return True
@@ -132,16 +134,20 @@ class Scheduler:
         if missing:
             return False
         op.state = READY
+        if self._suspects and not of_host:
+            self._note_inputs(op)
         return True
 
     @staticmethod
     def _passes(op: Op, var: Var, writes: bool) -> bool:
         """Is everything that is in the way of the op at this var in a stream, where the op can follow it?"""
-        return (
-            op.flight is not None
-            and (var.writer is None or var.writer.state == ISSUED)
-            and (not writes or all(reader.state == ISSUED for reader in var.readers))
-        )
+        if op.flight is None or (var.writer is not None and var.writer.state != ISSUED):
+            return False
+        if writes:
+            for reader in var.readers:  # loops, since a generator costs more
+                if reader.state != ISSUED:
+                    return False
+        return True
 
     def _follow(self, op: Op, var: Var, writes: bool) -> bool:
         """Let the op take a var that others hold, if it can follow them."""
@@ -161,10 +167,12 @@ class Scheduler:
                 return var.poison
         return None
 
-    def inputs_of(self, op: Op) -> BaseException | None:
-        """Note, before a device is given its work, whose errors would be the op's; one that is known already."""
-        op.flight.inputs = [suspect for var in op.reads for suspect in self._suspects.get(var, ())]
-        return self.poison_of(op)
+    def _note_inputs(self, op: Op) -> None:
+        """Note whose errors would be the op's: it is ready, so nobody else writes what it reads before it has."""
+        inputs = op.flight.inputs
+        for var in op.reads:
+            if var in self._suspects:
+                inputs += self._suspects[var]
 
     def issue(self, op: Op, error: BaseException | None) -> list[Op]:
         """The op's work is in a stream, or ``error`` has kept it from that.
@@ -175,12 +183,18 @@ class Scheduler:
             The ops that may run now.
         """
         op.state = ISSUED
-        for var in op.heals if error is None else op.poisons:
-            var.poison = error
-            self._suspects.pop(var, None)
-        if error is None:
-            for var in op.poisons:
-                self._suspects.setdefault(var, []).append(op)
+        suspects = self._suspects
+        if error is None and op.heals is op.poisons:  # as a rule
+            for var in op.heals:
+                var.poison = None
+                suspects[var] = [op]
+        else:
+            for var in op.heals if error is None else op.poisons:
+                var.poison = error
+                suspects.pop(var, None)
+            if error is None:
+                for var in op.poisons:
+                    suspects.setdefault(var, []).append(op)
         ready: list[Op] = []
         for var in (*op.writes, *op.reads):
             if var.queue:
@@ -244,6 +258,8 @@ class Scheduler:
             op.missing -= 1
             if not op.missing:
                 op.state = READY
+                if self._suspects and op.flight is not None:
+                    self._note_inputs(op)
                 ready.append(op)
 
     def blockers(self, op: Op) -> set[Op]:

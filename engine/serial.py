@@ -29,9 +29,6 @@ class SerialEngine(Engine):
         super()._finish(op, result, error)
         self._landed()
 
-    def _issued(self, op: Op) -> None:
-        self._streams_in_use.synchronise(op)
-
     def _landed(self) -> None:
         if not getattr(self._draining, "depth", 0):  # else the loop below comes to them, without recursion
             self._drain()

@@ -24,7 +24,7 @@ def until_done(engine: Engine, handle: Handle, timeout: float | None) -> None:
         return
     with _waiting(engine, op, timeout):
         if op.state == ISSUED and timeout is None:
-            engine._streams_in_use.synchronise(op)
+            engine._streams_in_use.landing.synchronise(op)
         with suppress(CancelledError):
             Future.exception(handle, timeout)
 
@@ -47,7 +47,7 @@ def _until_issued(engine: Engine, handle: Handle, timeout: float | None) -> None
     with engine._lock:
         if op.state in (ISSUED, DONE):
             return
-        op.flight.followers.append(issued.set)
+        op.flight.followers = [*(op.flight.followers or ()), issued.set]
     handle.add_done_callback(lambda _: issued.set())  # it may be given up
     engine._before_wait()
     with _waiting(engine, op, timeout):
