@@ -15,6 +15,9 @@ from kvstore.kernels.compiled import (
     cast,
     concatenate,
     deduplicate,
+    dequantize_1bit,
+    dequantize_2bit,
+    dequantize_int8,
     ftrl,
     gather,
     lamb,
@@ -23,12 +26,16 @@ from kvstore.kernels.compiled import (
     merge_many,
     norm,
     prepare,
+    quantize_1bit,
+    quantize_2bit,
+    quantize_int8,
     rmsprop,
     scatter_add,
     sgd,
     split,
     wait,
 )
+from kvstore.kernels.formats import FORMATS, Format
 from kvstore.kernels.reference import HALVES, Change
 
 NAMES = (
@@ -48,12 +55,15 @@ NAMES = (
         "lamb",
     ),
     *("cast", "broadcast", "concatenate", "split", "gather", "scatter_add", "deduplicate"),
+    *("quantize_2bit", "dequantize_2bit", "quantize_1bit", "dequantize_1bit", "quantize_int8", "dequantize_int8"),
 )
 
 __all__ = [
+    "FORMATS",
     "HALVES",
     "NAMES",
     "Change",
+    "Format",
     "accumulate",
     "adadelta",
     "adagrad",
@@ -63,6 +73,9 @@ __all__ = [
     "cast",
     "concatenate",
     "deduplicate",
+    "dequantize_1bit",
+    "dequantize_2bit",
+    "dequantize_int8",
     "ftrl",
     "gather",
     "lamb",
@@ -71,6 +84,9 @@ __all__ = [
     "merge_many",
     "norm",
     "prepare",
+    "quantize_1bit",
+    "quantize_2bit",
+    "quantize_int8",
     "rmsprop",
     "scatter_add",
     "sgd",

@@ -37,7 +37,7 @@ _PUSHED = {(value, value): value for value in (_FLOAT32, _FLOAT64)} | {  # by th
     (_FLOAT32, half): _SEEN[half] for half in HALVES
 }
 _NOTHING = {dtype: np.empty(0, dtype) for dtype in (_FLOAT32, _FLOAT64)}
-_INT64 = np.dtype(np.int64)
+_INT64, _UINT32, _INT8 = np.dtype(np.int64), np.dtype(np.uint32), np.dtype(np.int8)
 _FIRST_WRONG, _GATHER = ("first_wrong", _INT64, _INT64), ("gather", _BYTE, _BYTE)
 _ORDER = ("order", _INT64, _INT64)
 _DEDUPLICATE = {dtype: ("deduplicate", dtype, dtype) for dtype in _NOTHING}
@@ -333,3 +333,86 @@ def _rows_fit(table: Array, row_ids: Array, rows: Array) -> bool:
 def _rows(array: Array) -> Array:
     """As a matrix."""
     return array if array.ndim == 2 else array.reshape(len(array), -1)
+
+
+# --- compression --------------------------------------------------------------------------------
+
+
+@by_memory(3)
+def quantize_2bit(gradient: Array, residual: Array, threshold: float, out: Array) -> None:
+    """See :func:`kvstore.kernels.reference.quantize_2bit`."""
+    kernel = _quantizer("quantize_2bit", gradient, residual, out) if threshold > 0 else None
+    if kernel is not None:
+        kernel(_flat_gradient(gradient), _flat(residual, _FLOAT32), out.view(_UINT32), threshold)
+    else:
+        reference.quantize_2bit(gradient, residual, threshold, out)
+
+
+@by_memory(2)
+def dequantize_2bit(codes: Array, threshold: float, out: Array) -> None:
+    """See :func:`kvstore.kernels.reference.dequantize_2bit`."""
+    kernel = _dequantizer("dequantize_2bit", codes, out)
+    if kernel is not None:
+        kernel(codes.view(_UINT32), _flat(out, _FLOAT32), threshold)
+    else:
+        reference.dequantize_2bit(codes, threshold, out)
+
+
+@by_memory(2)
+def quantize_1bit(gradient: Array, residual: Array, out: Array) -> None:
+    """See :func:`kvstore.kernels.reference.quantize_1bit`."""
+    kernel = _quantizer("quantize_1bit", gradient, residual, out)
+    if kernel is not None:
+        kernel(_flat_gradient(gradient), _flat(residual, _FLOAT32), out.view(_UINT32), out.view(_FLOAT32))
+    else:
+        reference.quantize_1bit(gradient, residual, out)
+
+
+@by_memory(1)
+def dequantize_1bit(codes: Array, out: Array) -> None:
+    """See :func:`kvstore.kernels.reference.dequantize_1bit`."""
+    kernel = _dequantizer("dequantize_1bit", codes, out)
+    if kernel is not None:
+        kernel(codes.view(_UINT32), codes.view(_FLOAT32), _flat(out, _FLOAT32))
+    else:
+        reference.dequantize_1bit(codes, out)
+
+
+@by_memory(2)
+def quantize_int8(gradient: Array, residual: Array, out: Array) -> None:
+    """See :func:`kvstore.kernels.reference.quantize_int8`."""
+    kernel = _quantizer("quantize_int8", gradient, residual, out)
+    if kernel is not None:
+        kernel(_flat_gradient(gradient), _flat(residual, _FLOAT32), out.view(_INT8), out.view(_FLOAT32))
+    else:
+        reference.quantize_int8(gradient, residual, out)
+
+
+@by_memory(1)
+def dequantize_int8(codes: Array, out: Array) -> None:
+    """See :func:`kvstore.kernels.reference.dequantize_int8`."""
+    kernel = _dequantizer("dequantize_int8", codes, out)
+    if kernel is not None:
+        kernel(codes.view(_INT8), codes.view(_FLOAT32), _flat(out, _FLOAT32))
+    else:
+        reference.dequantize_int8(codes, out)
+
+
+def _quantizer(name: str, gradient: Array, residual: Array, out: Array) -> Callable[..., Any] | None:
+    """The kernel, if it fits."""
+    seen = _PUSHED.get((residual.dtype, gradient.dtype))
+    if seen is None or residual.dtype is not _FLOAT32 or (kernel := LOADER[name, _FLOAT32, seen]) is None:
+        return None
+    fits = gradient.flags.c_contiguous and residual.flags.c_contiguous and out.flags.c_contiguous
+    return kernel if fits else None
+
+
+def _dequantizer(name: str, codes: Array, out: Array) -> Callable[..., Any] | None:
+    """The kernel, if it fits."""
+    if out.dtype is not _FLOAT32 or (kernel := LOADER[name, _FLOAT32, _FLOAT32]) is None:
+        return None
+    return kernel if codes.flags.c_contiguous and out.flags.c_contiguous else None
+
+
+def _flat_gradient(gradient: Array) -> Array:
+    return _flat(gradient, _SEEN[gradient.dtype])

@@ -61,6 +61,10 @@ def by_memory(decides: int) -> Callable[[Kernel], Kernel]:
 
                 def kernel(a: Any, b: Any, c: Any) -> Any:
                     return forms[type((a, b, c)[decides])](a, b, c)
+            case 4:
+
+                def kernel(a: Any, b: Any, c: Any, d: Any) -> Any:
+                    return forms[type((a, b, c, d)[decides])](a, b, c, d)
 
         kernel.__name__, kernel.__qualname__, kernel.__doc__ = host.__name__, host.__qualname__, host.__doc__
         decorated: Kernel = kernel

@@ -32,6 +32,7 @@ BLOCK = 1024  # elements: measured, with larger ones the processor is less far a
 LANES = 1024  # as in the reference
 
 LINE = 64  # bytes that the caches handle as one
+STEPS = 256  # elements of a block of int8, as in formats.py; that of 1bit is BLOCK
 DIGIT = 11  # bits that are sorted by at one time
 DIGITS = np.uint64((1 << DIGIT) - 1)
 STREAMED = 1 << 20  # bytes: smaller copies stay in the caches for whoever reads them
@@ -109,6 +110,38 @@ def _stream(context: Any, source: Any, target: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64), generate
+
+
+@intrinsic
+def _number_of(context: Any, bits: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.FloatType())
+
+    return types.float32(types.uint32), generate
+
+
+def _mask(ordered: bool, comparison: str) -> Any:
+    """Bit i says of the i-th of the 32 float32 at an address how it compares with a number."""
+
+    @intrinsic
+    def mask(context: Any, address: Any, number: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            vector = ir.VectorType(ir.FloatType(), 32)
+            loaded = builder.load(builder.inttoptr(arguments[0], vector.as_pointer()))
+            loaded.align = 4
+            numbers = ir.Constant(vector, ir.Undefined)
+            for lane in range(32):
+                numbers = builder.insert_element(numbers, arguments[1], ir.Constant(ir.IntType(32), lane))
+            compare = builder.fcmp_ordered if ordered else builder.fcmp_unordered
+            return builder.bitcast(compare(comparison, loaded, numbers), ir.IntType(32))
+
+        return types.uint32(types.int64, types.float32), generate
+
+    return mask
+
+
+_at_least, _at_most, _below = _mask(True, ">="), _mask(True, "<="), _mask(True, "<")
+_not_above = _mask(False, "<=")  # or no number
 
 
 @inlined
@@ -655,6 +688,119 @@ def deduplicate(row_ids: Any, positions: Any, rows: Any, ids: Any, sums: Any) ->
             count += 1
 
 
+# --- compression --------------------------------------------------------------------------------
+#
+# The codes are seen as 32-bit words, as bytes, and as the float32 of the scales among them.
+
+MAGNITUDE, INFINITE, NO_NUMBER = np.uint32(0x7FFFFFFF), np.uint32(0x7F800000), np.uint32(0x7FC00000)
+
+
+@inlined
+def _compensated(gradient: Any, residual: Any, start: Any, scratch: Any) -> Any:
+    """Gradient and residual together, in the scratch, with zeros up to a multiple of 32; and the residual to change."""
+    rest = residual[start : start + BLOCK]
+    g, values = gradient[start : start + rest.size], scratch[: rest.size]
+    for i in range(rest.size):
+        values[i] = _wide(g[i]) + rest[i]
+    scratch[rest.size : -(-rest.size // 32) * 32] = 0
+    return values, rest
+
+
+def quantize_2bit(gradient: Any, residual: Any, words: Any, threshold: Any) -> None:
+    scratch, high, nothing = np.empty(BLOCK, np.float32), np.float32(threshold), np.float32(0)
+    for start in range(0, residual.size, BLOCK):
+        values, rest = _compensated(gradient, residual, start, scratch)
+        for i in range(rest.size):
+            x = values[i]
+            rest[i] = x - (high if x >= high else -high if x <= -high else nothing)
+        for k in range(-(-rest.size // 32)):
+            at, row = start // 16 + 2 * k, scratch.ctypes.data + 128 * k
+            words[at] = _at_least(row, high) | _at_most(row, -high)
+            words[at + 1] = _not_above(row, -high)
+
+
+def dequantize_2bit(words: Any, out: Any, threshold: Any) -> None:
+    high = np.float32(threshold)
+    values = high, -high, np.float32(np.nan), np.float32(0)
+    for k in range(-(-out.size // 32)):
+        some, minus, to = words[2 * k], words[2 * k + 1], out[32 * k : 32 * k + 32]
+        for i in range(to.size):
+            far, below = (some >> np.uint32(i)) & np.uint32(1), (minus >> np.uint32(i)) & np.uint32(1)
+            if far:
+                to[i] = values[1] if below else values[0]
+            else:
+                to[i] = values[2] if below else values[3]
+
+
+def quantize_1bit(gradient: Any, residual: Any, words: Any, scales: Any) -> None:
+    scratch, sums = np.empty(BLOCK, np.float32), np.empty(32, np.float32)
+    for start in range(0, residual.size, BLOCK):
+        values, rest = _compensated(gradient, residual, start, scratch)
+        sums[:] = 0
+        for k in range(-(-rest.size // 32)):
+            row = scratch[32 * k : 32 * k + 32]
+            for i in range(32):
+                sums[i] += abs(row[i])
+        half = 16
+        while half:
+            for i in range(half):
+                sums[i] += sums[i + half]
+            half //= 2
+        scale = sums[0] / np.float32(rest.size)
+        at = start // BLOCK * (1 + BLOCK // 32)
+        scales[at] = scale if scale == scale else _number_of(NO_NUMBER)
+        for i in range(rest.size):
+            rest[i] = values[i] - (-scale if values[i] < 0 else scale)
+        for k in range(-(-rest.size // 32)):
+            words[at + 1 + k] = _below(scratch.ctypes.data + 128 * k, np.float32(0))
+
+
+def dequantize_1bit(words: Any, scales: Any, out: Any) -> None:
+    for k in range(-(-out.size // 32)):
+        at = k * 32 // BLOCK * (1 + BLOCK // 32)
+        scale, minus, to = scales[at], words[at + 1 + k % (BLOCK // 32)], out[32 * k : 32 * k + 32]
+        for i in range(to.size):
+            to[i] = -scale if (minus >> np.uint32(i)) & np.uint32(1) else scale
+
+
+def quantize_int8(gradient: Any, residual: Any, codes: Any, scales: Any) -> None:
+    scratch, low, high, zero = np.empty(BLOCK, np.float32), np.float32(-127), np.float32(127), np.float32(0)
+    magnitudes = scratch.view(np.uint32)
+    for start in range(0, residual.size, BLOCK):
+        everything, whole = _compensated(gradient, residual, start, scratch)
+        for begin in range(0, whole.size, STEPS):
+            values, rest = everything[begin : begin + STEPS], whole[begin : begin + STEPS]
+            largest = np.uint32(0)
+            for i in range(begin, begin + rest.size):
+                largest = max(largest, magnitudes[i] & MAGNITUDE)
+            scale = _number_of(largest) / high
+            if largest >= INFINITE:
+                scale = _number_of(NO_NUMBER)
+            at = (start + begin) // STEPS * (1 + STEPS // 4)
+            scales[at] = scale
+            to = codes[4 * at + 4 : 4 * at + 4 + rest.size]
+            if scale > 0:
+                for i in range(rest.size):
+                    step = np.rint(values[i] / scale) + zero
+                    step = high if step > high else low if step < low else step
+                    to[i] = np.int8(np.int32(step))
+                    rest[i] = values[i] - step * scale
+            else:
+                for i in range(rest.size):
+                    to[i] = 0
+                    rest[i] = values[i] - zero * scale
+            for i in range(4 * at + 4 + rest.size, 4 * (at + 1 + -(-rest.size // 4))):
+                codes[i] = 0
+
+
+def dequantize_int8(codes: Any, scales: Any, out: Any) -> None:
+    for start in range(0, out.size, STEPS):
+        at, to = start // STEPS * (1 + STEPS // 4), out[start : start + STEPS]
+        scale, steps = scales[at], codes[4 * at + 4 : 4 * at + 4 + to.size]
+        for i in range(to.size):
+            to[i] = np.float32(steps[i]) * scale
+
+
 # --- types --------------------------------------------------------------------------------------
 
 
@@ -711,6 +857,20 @@ def signature(name: str, dtype: np.dtype[Any], pushed: np.dtype[Any]) -> tuple[C
         case "deduplicate":
             rows = _in(element, 2), TABLE, _out(element, 2)
             return deduplicate, types.void(_in(types.int64), TABLE, *rows)
+        case "quantize_2bit":
+            return quantize_2bit, types.void(_in(push), _out(types.float32), _out(types.uint32), number)
+        case "dequantize_2bit":
+            return dequantize_2bit, types.void(_in(types.uint32), _out(types.float32), number)
+        case "quantize_1bit":
+            codes = _out(types.uint32), _out(types.float32)
+            return quantize_1bit, types.void(_in(push), _out(types.float32), *codes)
+        case "dequantize_1bit":
+            return dequantize_1bit, types.void(_in(types.uint32), _in(types.float32), _out(types.float32))
+        case "quantize_int8":
+            codes = _out(types.int8), _out(types.float32)
+            return quantize_int8, types.void(_in(push), _out(types.float32), *codes)
+        case "dequantize_int8":
+            return dequantize_int8, types.void(_in(types.int8), _in(types.float32), _out(types.float32))
         case "scatter_add":
             return scatter_add, types.void(_out(element, 2), _in(types.int64), _in(element, 2))
     raise KeyError(name)

@@ -14,6 +14,8 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from kvstore.kernels import formats
+
 Array = npt.NDArray[Any]
 States = tuple[Array | None, ...]
 
@@ -443,3 +445,155 @@ def check_rows(array: Array, row_ids: Array) -> None:
     if row_ids.size and (row_ids.min() < 0 or row_ids.max() >= len(array)):
         wrong = row_ids[(row_ids < 0) | (row_ids >= len(array))][0]
         raise IndexError(f"row ids: expected 0..{len(array) - 1}, got {wrong}")
+
+
+# --- compression --------------------------------------------------------------------------------
+#
+# What is sent is a gradient with few bits per element; what that loses stays in a residual, and is added to the next
+# one. `gradient`: float32, float16 or bfloat16, of any shape. `residual`: float32, as large, begins with zeros. `out`
+# and `codes`: uint8, of as many bytes as the format says. What is no number in a gradient is none after decompression.
+
+
+def quantize_2bit(gradient: Array, residual: Array, threshold: float, out: Array) -> None:
+    """Elements of at least ``threshold`` become that, with their sign; others zero. With error feedback.
+
+    MXNet's scheme; Strom, "Scalable distributed DNN training using commodity GPU cloud computing", Interspeech 2015.
+    """
+    if not threshold > 0:
+        raise ValueError(f"quantize_2bit: expected a threshold above 0, got {threshold}")
+    high = np.float32(threshold)
+    for values, rest, words in _compensated(formats.TWO_BIT, gradient, residual, out):
+        some, minus = (values >= high) | (values <= -high), ~(values > -high)
+        words[:, 0], words[:, 1] = _packed(some)[:, 0], _packed(minus)[:, 0]
+        rest[...] = values - np.where(some, np.where(minus, -high, high), np.float32(0))
+
+
+def dequantize_2bit(codes: Array, threshold: float, out: Array) -> None:
+    """The reverse of :func:`quantize_2bit`; ``out``: float32."""
+    high = np.float32(threshold)
+    words = _words(formats.TWO_BIT, codes, out)
+    some, minus = _unpacked(words[:, :1]), _unpacked(words[:, 1:])
+    values = np.where(some, np.where(minus, -high, high), np.where(minus, np.float32(np.nan), np.float32(0)))
+    _put(values, out)
+
+
+def quantize_1bit(gradient: Array, residual: Array, out: Array) -> None:
+    """The sign of each element, and for each block the mean of their magnitudes. With error feedback.
+
+    Seide et al., "1-bit stochastic gradient descent", Interspeech 2014, which has two means per column; one mean of the
+    magnitudes is from Karimireddy et al., "Error feedback fixes SignSGD", ICML 2019, algorithm 1, here per block. The
+    magnitudes of its elements i, i + 32, i + 64 ... are added up in this order; then the second half of the 32 sums to
+    the first, until one is left.
+    """
+    block, at = formats.ONE_BIT.block, 0
+    for values, rest, words in _compensated(formats.ONE_BIT, gradient, residual, out):
+        sums = np.zeros((len(values), 32), np.float32)
+        for row in np.abs(values).reshape(len(values), -1, 32).swapaxes(0, 1):
+            sums += row
+        while sums.shape[1] > 1:
+            half = sums.shape[1] // 2
+            sums = sums[:, :half] + sums[:, half:]
+        counts = np.minimum(block, residual.size - at - block * np.arange(len(values)))
+        scale = sums / counts.astype(np.float32)[:, None]
+        minus = values < 0
+        words[:, :1], words[:, 1:] = _number_bits(scale), _packed(minus)
+        rest[...] = values - np.where(minus, -scale, scale)
+        at += values.size
+
+
+def dequantize_1bit(codes: Array, out: Array) -> None:
+    """The reverse of :func:`quantize_1bit`; ``out``: float32."""
+    words = _words(formats.ONE_BIT, codes, out)
+    scale = words[:, :1].view(np.float32)
+    _put(np.where(_unpacked(words[:, 1:]), -scale, scale), out)
+
+
+def quantize_int8(gradient: Array, residual: Array, out: Array) -> None:
+    """Each element as a multiple of its block's scale, which is the largest magnitude by 127. With error feedback.
+
+    Rounded to nearest even, in -127..127.
+    """
+    for values, rest, words in _compensated(formats.INT8, gradient, residual, out):
+        largest = (values.view(np.uint32) & 0x7FFFFFFF).max(1, keepdims=True).view(np.float32)  # what is no number wins
+        scale = largest / np.float32(127)
+        scale[~np.isfinite(scale)] = np.nan
+        steps = np.rint(values / scale) + np.float32(0)  # no zero below zero, since a byte has none
+        steps = np.where(scale > 0, np.clip(steps, -127, 127), np.float32(0))
+        words[:, :1], words[:, 1:] = _number_bits(scale), steps.astype(np.int8).view(np.uint32)
+        rest[...] = values - steps * scale
+
+
+def dequantize_int8(codes: Array, out: Array) -> None:
+    """The reverse of :func:`quantize_int8`; ``out``: float32."""
+    words = _words(formats.INT8, codes, out)
+    steps = words[:, 1:].copy().view(np.int8).astype(np.float32)
+    with np.errstate(all="ignore"):
+        _put(steps * words[:, :1].view(np.float32), out)
+
+
+def _compensated(
+    format: formats.Format, gradient: Array, residual: Array, out: Array
+) -> Iterator[tuple[Array, Array, Array]]:
+    """Some blocks, in rows: gradient and residual together, room for the rest, and for the words of the codes.
+
+    The last block is padded with zeros.
+    """
+    check_compensated(format, gradient, residual)
+    with np.errstate(all="ignore"):
+        g, r = _flat(gradient), _flat(residual)
+        for start in range(0, r.size, BLOCK):
+            part = slice(start, min(start + BLOCK, r.size))
+            size = part.stop - start
+            rows = -(-size // format.block)
+            values, rest = np.zeros((2, rows * format.block), np.float32)
+            np.add(g[part].astype(np.float32), r[part], out=values[:size])
+            words = np.empty((rows, format.block_words), np.uint32)
+            yield values.reshape(rows, -1), rest.reshape(rows, -1), words
+            r[part] = rest[:size]
+            begin = format.nbytes(start)
+            out[begin : begin + format.nbytes(size)] = words.view(np.uint8).reshape(-1)[: format.nbytes(size)]
+        if not np.may_share_memory(r, residual):
+            residual[...] = r.reshape(residual.shape)
+
+
+def _packed(mask: Array) -> Array:
+    """Bit i of a word says whether the i-th of 32 is true."""
+    return np.packbits(mask, axis=1, bitorder="little").view(np.uint32)
+
+
+def _unpacked(words: Array) -> Array:
+    return np.unpackbits(np.ascontiguousarray(words).view(np.uint8), axis=1, bitorder="little").view(np.bool_)
+
+
+def _number_bits(scale: Array) -> Array:
+    """Of float32; of what is no number always the same."""
+    bits: Array = np.where(np.isnan(scale), np.uint32(0x7FC00000), scale.view(np.uint32))
+    return bits
+
+
+def _words(format: formats.Format, codes: Array, out: Array) -> Array:
+    """The words of the codes, a row for each block, padded."""
+    check_decompressed(format, out)
+    rows = -(-out.size // format.block)
+    words = np.zeros((rows, format.block_words), np.uint32)
+    words.view(np.uint8).reshape(-1)[: codes.size] = codes
+    return words
+
+
+def _put(values: Array, out: Array) -> None:
+    out[...] = values.reshape(-1)[: out.size].reshape(out.shape)
+
+
+def check_compensated(format: formats.Format, gradient: Array, residual: Array) -> None:
+    """Raises TypeError if these are not compressed."""
+    if gradient.dtype not in (np.float32, *HALVES) or residual.dtype != np.float32:
+        raise TypeError(
+            f"{format.name}: expected gradients of float32, float16 or bfloat16 and float32 residuals, "
+            f"got {gradient.dtype} and {residual.dtype}"
+        )
+
+
+def check_decompressed(format: formats.Format, out: Array) -> None:
+    """Raises TypeError if that is not what comes out."""
+    if out.dtype != np.float32:
+        raise TypeError(f"{format.name}: expected to decompress into float32, got {out.dtype}")

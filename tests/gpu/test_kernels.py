@@ -9,13 +9,14 @@ import pytest
 
 from kvstore import kernels
 from tests.gpu.mirror import mirrored
-from tests.kernels import test_contract
+from tests.kernels import test_compression, test_contract
 from tests.kernels.forms import Form
 
 SMALL = [(), (0,), (7,), (3, 5), (5, 41, 7)]
 
-# Its tests are run again, with the form below.
-globals().update({name: test for name, test in vars(test_contract).items() if name.startswith("test_")})
+# Their tests are run again, with the form below.
+for module in (test_contract, test_compression):
+    globals().update({name: test for name, test in vars(module).items() if name.startswith("test_")})
 
 
 @pytest.fixture(params=["current stream", "own stream"])

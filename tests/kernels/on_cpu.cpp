@@ -31,6 +31,29 @@ INLINE unsigned to_bits(float number) {
     return bits;
 }
 
+// A warp is done by its first thread, lane after lane.
+template <class T> struct Lanes {
+    T own[32];
+    T& operator[](int l) { return own[l]; }
+};
+#define EACH_LANE(l) for (int l = 0; l < 32; l++)
+INLINE bool leads() { return threadIdx.x % 32 == 0; }
+INLINE unsigned mask(const Lanes<bool>& x) {
+    unsigned bits = 0;
+    EACH_LANE(l) bits |= (unsigned)x.own[l] << l;
+    return bits;
+}
+INLINE float sum(Lanes<float> x) {
+    for (int half = 16; half; half /= 2)
+        for (int l = 0; l < half; l++) x[l] = x[l] + x[l + half];
+    return x[0];
+}
+INLINE unsigned largest(Lanes<unsigned> x) {
+    unsigned most = 0;
+    EACH_LANE(l) most = x[l] > most ? x[l] : most;
+    return most;
+}
+
 #include "kernels.cu"
 
 extern "C" void run(void (*kernel)(const Work&), unsigned blocks, unsigned threads, const Work* work) {

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kvstore.kernels.cuda.launches import OPTIONS, SOURCE, Launches
+from kvstore.kernels.cuda.launches import OPTIONS, Launches, source
 
 COMPILER = shutil.which("g++")
 SHIM = Path(__file__).with_name("on_cpu.cpp")
@@ -33,7 +33,7 @@ def build(code: str, options: tuple[str, ...] = OPTIONS) -> ctypes.CDLL:
 
 class OnCpu:
     def __init__(self) -> None:
-        self.library = build(SOURCE.read_text())
+        self.library = build(source())
         self.started: list[str] = []
 
     def blocks(self) -> int:

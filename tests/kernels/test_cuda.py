@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from kvstore.kernels import Change
-from kvstore.kernels.cuda.launches import NEAR, OPTIONS, SOURCE, TILE_BYTES, Launches
+from kvstore.kernels.cuda.launches import NEAR, OPTIONS, TILE_BYTES, Launches, source
 from tests.kernels import on_cpu
 from tests.kernels.forms import cuda_on_cpu
 from tests.kernels.on_cpu import OnCpu
@@ -26,8 +26,9 @@ def test_the_source_compiles(tmp_path):
     """For every architecture that the compiler knows, in one run."""
     known = subprocess.run([NVCC, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
     codes = ",".join(f"sm_{wanted}" for wanted in WANTED if f"compute_{wanted}" in known)
-    target = tmp_path / "kernels.fatbin"
-    command = [NVCC, *OPTIONS, "-gencode", f"arch=compute_80,code=[{codes}]", "-fatbin", "-o", target, SOURCE]
+    code, target = tmp_path / "kernels.cu", tmp_path / "kernels.fatbin"
+    code.write_text(source())
+    command = [NVCC, *OPTIONS, "-gencode", f"arch=compute_80,code=[{codes}]", "-fatbin", "-o", target, code]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert target.stat().st_size

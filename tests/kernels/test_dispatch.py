@@ -44,12 +44,16 @@ def arguments_of(name: str, array) -> tuple:
             return [[array]], array
         case "norm":
             return ([array],)
-        case "cast" | "deduplicate":
+        case "cast" | "deduplicate" | "dequantize_1bit" | "dequantize_int8":
             return array, array
         case "broadcast" | "split":
             return array, [array]
-        case "gather" | "scatter_add":
+        case "gather" | "scatter_add" | "quantize_1bit" | "quantize_int8":
             return array, array, array
+        case "quantize_2bit":
+            return array, array, 0.5, array
+        case "dequantize_2bit":
+            return array, 0.5, array
     return Change(array, array, [array]), (array,), 1.0, 2.0
 
 

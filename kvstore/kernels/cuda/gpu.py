@@ -1,6 +1,6 @@
 """CuPy as the :class:`~kvstore.kernels.cuda.launches.Processor`. Imported with the first CuPy array to compute with.
 
-NVRTC compiles ``kernels.cu`` for the device at hand when a kernel is first started there; CuPy keeps it on disk.
+NVRTC compiles the source for the device at hand when a kernel is first started there; CuPy keeps it on disk.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 import cupy
 import numpy as np
 
-from kvstore.kernels.cuda.launches import OPTIONS, SOURCE, THREADS, WORK, Launches
+from kvstore.kernels.cuda.launches import OPTIONS, THREADS, WORK, Launches, source
 from kvstore.kernels.reference import Array
 
 BLOCKS_PER_MULTIPROCESSOR = 8  # of 256 threads: as many as one holds at a time
@@ -23,7 +23,7 @@ class Gpu:
     """CuPy's current device and stream."""
 
     def __init__(self) -> None:
-        self._module = cupy.RawModule(code=SOURCE.read_text(), options=OPTIONS)
+        self._module = cupy.RawModule(code=source(), options=OPTIONS)
         self._kernel = functools.cache(self._module.get_function)
         self._blocks = functools.cache(_blocks)
 

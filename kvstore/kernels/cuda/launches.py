@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import ml_dtypes
 import numpy as np
 
-from kvstore.kernels import reference
+from kvstore.kernels import formats, reference
 from kvstore.kernels.reference import LANES, Array, Change, States
 
 NEAR = 64  # addresses that are passed with a kernel; more lie in memory
@@ -29,7 +29,7 @@ PACK_BYTES = 16  # the most that one instruction loads
 TILE_BYTES = THREADS * PACK_BYTES * 4  # of one of many arrays, for a block
 TILES_MAX = 16 << 10  # about; of more bytes, tiles are larger
 WORK = struct.Struct(f"6q 2Q 3Q 3Q 3d 8d Q {NEAR}Q")  # as `struct Work` in kernels.cu
-SOURCE = Path(__file__).with_name("kernels.cu")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.cu", "compression.cu"))
 OPTIONS = (  # of the compiler: the same bits as NumPy
     *("--std=c++17", "--fmad=false", "--ftz=false", "--prec-div=true", "--prec-sqrt=true"),
     *(f"-DNEAR={NEAR}", f"-DLANES={LANES}", f"-DWORK_BYTES={WORK.size}"),
@@ -50,6 +50,11 @@ _KINDS = {  # how kernels call the type, and the bytes of what they add up
 }
 _PUSHED = {(_FLOAT32, _FLOAT32), (_FLOAT64, _FLOAT64), *((_FLOAT32, half) for half in reference.HALVES)}
 _CASTS = {(_FLOAT32, half) for half in reference.HALVES} | {(half, _FLOAT32) for half in reference.HALVES}
+
+
+def source() -> str:
+    """All of it, for one compiler's run."""
+    return "".join(path.read_text() for path in SOURCES)
 
 
 class Processor(Protocol):
@@ -358,6 +363,63 @@ class Launches:
             if self._processor.download(wrong)[0]:
                 reference.check_rows(table, self._processor.download(ids))
         return ids
+
+    # --- compression --------------------------------------------------------------------------
+
+    def quantize_2bit(self, gradient: Array, residual: Array, threshold: float, out: Array) -> None:
+        """See :func:`kvstore.kernels.reference.quantize_2bit`."""
+        if not threshold > 0:
+            raise ValueError(f"quantize_2bit: expected a threshold above 0, got {threshold}")
+        self._quantize(formats.TWO_BIT, gradient, residual, out, 16, float(threshold))
+
+    def dequantize_2bit(self, codes: Array, threshold: float, out: Array) -> None:
+        """See :func:`kvstore.kernels.reference.dequantize_2bit`."""
+        self._dequantize(formats.TWO_BIT, codes, out, float(threshold))
+
+    def quantize_1bit(self, gradient: Array, residual: Array, out: Array) -> None:
+        """See :func:`kvstore.kernels.reference.quantize_1bit`."""
+        self._quantize(formats.ONE_BIT, gradient, residual, out, 32)
+
+    def dequantize_1bit(self, codes: Array, out: Array) -> None:
+        """See :func:`kvstore.kernels.reference.dequantize_1bit`."""
+        self._dequantize(formats.ONE_BIT, codes, out)
+
+    def quantize_int8(self, gradient: Array, residual: Array, out: Array) -> None:
+        """See :func:`kvstore.kernels.reference.quantize_int8`."""
+        self._quantize(formats.INT8, gradient, residual, out, 8)
+
+    def dequantize_int8(self, codes: Array, out: Array) -> None:
+        """See :func:`kvstore.kernels.reference.dequantize_int8`."""
+        self._dequantize(formats.INT8, codes, out)
+
+    def _quantize(
+        self, format: formats.Format, gradient: Array, residual: Array, out: Array, rows: int, *numbers: float
+    ) -> None:
+        """A lane of a warp for ``rows`` elements."""
+        reference.check_compensated(format, gradient, residual)
+        given, rest, room = self._fit(gradient), self._fit(residual), self._words(out, fill=False)
+        name = f"quantize_{format.name}_{_kind(format.name, gradient)[0]}"
+        if residual.size:
+            items = -(-residual.size // (32 * rows)) * 32
+            self._start(name, items, [given], size=residual.size, value=rest, target=room, numbers=numbers)
+            self._back([rest, room], [residual, out])
+
+    def _dequantize(self, format: formats.Format, codes: Array, out: Array, *numbers: float) -> None:
+        reference.check_decompressed(format, out)
+        given, room = self._words(codes, fill=True), self._room(out)
+        packed = self._packed([room], PACK_BYTES)
+        name = f"dequantize_{format.name}"
+        self._spread(name, out.size, 4, packed, [], value=given, target=room, numbers=numbers)
+        self._back([room], [out])
+
+    def _words(self, codes: Array, fill: bool) -> Array:
+        """The codes, or bytes at the address of a word for them, with what is in them if asked."""
+        if codes.flags.c_contiguous and self._processor.address(codes) % 4 == 0:
+            return codes
+        own = self._processor.empty(codes.shape, codes.dtype)
+        if fill:
+            self._copy(codes, own)
+        return own
 
     # --- memory -------------------------------------------------------------------------------
 
