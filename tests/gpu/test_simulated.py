@@ -14,10 +14,12 @@ import engine
 from kvstore import kernels
 from kvstore.arrays import gpu
 from kvstore.kernels import reference
+from kvstore.kernels.cuda import launches
 from tests.engine import queues
 from tests.engine.device_programs import with_streams
 from tests.engine.simulated import Nowhere
 from tests.gpu import simulated
+from tests.gpu.simulated import others
 from tests.gpu.simulated.machine import GARBAGE
 from tests.gpu.test_engine import OnCupy
 from tests.kernels import on_cpu
@@ -318,6 +320,21 @@ def test_a_kernel_reaches_a_peers_memory_only_with_peer_access(simulated_cupy):
         pass
 
 
+@on_cpu_only
+def test_a_kernel_reaches_no_peers_memory_by_a_table_either(simulated_cupy):
+    cupy = simulated_cupy()
+    with cupy.cuda.Device(1):
+        there = cupy.full(100, 2, np.float32)
+        there.device.synchronize()
+    arrays = [cupy.ones(100, np.float32) for _ in range(launches.NEAR)]
+    out = cupy.empty(100, np.float32)
+    kernels.merge([*arrays, out], out)
+    cupy.cuda.get_current_stream().synchronize()
+    kernels.merge([*arrays, there], out)
+    with pytest.raises(cupy.cuda.runtime.CUDARuntimeError, match="IllegalAddress"):
+        out.get()
+
+
 def test_cupys_own_kernels_enable_peer_access_with_a_warning(simulated_cupy):
     cupy = simulated_cupy()
     there = cupy.ones(100)
@@ -529,6 +546,39 @@ def test_a_consumers_stream_waits_for_the_producers():
 
     assert outcomes(conversation) == {10}
     assert len(outcomes(lambda *both: conversation(*both, stream=-1))) > 1
+
+
+@pytest.mark.parametrize("version", ["13.6.0", "14.0.0"])
+def test_tensors_of_pytorch_are_seen_in_the_order_of_its_streams(version):
+    found = set()
+    for seed in SEEDS:
+        with simulated.install(seed=seed, version=version), others.torch() as torch:
+            import cupy
+
+            with torch.cuda.stream(torch.cuda.Stream(1)):
+                tensor = torch.Tensor(np.zeros(8), device=1).fill_(3)
+                with gpu.callers([tensor]), cupy.cuda.Device(1):
+                    found.add(gpu.imported(tensor, "a tensor").get().tolist() == [3] * 8)
+    assert found == {True}
+
+
+def test_tensors_are_seen_too_early_without_the_order_of_the_streams():
+    def conversation(cupy, machine):
+        with others.torch() as torch, torch.cuda.stream(torch.cuda.Stream()):
+            tensor = torch.Tensor(np.zeros(8)).fill_(3)
+            return cupy.asarray(tensor.own).tolist() == [3] * 8  # past DLPack
+
+    assert outcomes(conversation) == {True, False}
+
+
+def test_arrays_of_jax_are_complete_for_the_stream_that_asks():
+    def conversation(cupy, machine):
+        array = others.JaxArray(np.arange(8), device=1)
+        assert gpu.is_immutable(array)
+        with cupy.cuda.Device(1), cupy.cuda.Stream(non_blocking=True):
+            return gpu.imported(array, "an array").get().tolist() == list(range(8))
+
+    assert outcomes(conversation) == {True}
 
 
 def test_an_array_of_another_library_by_its_interface(simulated_cupy):

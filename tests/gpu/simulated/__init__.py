@@ -24,7 +24,8 @@ an error to wait for one. As with CUDA:
 * Waiting for what never comes raises :class:`Lost`.
 
 ``machine`` is CUDA's part; ``runtime`` and ``cuda`` are ``cupy.cuda``; ``array`` and ``functions`` are the arrays;
-``compiled`` runs CUDA sources. The kernels are done by the thread that happens to call, under one lock.
+``compiled`` runs CUDA sources; ``others`` has arrays as PyTorch's and JAX's. The kernels are done by the thread that
+happens to call, under one lock.
 """
 
 from __future__ import annotations

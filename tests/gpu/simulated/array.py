@@ -602,7 +602,7 @@ def from_dlpack(array: Any, *, device: Any = None, copy: Any = None) -> ndarray:
     tensor = dlpack.Tensor(capsule)
     if tensor.dtype == ml_dtypes.bfloat16 and machine().version < "14":
         raise NotImplementedError("CuPy does not support bfloat16 yet")
-    memory = cuda.UnownedMemory(tensor.address, tensor.nbytes, tensor, tensor.device[1])
+    memory = cuda.DLPackMemory(tensor.address, tensor.nbytes, tensor, tensor.device[1])
     strides = None if tensor.strides is None else [step * tensor.dtype.itemsize for step in tensor.strides]
     return ndarray(tensor.shape, tensor.dtype, cuda.MemoryPointer(memory, 0), strides)
 

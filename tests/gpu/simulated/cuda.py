@@ -295,6 +295,10 @@ class UnownedMemory(BaseMemory):
         self._owner = owner
 
 
+class DLPackMemory(UnownedMemory):
+    """That of a tensor that came through DLPack."""
+
+
 class MemoryPointer:
     __slots__ = ("device_id", "mem", "ptr")  # no weak references, as in CuPy
 
@@ -413,6 +417,7 @@ class SingleDeviceMemoryPool:
         self._lock = self._machine.lock
         self.freed: deque[_Chunk] = deque()  # taken up with the next call: garbage is collected anywhere
         self._memories: set[Memory] = set()
+        self.live: dict[int, int] = {}  # bytes of what has not been freed, by address
         self._free: dict[int, list[_Chunk]] = {}
         self._limit = 0
         self._total = self._used = 0
@@ -433,6 +438,7 @@ class SingleDeviceMemoryPool:
                 self._split(chunk, size, free)
             else:
                 chunk = self._fresh(size, ident)
+            self.live[chunk.ptr] = chunk.size
             self._used += chunk.size
             self.used_max = max(self.used_max, self._used)
         self._scribble(chunk, ident)
@@ -482,6 +488,7 @@ class SingleDeviceMemoryPool:
         while self.freed:
             chunk = self.freed.popleft()
             self._used -= chunk.size
+            del self.live[chunk.ptr]
             free = self._free.setdefault(chunk.ident, [])
             while chunk.after is not None and chunk.after in free:
                 free.remove(chunk.after)

@@ -153,13 +153,18 @@ class TimedMark(Mark):
         return super().run(queue)
 
 
-class Task(Item):
-    """Work of a device: a kernel or a copy. ``touches``: (address, bytes) of the memory that it reads or writes."""
+Touches = Iterable[tuple[int, int]] | Callable[[], Iterable[tuple[int, int]]]
 
-    def __init__(
-        self, machine: Machine, name: str, work: Callable[[], Any], touches: Iterable[tuple[int, int]]
-    ) -> None:
-        self.machine, self.name, self.work, self.touches = machine, name, work, tuple(touches)
+
+class Task(Item):
+    """Work of a device: a kernel or a copy.
+
+    ``touches``: (address, bytes) of the memory that it reads or writes; or what gives it, when the work begins.
+    """
+
+    def __init__(self, machine: Machine, name: str, work: Callable[[], Any], touches: Touches) -> None:
+        self.machine, self.name, self.work = machine, name, work
+        self.touches = touches if callable(touches) else tuple(touches)
         self.copies = False  # the first is written
 
     def __repr__(self) -> str:
@@ -169,7 +174,7 @@ class Task(Item):
         self.machine.done += 1
         device = self.machine.devices[queue.device]
         if device.error is None:
-            for at, (address, size) in enumerate(self.touches):
+            for at, (address, size) in enumerate(self.touches() if callable(self.touches) else self.touches):
                 why = self.machine.forbidden(queue.device, address, size, self.copies, self.copies and at == 0)
                 if why:
                     device.fail(ILLEGAL_ADDRESS, f"{self.name} on {queue!r}: {why}")
@@ -469,7 +474,7 @@ class Machine(Queues):
                 stream.items.append(Wait(mark))
                 self.busy[stream] = None
 
-    def launch(self, name: str, number: int, work: Callable[[], Any], touches: Iterable[tuple[int, int]]) -> None:
+    def launch(self, name: str, number: int, work: Callable[[], Any], touches: Touches) -> None:
         """A kernel, on a stream of the current device."""
         with self.lock:
             stream = self.stream_of(number)
