@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.gpu import simulated
+from tests.kernels import on_cpu
 
 PATIENCE_S = 10.0
 SHARED_MEMORY = Path("/dev/shm")
@@ -54,6 +55,8 @@ def nothing_leaks() -> Iterator[None]:
 @pytest.fixture
 def simulated_cupy() -> Iterator[Callable[..., Any]]:
     """``simulated_cupy(devices=2, seed=0)``: a CuPy until the test ends; see :mod:`tests.gpu.simulated`."""
+    if not on_cpu.COMPILER:
+        pytest.skip("there is no g++ for the simulated CuPy's kernels")
     with contextlib.ExitStack() as installed:
 
         def install(**options: Any) -> Any:

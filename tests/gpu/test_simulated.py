@@ -26,7 +26,6 @@ from tests.kernels import on_cpu
 
 SEEDS = range(12)
 LIMIT_S = 30
-on_cpu_only = pytest.mark.skipif(not on_cpu.COMPILER, reason="there is no g++")
 
 
 def outcomes(conversation):
@@ -296,7 +295,6 @@ def test_no_more_memory_than_there_is(simulated_cupy):
 # --- peers ------------------------------------------------------------------------------------------
 
 
-@on_cpu_only
 def test_a_kernel_reaches_a_peers_memory_only_with_peer_access(simulated_cupy):
     cupy = simulated_cupy()
     with cupy.cuda.Device(1):
@@ -320,7 +318,6 @@ def test_a_kernel_reaches_a_peers_memory_only_with_peer_access(simulated_cupy):
         pass
 
 
-@on_cpu_only
 def test_a_kernel_reaches_no_peers_memory_by_a_table_either(simulated_cupy):
     cupy = simulated_cupy()
     with cupy.cuda.Device(1):

@@ -436,12 +436,12 @@ class SingleDeviceMemoryPool:
             if chunk is not None:
                 free.remove(chunk)
                 self._split(chunk, size, free)
+                self._scribble(chunk, ident)
             else:
                 chunk = self._fresh(size, ident)
             self.live[chunk.ptr] = chunk.size
             self._used += chunk.size
             self.used_max = max(self.used_max, self._used)
-        self._scribble(chunk, ident)
         return MemoryPointer(PooledMemory(chunk, self), 0)
 
     def _fresh(self, size: int, ident: int) -> _Chunk:
