@@ -491,6 +491,8 @@ def test_numpys_functions_give_arrays_of_the_device(simulated_cupy):
         (np.add(one, other), np.arange(6.0) + 1),
         (np.concatenate([one, other]), np.concatenate([np.arange(6.0), np.ones(6)])),
         (np.zeros_like(one), np.zeros(6)),
+        (cupy.zeros_like(one, np.int8), np.zeros(6)),
+        (np.full_like(one, 7), np.full(6, 7.0)),
         (np.sum(one), np.float64(15)),
         (np.add.reduce(one), np.float64(15)),
     ):

@@ -206,21 +206,35 @@ def full(shape: Any, fill_value: Any, dtype: Any = None, order: str = "C") -> nd
     return made
 
 
-def _like(make: Callable[..., ndarray]) -> Callable[..., ndarray]:
-    def make_like(
-        a: Any, *value: Any, dtype: Any = None, order: str = "K", subok: Any = None, shape: Any = None
-    ) -> ndarray:
-        turned = order == "F" or (order in ("K", "A") and a.flags.fnc and shape is None)
-        made = ndarray(a.shape if shape is None else shape, dtype or a.dtype, order="F" if turned else "C")
-        if value or make is not empty:
-            made.fill(*value or [make is ones])
-        return made
-
-    return make_like
+def _like(a: Any, dtype: Any, order: str, shape: Any) -> ndarray:
+    turned = order == "F" or (order in ("K", "A") and a.flags.fnc and shape is None)
+    return ndarray(a.shape if shape is None else shape, dtype or a.dtype, order="F" if turned else "C")
 
 
-MODULE["empty_like"], MODULE["zeros_like"] = _like(empty), _like(zeros)
-MODULE["ones_like"], MODULE["full_like"] = _like(ones), _like(full)
+@_export
+def empty_like(prototype: Any, dtype: Any = None, order: str = "K", subok: Any = None, shape: Any = None) -> ndarray:
+    return _like(prototype, dtype, order, shape)
+
+
+@_export
+def zeros_like(a: Any, dtype: Any = None, order: str = "K", subok: Any = None, shape: Any = None) -> ndarray:
+    made = _like(a, dtype, order, shape)
+    made.data.memset_async(0, made.nbytes)
+    return made
+
+
+@_export
+def ones_like(a: Any, dtype: Any = None, order: str = "K", subok: Any = None, shape: Any = None) -> ndarray:
+    return full_like(a, 1, dtype, order, subok, shape)
+
+
+@_export
+def full_like(
+    a: Any, fill_value: Any, dtype: Any = None, order: str = "K", subok: Any = None, shape: Any = None
+) -> ndarray:
+    made = _like(a, dtype, order, shape)
+    made.fill(fill_value)
+    return made
 
 
 @_export
