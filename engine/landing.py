@@ -99,6 +99,7 @@ class Landing:
                     result = launch.result if error is None else None
                     for ready in engine._end(op, result, error):
                         engine._dispatch(ready)
+                    launch.event = None  # which may be one of few
                     landed.append((op, result, op.given_up or error))
         for op, result, error in landed:
             engine._leave(op, result, error)
@@ -107,17 +108,18 @@ class Landing:
     def _outcome(self, op: Op) -> tuple[BaseException | None] | None:
         """The error that the op itself ended with, in a tuple; None: it has not ended."""
         launch: Launch = op.flight
-        if launch.event is None:
+        event = launch.event
+        if event is None:
             return (launch.error_at_issue,)
         try:
-            if not self._engine._streams_in_use.devices.done(launch.event):
+            if not self._engine._streams_in_use.devices.done(event):
                 return None
         except Exception as raised:
             if launch.error_at_issue is None:
                 self._engine._blame(raised, op)
             return (launch.error_at_issue or raised,)
         if launch.timing is not None:
-            launch.timing.end(launch.event)
+            launch.timing.end(event)
         return (launch.error_at_issue,)
 
     # --- the thread that looks --------------------------------------------------------------------

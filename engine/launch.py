@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.devices import Event, Stream
 from engine.handle import Completion
-from engine.scheduler import DONE, Flight, Op
+from engine.scheduler import Flight, Op
 
 if TYPE_CHECKING:
     from engine.device_time import Timing
@@ -53,7 +53,7 @@ class Launch(Flight):
         self.in_block = in_block  # of Engine.bulk: they are met when it begins and ends
         self.before: list[Event] = []  # recorded on them
         self.track: Track | None = None
-        self.event: Event = None  # behind its work; None: there is no telling
+        self.event: Event = None  # behind its work; None: it is complete, or there is no telling
         self.issued_at = 0.0  # seconds, if there is a profile
         self.timing: Timing | None = None
         self.followers: list[Callable[[], None]] | None = None  # to be told that it is issued
@@ -82,13 +82,13 @@ class Issue(Completion):
         self._engine._streams_in_use.issue(self._op, None, error)
 
 
-def in_flight(ops: Iterable[Op]) -> list[Launch]:
-    """Those of issued ops that a device may not have done yet, by launches whose events stand for all of them."""
-    found: list[Launch] = []
+def in_flight(ops: Iterable[Op]) -> list[tuple[Track, Event]]:
+    """What there is to be waited for, and where it is, so that issued ops are complete."""
+    found: list[tuple[Track, Event]] = []
     for op in ops:
-        if op.state != DONE:
-            if op.flight.event is not None:
-                found.append(op.flight)
-            else:  # recording one failed
-                found += in_flight(op.flight.after)
+        event = op.flight.event  # another thread may be about to complete it
+        if event is not None:
+            found.append((op.flight.track, event))
+        else:  # it is complete, or recording an event failed
+            found += in_flight(op.flight.after)
     return found

@@ -5,7 +5,7 @@ Nothing is known here of when an op runs, or who runs it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from engine.devices import DeviceMemory, Devices
@@ -35,15 +35,19 @@ class Operands:
         """Where each of the items is; without the lock, like :meth:`memories`."""
         devices = self.devices
         found: list[Place] = []
+        last: Any = None
+        place: Place = None
         for item in items:
-            if isinstance(item, _NO_ARRAYS):
-                found.append(item)
-            else:
-                found.append(None if devices is None else devices.device_of(item))
+            if item is not last:  # else it is read and written
+                last = item
+                place = item if isinstance(item, _NO_ARRAYS) else None if devices is None else devices.device_of(item)
+            found.append(place)
         return found
 
-    def memories(self, places: Iterable[Place]) -> dict[int | None, None]:
+    def memories(self, places: list[Place]) -> Collection[int | None]:
         """The devices in whose memories that is, each once and in order; None is the host."""
+        if places and type(places[0]) is int and places.count(places[0]) == len(places):
+            return (places[0],)  # as a rule
         found: dict[int | None, None] = {}
         for place in places:
             if place is None or type(place) is int:
@@ -64,8 +68,10 @@ class Operands:
         """
         items = writes + reads
         vars_: list[Var] = []
+        last = var = None
         for item, place in zip(items, places, strict=True):
-            var = self._only_var_of(item, place)
+            if item is not last:
+                last, var = item, self._only_var_of(item, place)
             if var is None:
                 op = self._op_in_general(name, reads, writes, priority)
                 break

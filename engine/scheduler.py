@@ -155,7 +155,7 @@ class Scheduler:
             return False
         if var.writer is not None:
             op.flight.after.append(var.writer)
-        if writes:
+        if writes and var.readers:
             op.flight.after.extend(var.readers)
             var.readers.clear()
         return True

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -114,25 +114,22 @@ class Streams:
         before = in_flight(launch.after)
         track = launch.track = self._track_for(launch.device, op.lane, before)
         stream = track.stream
-        for one in before:
-            if one.track is not track:
-                self.devices.wait(stream, one.event)
+        for other, event in before:
+            if other is not track:
+                self.devices.wait(stream, event)
         for event in launch.before:
             self.devices.wait(stream, event)
+        launch.before = []
         if self.time is not None:
             with contextlib.suppress(Exception):  # the work is to be done all the same
                 launch.timing = self.time.begin(launch.device, stream)
         return stream
 
-    def _track_for(self, device: int, lane: str, before: Iterable[Launch]) -> Track:
+    def _track_for(self, device: int, lane: str, before: list[tuple[Track, Event]]) -> Track:
         """One on which the op comes after others anyway, else each of the lane's in turn."""
-        best: Track | None = None
-        for one in before:
-            track = one.track
-            if track is not None and track.device == device and track.lane == lane:
-                best = track
-        if best is not None:
-            return best
+        for track, _ in reversed(before):
+            if track.device == device and track.lane == lane:
+                return track
         there = self._lanes.get((device, lane))
         if there is None or len(there.tracks) < WIDTH:
             return self._another(device, lane)
@@ -201,11 +198,11 @@ class Streams:
 
     def follow(self, op: Op) -> None:
         """What the thread at hand enqueues from now on is to come after an op that is issued."""
-        for launch in in_flight([op]):
+        for track, event in in_flight([op]):
             for device in op.flight.callers:
                 stream = self.devices.current(device)
-                if launch.track is None or stream != launch.track.stream:
-                    self.devices.wait(stream, launch.event)
+                if stream != track.stream:
+                    self.devices.wait(stream, event)
 
     def end_block(self) -> None:
         """A block of :meth:`Engine.bulk` is over."""
