@@ -199,6 +199,7 @@ class ClusterHome(Home):
             exchange.submit(requests)
 
         channels = [remote.channel(piece) for piece in range(len(remote.owners))]
+        self._bundles.take_over(remote)
         self._in_order(exchange, submit, [], "pull", 0, priority)
         return arrivals
 
@@ -213,10 +214,11 @@ class ClusterHome(Home):
 
     def _push(self, exchange: Exchange, gradient: Gradient, arrivals: Arrivals | None) -> None:
         """Stage ``gradient`` and send it, in this key's order of calls. ``arrivals``: of the pull beside it, if any."""
+        remote, arrays = exchange.remote, gradient.arrays
+        self._bundles.take_over(remote)  # for which it may have to wait, and so what is pushed must be read before
         if gradient.on_devices:
             self._push_from_devices(exchange, gradient, arrivals is not None)
             return
-        remote, arrays = exchange.remote, gradient.arrays
         reads = gradient.reads
         unwritten: Gradient | None = gradient  # what is still to be written to what is sent
         flat: Array | None = None  # what is sent
@@ -231,13 +233,6 @@ class ClusterHome(Home):
         else:
             exchange.slot = slot = remote.staging.take()
             flat = slot.array
-            if not remote.order.idle:  # it will be sent later, but must be read now
-                staged = engine.Var(f"staged {remote.key!r}")
-                self._engine.push(
-                    partial(gradient.write, flat), reads=reads, writes=[staged], name="stage", inline=True,
-                    info={"key": remote.key, "bytes": flat.nbytes},
-                )  # fmt: skip
-                reads, unwritten = [staged], None
         sent: Array = flat
 
         def submit() -> None:
@@ -249,7 +244,18 @@ class ClusterHome(Home):
             if arrivals is not None and gradient.outs and len(remote.cut) > 1:
                 arrivals.begin(gradient.outs, gradient.priority)  # what comes while the rest is staged
 
-        self._in_order(exchange, submit, reads, "push", sent.nbytes, gradient.priority, begin)
+        how = "push", sent.nbytes, gradient.priority, begin
+        if unwritten is not None:
+            if self._in_order(exchange, submit, reads, *how, if_free=True):
+                return
+            if not self._engine.pending(*reads):  # it will be sent later, but must be read now
+                staged = engine.Var(f"staged {remote.key!r}")
+                self._engine.push(
+                    partial(gradient.write, flat), reads=reads, writes=[staged], name="stage", inline=True,
+                    info={"key": remote.key, "bytes": flat.nbytes},
+                )  # fmt: skip
+                reads, unwritten = [staged], None
+        self._in_order(exchange, submit, reads, *how)
 
     def _push_from_devices(self, exchange: Exchange, gradient: Gradient, pull: bool) -> None:
         """:meth:`_push` of what lies on devices: copied down part by part, each of which is sent when it is there.
@@ -350,10 +356,13 @@ class ClusterHome(Home):
         priority: int,
         before: Callable[[], None] | None = None,
         lane: str | None = None,
-    ) -> None:
-        """Run ``submit`` when ``reads`` are written, in this key's order of calls; ``before`` it, if that is now."""
+        if_free: bool = False,
+    ) -> bool:
+        """Run ``submit`` when ``reads`` are written, in this key's order of calls; ``before`` it, if that is now.
+
+        ``if_free``: do nothing but return False, if something is in the way.
+        """
         remote, runtime = exchange.remote, self._engine
-        self._bundles.take_over(remote)
         order = exchange.counted.order
         if runtime.free(order) and not (reads and runtime.uses_arrays()) and not runtime.profiling:
             # Nothing is in the way, and nobody else submits meanwhile: an op would cost a sixth of a small round.
@@ -365,12 +374,16 @@ class ClusterHome(Home):
                 exchange.give_up(error)
                 if not isinstance(error, Exception):  # Ctrl-C
                     raise
-            return
-        handle = runtime.push(
+            return True
+        push = runtime.push_if_free if if_free else runtime.push
+        handle = push(
             submit, reads=reads, writes=[order], priority=priority, lane=lane, name=f"{name} {remote.key!r}",
             inline=True, info={"bytes": nbytes},
         )  # fmt: skip
+        if handle is None:
+            return False
         when_ended(handle, lambda error: None if error is None else exchange.give_up(error))
+        return True
 
     # --- optimizer ----------------------------------------------------------------------------
 

@@ -141,6 +141,29 @@ def test_two_devices_and_results_in_place():
         assert c.run(work, devices=2) == [5, 5]
 
 
+def test_a_push_that_ends_a_bundle_has_been_read_when_it_returns():
+    """While a round of the bundle waits for another worker, so that it cannot be sent yet."""
+    keys = names(4)
+    gone_on = threading.Event()
+
+    def work(kv):
+        kv.init(keys, zeros(keys))
+        kv.pushpull(keys, ones(keys)).result()
+        assert in_bundles(kv) == len(keys)
+        if kv.rank == 1:
+            assert gone_on.wait(DEADLINE_S)
+        together = kv.pushpull(keys, ones(keys))
+        alone = np.full(3, 7, F32)
+        kv.push(keys[0], alone)
+        alone[...] = 0
+        gone_on.set()
+        together.result()
+        return kv.pull(keys[0]).result().tolist()
+
+    with cluster(2) as c:
+        assert c.run(work) == [[14.0] * 3] * 2
+
+
 # --- the same as one by one -------------------------------------------------------------------------
 
 
