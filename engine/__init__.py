@@ -10,9 +10,10 @@ of running everything in that order::
     >>> engine.push(lambda: a.sum(), reads=[a]).result()
     np.float64(6.0)
 
-``operands``, ``memory`` and ``var`` say what conflicts, ``scheduler`` (pure) what may run, ``threaded`` and
-``serial`` how it runs, ``base`` what they share, ``waiting`` how a thread waits. Work of devices goes to ``streams``;
-``devices`` says what a device is to the engine, and ``cuda`` what CuPy makes of that.
+``operands``, ``memory`` and ``var`` say what conflicts, ``scheduler`` (pure) what may run, ``core`` what becomes of an
+op, ``threaded`` and ``serial`` how it is started, ``waiting`` how a thread waits, ``base`` what users call. Work of
+devices goes to ``streams`` and comes back by ``landing``; ``devices`` says what a device is to the engine, and ``cuda``
+what CuPy makes of that.
 """
 
 from __future__ import annotations

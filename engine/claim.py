@@ -10,7 +10,7 @@ from engine.handle import Handle
 from engine.scheduler import RUNNING, Op
 
 if TYPE_CHECKING:
-    from engine.base import Engine
+    from engine.core import Core
 
 
 class Claim:
@@ -18,7 +18,7 @@ class Claim:
 
     __slots__ = ("_caller", "_caller_at", "_engine", "arrays", "name", "op")
 
-    def __init__(self, engine: Engine, arrays: tuple[Any, ...], name: str, frame: FrameType) -> None:
+    def __init__(self, engine: Core, arrays: tuple[Any, ...], name: str, frame: FrameType) -> None:
         self._engine = engine
         self.arrays = arrays
         self.name = name

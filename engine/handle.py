@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from engine import waiting
 
 if TYPE_CHECKING:
-    from engine.base import Engine
+    from engine.core import Core
     from engine.scheduler import Op
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ class Handle(Future[Any]):
     _exception: BaseException | None = None
     _waiters: list[Any]
 
-    def __init__(self, engine: Engine, op: Op) -> None:  # in place of Future's
+    def __init__(self, engine: Core, op: Op) -> None:  # in place of Future's
         self._engine = engine
         self.op = op
         self._state = PENDING
@@ -158,7 +158,7 @@ class Completion:
 
     __slots__ = ("_engine", "_op")
 
-    def __init__(self, engine: Engine, op: Op) -> None:
+    def __init__(self, engine: Core, op: Op) -> None:
         self._engine = engine
         self._op = op
 

@@ -15,7 +15,7 @@ from engine.launch import Launch, Track
 from engine.scheduler import DONE, Op
 
 if TYPE_CHECKING:
-    from engine.base import Engine
+    from engine.core import Core
 
 LOOK_S = 50e-6  # between two looks at what is on its way, at first
 LOOK_S_MAX = 1e-3  # and when nothing has come of many
@@ -26,7 +26,7 @@ MANY = 64  # ops of a stream that are looked at together
 class Landing:
     """Completes the ops on some tracks. Thread-safe; state changes under the engine's lock."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Core) -> None:
         self._engine = engine
         self.tracks: list[Track] = []
         self._changed = engine._lock.condition()

@@ -25,7 +25,7 @@ from engine.scheduler import RUNNING, Op
 from engine.trace import Trace
 
 if TYPE_CHECKING:
-    from engine.base import Engine
+    from engine.core import Core
 
 WIDTH = 4  # streams of a lane on one device: ops that do not follow each other can overlap
 COPIES = "copy"  # the lane of ops that touch more than one memory, unless they name another
@@ -52,7 +52,7 @@ class _Lane:
 class Streams:
     """The streams of an engine's lanes. Thread-safe; state changes under the engine's lock."""
 
-    def __init__(self, engine: Engine, devices: Devices) -> None:
+    def __init__(self, engine: Core, devices: Devices) -> None:
         self._engine = engine
         self.devices = devices
         self.landing = Landing(engine)

@@ -12,11 +12,11 @@ from engine.errors import DeadlineError, DeadlockError
 from engine.scheduler import DONE, ISSUED, WAITING, Op
 
 if TYPE_CHECKING:
-    from engine.base import Engine
+    from engine.core import Core
     from engine.handle import Handle
 
 
-def until_done(engine: Engine, handle: Handle, timeout: float | None) -> None:
+def until_done(engine: Core, handle: Handle, timeout: float | None) -> None:
     """Wait until the handle is done. Raises DeadlineError, DeadlockError."""
     op = handle.op
     _meet(engine, op)
@@ -29,7 +29,7 @@ def until_done(engine: Engine, handle: Handle, timeout: float | None) -> None:
             Future.exception(handle, timeout)
 
 
-def follow(engine: Engine, handle: Handle, timeout: float | None) -> None:
+def follow(engine: Core, handle: Handle, timeout: float | None) -> None:
     """See :meth:`Handle.follow`."""
     if handle.op.flight is None:
         engine._await(handle, timeout)
@@ -39,7 +39,7 @@ def follow(engine: Engine, handle: Handle, timeout: float | None) -> None:
         engine._streams_in_use.follow(handle.op)
 
 
-def _until_issued(engine: Engine, handle: Handle, timeout: float | None) -> None:
+def _until_issued(engine: Core, handle: Handle, timeout: float | None) -> None:
     """Wait until an op of a device is issued, or the handle is done."""
     op = handle.op
     _meet(engine, op)
@@ -61,7 +61,7 @@ def listed(ops: Iterable[Op]) -> str:
     return ", ".join(some) or "nothing"
 
 
-def _meet(engine: Engine, op: Op) -> None:
+def _meet(engine: Core, op: Op) -> None:
     """This thread is about to wait for the op: run it here if it is ready."""
     engine._check_process()
     stack = engine._here.ops
@@ -76,7 +76,7 @@ def _meet(engine: Engine, op: Op) -> None:
 
 
 @contextmanager
-def _waiting(engine: Engine, op: Op, timeout: float | None) -> Iterator[None]:
+def _waiting(engine: Core, op: Op, timeout: float | None) -> Iterator[None]:
     """Within the block this thread waits for the op; a TimeoutError becomes the one that names the ops awaited."""
     inside = bool(engine._here.ops)
     if inside:
