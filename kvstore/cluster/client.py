@@ -260,27 +260,28 @@ class ClusterHome(Home):
     def _push_from_devices(self, exchange: Exchange, gradient: Gradient, pull: bool) -> None:
         """:meth:`_push` of what lies on devices: copied down part by part, each of which is sent when it is there.
 
-        The copies are put into a stream, so nobody waits for a device; one after another, so that the first part is
-        there first. The device that merges a part is another one each time: each has a bus of its own.
+        The copies are put into streams, so nobody waits for a device. Each part is merged by another device, for each
+        has a bus of its own; a device's copies come one after another, so that the first is there first.
         """
         remote, runtime, cut = exchange.remote, self._engine, exchange.remote.cut
         exchange.slot = slot = remote.staging.take(pinned=True)
         gradient = _read_later(gradient, runtime)
         sources, flat, priority = _flat(gradient.arrays), slot.array, gradient.priority
-        copies = engine.Var(f"copies of {remote.key!r}")
+        chains: dict[int, engine.Var] = {}  # of copies, by device
         try:
             with runtime.bulk():
                 for some in _parts(cut, remote.dtype) if sources else [range(len(cut))]:
                     start, stop = cut.span(some[0])[0], cut.span(some[-1])[1]
                     part, there = flat[start:stop], engine.Var(f"staged {remote.key!r}[{some[0]}]")
-                    copy = partial(gradient.write, part)
+                    copy, reads, writes = partial(gradient.write, part), gradient.reads, [there]
                     if sources:
                         copy = partial(comm.merge, [source[start:stop] for source in sources], part)
-                    self._turn += 1
+                        self._turn += 1
+                        reads = _from(reads, self._turn)
+                        writes.append(chains.setdefault(memory_of(reads[0]), engine.Var(f"copies of {remote.key!r}")))
                     runtime.push(
-                        copy, reads=_from(gradient.reads, self._turn), writes=[copies, there],
-                        priority=priority, lane="copy", name="stage", lent=gradient.lent,
-                        info={"key": remote.key, "bytes": part.nbytes, "piece": some[0]},
+                        copy, reads=reads, writes=writes, priority=priority, lane="copy", name="stage",
+                        lent=gradient.lent, info={"key": remote.key, "bytes": part.nbytes, "piece": some[0]},
                     )  # fmt: skip
                     send = partial(self._send_part, exchange, flat, some, pull, priority, gradient.samples)
                     self._in_order(exchange, send, [there], "push", part.nbytes, priority, lane="network")
