@@ -5,6 +5,8 @@ Both are measured in turn, with the same threads on the same memory. Where Numba
 
 from __future__ import annotations
 
+import functools
+import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,15 +21,16 @@ from kvstore.arrays import Array
 from kvstore.bench.cases import Line
 from kvstore.bench.statistic import Rows, row
 from kvstore.errors import KVStoreError
-from kvstore.kernels import Change, reference
+from kvstore.kernels import FORMATS, Change, reference
 
 TINY_ELEMENTS = 64
-TINY_CALLS = 20_000
+TINY_CALLS, TINY_TIMES = 200, 20
 ROWS, COLUMNS = 100_000, 64  # gathered from and added to ten times as many
 TIMES = 5  # of a repeat; the fastest counts: whoever else uses the machine only takes
 LOAD_S = 120.0
 
-Work = Callable[[Sequence[Array]], Any]  # on the same part of each array
+Call = Callable[[], Any]
+Make = Callable[[Any, Sequence[Array]], Call]  # the kernel by some form, on the same part of each array
 loops = njit(nogil=True, error_model="numpy")
 
 
@@ -39,6 +42,13 @@ def _copy(source: Any, target: Any) -> None:
     """1 read, 1 written."""
     for i in range(source.size):
         target[i] = source[i]
+
+
+@loops
+def _fill(a: Any) -> None:
+    """1 written."""
+    for i in range(a.size):
+        a[i] = 1
 
 
 @loops
@@ -85,51 +95,77 @@ def _sum_and_add(a: Any, b: Any, c: Any, d: Any, e: Any, f: Any) -> None:
 
 SGD = (1e-3, 0.0, 0.9, 1.0, 0.0, 0.0)
 ADAM = (1e-4, 0.9, 0.9, 0.999, 1e-8, 0.0, 1.0)
+THRESHOLD = 1.0
 
 
-def _cases(form: Any) -> dict[str, tuple[int, Any, Work]]:
-    """By name: how many float32 arrays are used, the loops that touch as many, the kernel by ``form``."""
+def _update(name: str, pushes: int, states: int, absent: int, *numbers: float) -> tuple[int, Make]:
+    """Arrays that are used, and the optimizer: by so many pushes, with so many states and some that it has not."""
 
-    def sgd(a: Sequence[Array]) -> None:
-        form.sgd(Change(a[1], a[1], a[:1]), (a[2],), *SGD)
+    def make(form: Any, a: Sequence[Array]) -> Call:
+        kernel = getattr(form, name)
+        change = Change(a[pushes], a[pushes], a[:pushes])
+        own = (*a[pushes + 1 : pushes + 1 + states], *[None] * absent)
+        return lambda: kernel(change, own, *numbers)
 
-    def sgd_of_four(a: Sequence[Array]) -> None:
-        form.sgd(Change(a[4], a[4], a[:4]), (a[5],), *SGD)
+    return pushes + 1 + states, make
 
-    def adam(a: Sequence[Array]) -> None:
-        form.adam(Change(a[1], a[1], a[:1]), (a[2], a[3], None), *ADAM)
 
-    return {
-        "merge of 4": (5, _sum, lambda a: form.merge(a[:4], a[4])),
-        "SGD": (2, _add, lambda a: form.sgd(Change(a[1], a[1], a[:1]), (None,), *SGD)),
-        "SGD momentum": (3, _add_twice, sgd),
-        "merge of 4 + SGD momentum": (6, _sum_and_add, sgd_of_four),
-        "Adam": (4, _add_thrice, adam),
-        "Adagrad": (3, _add_twice, lambda a: form.adagrad(Change(a[1], a[1], a[:1]), (a[2],), 1e-3, 1e-8, 0.0)),
-        "RMSProp": (3, _add_twice, lambda a: form.rmsprop(
-            Change(a[1], a[1], a[:1]), (a[2], None, None), 1e-3, 0.99, 1e-8, 0.0, 0.0)),
-        "Adadelta": (4, _add_thrice, lambda a: form.adadelta(
-            Change(a[1], a[1], a[:1]), (a[2], a[3]), 1.0, 0.9, 1e-6, 0.0)),
-        "FTRL": (4, _add_thrice, lambda a: form.ftrl(Change(a[1], a[1], a[:1]), (a[2], a[3]), 0.1, 1.0, 0.01, 0.0)),
-    }  # fmt: skip
+def _merge(form: Any, a: Sequence[Array]) -> Call:
+    pushes, out = a[:4], a[4]
+    return lambda: form.merge(pushes, out)
+
+
+def _compress(name: str) -> tuple[int, Make]:
+    numbers = (THRESHOLD,) if name == "2bit" else ()
+
+    def make(form: Any, a: Sequence[Array]) -> Call:
+        kernel, codes = getattr(form, f"quantize_{name}"), np.ones(FORMATS[name].nbytes(a[0].size), np.uint8)
+        return lambda: kernel(a[0], a[1], *numbers, codes)
+
+    return 2, make
+
+
+def _decompress(name: str) -> tuple[int, Make]:
+    numbers = (THRESHOLD,) if name == "2bit" else ()
+
+    def make(form: Any, a: Sequence[Array]) -> Call:
+        kernel, codes = getattr(form, f"dequantize_{name}"), np.ones(FORMATS[name].nbytes(a[0].size), np.uint8)
+        return lambda: kernel(codes, *numbers, a[0])
+
+    return 1, make
+
+
+CASES: dict[str, tuple[Callable[..., None], int, Make]] = {  # the loops that touch as many arrays, and the kernel
+    "merge of 4": (_sum, 5, _merge),
+    "SGD": (_add, *_update("sgd", 1, 0, 1, *SGD)),
+    "SGD momentum": (_add_twice, *_update("sgd", 1, 1, 0, *SGD)),
+    "merge of 4 + SGD momentum": (_sum_and_add, *_update("sgd", 4, 1, 0, *SGD)),
+    "Adam": (_add_thrice, *_update("adam", 1, 2, 1, *ADAM)),
+    "Adagrad": (_add_twice, *_update("adagrad", 1, 1, 0, 1e-3, 1e-8, 0.0)),
+    "RMSProp": (_add_twice, *_update("rmsprop", 1, 1, 2, 1e-3, 0.99, 1e-8, 0.0, 0.0)),
+    "Adadelta": (_add_thrice, *_update("adadelta", 1, 2, 0, 1.0, 0.9, 1e-6, 0.0)),
+    "FTRL": (_add_thrice, *_update("ftrl", 1, 2, 0, 0.1, 1.0, 0.01, 0.0)),
+    **{f"compress to {name}": (_add, *_compress(name)) for name in FORMATS},
+    **{f"decompress {name}": (_fill, *_decompress(name)) for name in FORMATS},
+}
 
 
 def measure(elements: int, repeats: int) -> Rows:
     """One row per kernel and number of threads."""
-    fast, plain = _cases(kernels), _cases(reference)
     rng = np.random.default_rng(0)
-    memory = [
-        np.abs(rng.standard_normal(elements, np.float32)) for _ in range(max(count for count, _, _ in fast.values()))
-    ]
+    most = max(count for _, count, _ in CASES.values())
+    memory = [np.abs(rng.standard_normal(elements, np.float32)) for _ in range(most)]
     rows: Rows = []
     with ThreadPoolExecutor(2, "bench-kernels") as pool:
-        for name, (count, touch, work) in fast.items():
-            arrays = memory[:count]
+        for name, (touch, count, make) in CASES.items():
             for threads in (1, 2):
-                works: dict[str, Work] = {"kernel": work, "memory": lambda parts, touch=touch: touch(*parts)}  # type: ignore[misc]
+                parts = list(zip(*(np.array_split(array, threads) for array in memory[:count]), strict=True))
+                calls = {
+                    "kernel": _shared([make(kernels, part) for part in parts], pool),
+                    "memory": _shared([functools.partial(touch, *part) for part in parts], pool),
+                }
                 if threads == 1:
-                    works["NumPy"] = plain[name][2]
-                calls = {what: _shared(one, arrays, threads, pool) for what, one in works.items()}
+                    calls["NumPy"] = _shared([make(reference, parts[0])], pool)
                 title = f"{name}, {elements / 1e6:g} M, {'1 thread' if threads == 1 else f'{threads} threads'}"
                 rows.append(_row(title, calls, repeats, "ms"))
     rows += _casts(memory, repeats)
@@ -137,16 +173,15 @@ def measure(elements: int, repeats: int) -> Rows:
     return rows + _tiny(repeats)
 
 
-def _shared(work: Work, arrays: Sequence[Array], threads: int, pool: ThreadPoolExecutor) -> Callable[[], float]:
-    """Milliseconds for all of the arrays, a part for each thread."""
-    parts = list(zip(*(np.array_split(array, threads) for array in arrays), strict=True))
+def _shared(calls: Sequence[Call], pool: ThreadPoolExecutor) -> Callable[[], float]:
+    """Milliseconds for all of them, a thread for each."""
 
     def once() -> float:
         start = time.perf_counter()
-        if threads == 1:
-            work(parts[0])
+        if len(calls) == 1:
+            calls[0]()
         else:
-            list(pool.map(work, parts))
+            list(pool.map(lambda call: call(), calls))
         return (time.perf_counter() - start) * 1e3
 
     return once
@@ -219,16 +254,38 @@ def _rows_of_a_table(count: int, repeats: int) -> Rows:
 def _tiny(repeats: int) -> Rows:
     """Microseconds per call on next to nothing."""
     arrays = [np.ones(TINY_ELEMENTS, np.float32) for _ in range(6)]
-    rows, plain = [], _cases(reference)
-    for name, (_, _, work) in _cases(kernels).items():
+    rows = []
+    for name, make in {**{name: make for name, (_, _, make) in CASES.items()}, **_others(arrays)}.items():
+        for array in arrays:
+            array.fill(1)  # no numbers that take the processor longer
         calls = {
-            "kernel": _per_call(lambda work=work: work(arrays)),  # type: ignore[misc]
+            "kernel": _per_call(make(kernels, arrays)),
             "memory": _per_call(lambda: np.add(arrays[0], arrays[1], out=arrays[5])),
-            "NumPy": _per_call(lambda work=plain[name][2]: work(arrays)),  # type: ignore[misc]
+            "NumPy": _per_call(make(reference, arrays)),
         }
         made = _row(f"{name}, {TINY_ELEMENTS} elements", calls, repeats, "us")
         rows.append(made | {"limit_name": "one np.add"})
     return rows
+
+
+def _others(arrays: Sequence[Array]) -> dict[str, Make]:
+    """Kernels that are measured on little only."""
+    half, table = arrays[0].astype(np.float16), np.ones((100, 16), np.float32)
+    ids, some = np.array([3, 5, 3, 7]), arrays[0].reshape(4, 16)
+    pair, out, others, gradient = arrays[:2], arrays[2], arrays[3:4], arrays[:1]
+    return {
+        "merge of 2": lambda form, _: lambda: form.merge(pair, out),
+        "merge of 2 to 2": lambda form, _: lambda: form.allreduce(pair, out, others),
+        "norm": lambda form, _: lambda: form.norm(gradient),
+        "LARS": _update("lars", 1, 1, 0, 1e-6, 1e-3, 1e-8, 0.0, 0.9)[1],
+        "LAMB": _update("lamb", 1, 2, 0, 1e-6, 0.1, 0.3, 0.9, 0.999, 1e-6, 0.01)[1],
+        "cast to float16": lambda form, _: lambda: form.cast(out, half),
+        "cast from float16": lambda form, _: lambda: form.cast(half, out),
+        "broadcast to 2": lambda form, _: lambda: form.broadcast(out, arrays[3:5]),
+        "gather": lambda form, _: lambda: form.gather(table, ids, some),
+        "scatter-add": lambda form, _: lambda: form.scatter_add(table, ids, some),
+        "deduplicate": lambda form, _: lambda: form.deduplicate(ids, some),
+    }
 
 
 def _timed(work: Callable[[], Any]) -> Callable[[], float]:
@@ -240,13 +297,16 @@ def _timed(work: Callable[[], Any]) -> Callable[[], float]:
     return once
 
 
-def _per_call(work: Callable[[], Any]) -> Callable[[], float]:
-    calls = TINY_CALLS // TIMES
+def _per_call(work: Call) -> Callable[[], float]:
+    """Microseconds of one of some calls, of so few that another process seldom gets in between."""
 
     def some() -> float:
-        start = time.perf_counter()
-        for _ in range(calls):
-            work()
-        return (time.perf_counter() - start) / calls * 1e6
+        fastest = math.inf
+        for _ in range(TINY_TIMES):
+            start = time.perf_counter()
+            for _ in range(TINY_CALLS):
+                work()
+            fastest = min(fastest, time.perf_counter() - start)
+        return fastest / TINY_CALLS * 1e6
 
     return some

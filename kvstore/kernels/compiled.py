@@ -19,7 +19,7 @@ from kvstore.kernels.dispatch import Forms, by_memory
 from kvstore.kernels.loader import LOADER
 from kvstore.kernels.reference import HALVES, Array, Change, States
 
-TINY = 512  # elements: to lay out fewer, if they are not of one dimension, takes longer than NumPy takes to add them
+TINY = 512  # elements: to find fewer takes longer than NumPy takes to add them, if they are two or have dimensions
 
 _FLOAT32, _FLOAT64, _BYTE = np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.uint8)
 _UNSIGNED = {size: np.dtype(f"u{size}") for size in (1, 4, 8)}
@@ -36,6 +36,7 @@ _SEEN: dict[np.dtype[Any], np.dtype[Any]] = {  # as what kernels see the memory 
 _PUSHED = {(value, value): value for value in (_FLOAT32, _FLOAT64)} | {  # by the types of value and pushes, the same
     (_FLOAT32, half): _SEEN[half] for half in HALVES
 }
+_HALVES_SEEN = frozenset(_SEEN[half] for half in HALVES)
 _NOTHING = {dtype: np.empty(0, dtype) for dtype in (_FLOAT32, _FLOAT64)}
 _INT64, _UINT32, _INT8 = np.dtype(np.int64), np.dtype(np.uint32), np.dtype(np.int8)
 _FIRST_WRONG, _GATHER = ("first_wrong", _INT64, _INT64), ("gather", _BYTE, _BYTE)
@@ -62,9 +63,9 @@ def wait(timeout: float | None = None) -> bool:
 @by_memory(1)
 def merge(arrays: Sequence[Array], out: Array) -> None:
     """See :func:`kvstore.kernels.reference.merge`."""
-    seen = _SEEN.get(out.dtype)
-    tiny = out.ndim != 1 and out.size < TINY and out.dtype not in HALVES
-    if seen is not None and len(arrays) > 1 and not tiny and out.flags.c_contiguous:
+    seen, count = _SEEN.get(out.dtype), len(arrays)
+    tiny = out.size < TINY and (count == 2 or out.ndim != 1) and seen not in _HALVES_SEEN
+    if seen is not None and count > 1 and not tiny and out.flags.c_contiguous:
         kernel = LOADER["merge", seen, seen]
         if kernel is not None and (pushes := _pushes(arrays, seen)) is not None:
             kernel(_flat(out, seen), *pushes)
@@ -78,8 +79,8 @@ def allreduce(arrays: Sequence[Array], out: Array, others: Sequence[Array]) -> N
     if not others:
         merge(arrays, out)
         return
-    seen, outs = _SEEN.get(out.dtype), [out, *others]
-    if seen is not None and out.size >= TINY and all(each.flags.c_contiguous for each in outs):
+    seen, outs = _SEEN.get(out.dtype) if out.size >= TINY else None, [out, *others]
+    if seen is not None and all(each.flags.c_contiguous for each in outs):
         kernel = LOADER["allreduce", seen, seen]
         if kernel is not None and not any(_overlap_in_part(array, other) for array in arrays for other in others):
             pushes, targets = _pushes(arrays, seen), _pushes(outs, seen)
@@ -183,8 +184,8 @@ def _flat(array: Array, seen: np.dtype[Any]) -> Array:
 def _optimizer(plain: Callable[..., None]) -> Callable[..., None]:
     name = plain.__name__
     known = {
-        dtypes: ((name, dtypes[0], seen), ("locate", seen, seen), _NOTHING[dtypes[0]])
-        for dtypes, seen in _PUSHED.items()
+        (dtype, pushed): ((name, dtype, seen), ("locate", seen, seen), _NOTHING[dtype], seen == pushed)
+        for (dtype, pushed), seen in _PUSHED.items()
     }
 
     def kernel(change: Change, states: States, *numbers: float) -> None:
@@ -192,18 +193,18 @@ def _optimizer(plain: Callable[..., None]) -> Callable[..., None]:
         if type(target) is not ndarray and not isinstance(target, ndarray):  # which is a file's memory, say
             forms[type(target)](change, states, *numbers)
             return
-        pushed = pushes[0].dtype
-        found = known.get((target.dtype, pushed))
-        if found is None or (code := LOADER[found[0]]) is None or (locate := LOADER[found[1]]) is None:
+        found = known.get((target.dtype, pushes[0].dtype))
+        if found is None or (code := LOADER[found[0]]) is None:
             plain(change, states, *numbers)
             return
-        nothing = found[2]
+        _, to_locate, nothing, as_they_are = found
         own = [nothing if state is None else state for state in states]
-        if target.ndim != 1 or pushed in HALVES:
+        locate = None if len(pushes) == 1 else LOADER[to_locate]
+        if target.ndim != 1 or not as_they_are or (locate is None and len(pushes) > 1):
             flat(code, change, states, own, numbers)
             return
         try:
-            table = _ONE_PUSH if len(pushes) == 1 else _addresses(pushes, locate)
+            table = _ONE_PUSH if locate is None else _addresses(pushes, locate)
             code(target, value, pushes[0], table, scale, clip, *own, *numbers)
         except TypeError:
             flat(code, change, states, own, numbers)
@@ -306,9 +307,10 @@ def scatter_add(target: Array, row_ids: Array, rows: Array) -> None:
 @by_memory(1)
 def deduplicate(row_ids: Array, rows: Array) -> tuple[Array, Array]:
     """See :func:`kvstore.kernels.reference.deduplicate`."""
-    kernel = LOADER[asked] if (asked := _DEDUPLICATE.get(rows.dtype)) is not None else None
-    order = LOADER[_ORDER] if kernel is not None and row_ids.dtype is _INT64 and rows.size else None
-    if kernel is None or order is None or not (rows.flags.c_contiguous and row_ids.flags.c_contiguous):
+    asked = _DEDUPLICATE.get(rows.dtype)
+    kernel, order = (None, None) if asked is None else (LOADER[asked], LOADER[_ORDER])
+    fit = rows.flags.c_contiguous and row_ids.flags.c_contiguous and row_ids.dtype is _INT64 and rows.size
+    if kernel is None or order is None or not fit:
         return reference.deduplicate(row_ids, rows)
     positions = np.empty(row_ids.size, _INT64)
     count = order(row_ids, positions)

@@ -720,16 +720,13 @@ def quantize_2bit(gradient: Any, residual: Any, words: Any, threshold: Any) -> N
 
 
 def dequantize_2bit(words: Any, out: Any, threshold: Any) -> None:
-    high = np.float32(threshold)
-    values = high, -high, np.float32(np.nan), np.float32(0)
+    high, zero, no_number, one = np.float32(threshold), np.float32(0), np.float32(np.nan), np.uint32(1)
     for k in range(-(-out.size // 32)):
         some, minus, to = words[2 * k], words[2 * k + 1], out[32 * k : 32 * k + 32]
         for i in range(to.size):
-            far, below = (some >> np.uint32(i)) & np.uint32(1), (minus >> np.uint32(i)) & np.uint32(1)
-            if far:
-                to[i] = values[1] if below else values[0]
-            else:
-                to[i] = values[2] if below else values[3]
+            far = (some >> np.uint32(i)) & one
+            above, below = high if far else zero, -high if far else no_number
+            to[i] = below if (minus >> np.uint32(i)) & one else above
 
 
 def quantize_1bit(gradient: Any, residual: Any, words: Any, scales: Any) -> None:
@@ -764,31 +761,30 @@ def dequantize_1bit(words: Any, scales: Any, out: Any) -> None:
 
 
 def quantize_int8(gradient: Any, residual: Any, codes: Any, scales: Any) -> None:
-    scratch, low, high, zero = np.empty(BLOCK, np.float32), np.float32(-127), np.float32(127), np.float32(0)
-    magnitudes = scratch.view(np.uint32)
+    scratch, high, zero = np.empty(BLOCK, np.float32), np.float32(127), np.float32(0)
+    magnitudes = scratch.view(np.uint32)  # whose order is that of the numbers, with what is no number above all
     for start in range(0, residual.size, BLOCK):
         everything, whole = _compensated(gradient, residual, start, scratch)
         for begin in range(0, whole.size, STEPS):
             values, rest = everything[begin : begin + STEPS], whole[begin : begin + STEPS]
-            largest = np.uint32(0)
-            for i in range(begin, begin + rest.size):
-                largest = max(largest, magnitudes[i] & MAGNITUDE)
-            scale = _number_of(largest) / high
-            if largest >= INFINITE:
-                scale = _number_of(NO_NUMBER)
+            largest, bits = np.uint32(0), magnitudes[begin : begin + rest.size]
+            for i in range(bits.size):
+                magnitude = bits[i] & MAGNITUDE
+                largest = magnitude if magnitude > largest else largest
+            scale, inverse = _number_of(largest) / high, high / _number_of(largest)
             at = (start + begin) // STEPS * (1 + STEPS // 4)
-            scales[at] = scale
             to = codes[4 * at + 4 : 4 * at + 4 + rest.size]
-            if scale > 0:
+            if largest < INFINITE and inverse < math.inf:
                 for i in range(rest.size):
-                    step = np.rint(values[i] / scale) + zero
-                    step = high if step > high else low if step < low else step
+                    step = np.rint(values[i] * inverse) + zero
                     to[i] = np.int8(np.int32(step))
                     rest[i] = values[i] - step * scale
             else:
+                scale = zero if largest < INFINITE else _number_of(NO_NUMBER)
                 for i in range(rest.size):
                     to[i] = 0
                     rest[i] = values[i] - zero * scale
+            scales[at] = scale
             for i in range(4 * at + 4 + rest.size, 4 * (at + 1 + -(-rest.size // 4))):
                 codes[i] = 0
 

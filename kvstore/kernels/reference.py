@@ -509,16 +509,17 @@ def dequantize_1bit(codes: Array, out: Array) -> None:
 
 
 def quantize_int8(gradient: Array, residual: Array, out: Array) -> None:
-    """Each element as a multiple of its block's scale, which is the largest magnitude by 127. With error feedback.
+    """Each element as a multiple, -127 to 127, of its block's scale. With error feedback.
 
-    Rounded to nearest even, in -127..127.
+    The scale is the largest magnitude by 127. An element times 127 by that magnitude is rounded to nearest even.
     """
     for values, rest, words in _compensated(formats.INT8, gradient, residual, out):
         largest = (values.view(np.uint32) & 0x7FFFFFFF).max(1, keepdims=True).view(np.float32)  # what is no number wins
-        scale = largest / np.float32(127)
+        scale, inverse = largest / np.float32(127), np.float32(127) / largest
+        scale[inverse == math.inf] = 0  # of what is nearly nothing
         scale[~np.isfinite(scale)] = np.nan
-        steps = np.rint(values / scale) + np.float32(0)  # no zero below zero, since a byte has none
-        steps = np.where(scale > 0, np.clip(steps, -127, 127), np.float32(0))
+        steps = np.rint(values * inverse) + np.float32(0)  # no zero below zero, since a byte has none
+        steps = np.where(scale > 0, steps, np.float32(0))
         words[:, :1], words[:, 1:] = _number_bits(scale), steps.astype(np.int8).view(np.uint32)
         rest[...] = values - steps * scale
 

@@ -70,10 +70,13 @@ def dumb(name, values):
         below = [x < 0 for x in values]
         return float_bits(scale) + bits_of(below), [-scale if minus else scale for minus in below]
     largest = max((abs(x) for x in values), key=lambda x: (x != x, x))
-    scale = largest / f(127)
-    if not math.isfinite(scale):
-        scale = f(math.nan)
-    steps = [f(max(-127, min(127, np.rint(x / scale)))) if scale > 0 else f(0) for x in values]
+    scale, inverse = largest / f(127), f(127) / largest
+    if not math.isfinite(largest):
+        scale, steps = f(math.nan), [0] * len(values)
+    elif not math.isfinite(inverse):
+        scale, steps = f(0), [0] * len(values)
+    else:
+        steps = [np.rint(x * inverse) for x in values]
     codes = bytes(int(step) % 256 for step in steps)
     return float_bits(scale) + codes + bytes(-len(codes) % 4), [f(int(step)) * scale for step in steps]
 
@@ -139,8 +142,9 @@ def test_odd_numbers(form: Form, name):
     odd = [math.inf, -math.inf, math.nan, 0.0, -0.0, 1e-45, -3e-44, 3e38, -3e38, 1.0, THRESHOLD, -THRESHOLD]
     with np.errstate(all="ignore"):
         pairs = [np.array(pair, f) for pair in zip(*[(x, y) for x in odd for y in odd], strict=True)]
+        tiny = [(np.array([x, -x / 3, 0], f), np.zeros(3, f)) for x in (1e-44, 9e-40, 3.7e-37, 3.8e-37)]
         alone = [(np.full(3, x, f), np.zeros(3, f)) for x in odd]
-    for gradient, residual in [pairs, *alone, (np.array([1e-44, -9e-44, 0], f), np.zeros(3, f))]:
+    for gradient, residual in [pairs, *alone, *tiny]:
         codes, meant, rest = dumb_blocks(name, gradient, residual)
         own, out, result = residual.copy(), room(name, gradient.size), np.zeros(gradient.size, f)
         compress(name, gradient, own, out)

@@ -146,18 +146,17 @@ template <class P> INLINE void quantize_int8(const Work& work) {
                 most[l] = bits > most[l] ? bits : most[l];
             }
         uint32 magnitude = largest(most);
-        float scale = magnitude < 0x7F800000 ? from_bits(magnitude) / 127.0f : no_number();
+        bool finite = magnitude < 0x7F800000;
+        float inverse = 127.0f / from_bits(magnitude);
+        bool any = finite && to_bits(inverse) < 0x7F800000;
+        float scale = any ? from_bits(magnitude) / 127.0f : finite ? 0.0f : no_number();
         unsigned char* out = (unsigned char*)work.target + at / BLOCK * (4 + BLOCK);
         EACH_LANE(l) if (l == 0) *(uint32*)out = to_bits(scale);
         int64 bytes = (work.size - at + 3) / 4 * 4;
 #pragma unroll
         for (int k = 0; k < ROWS; k++)
             EACH_LANE(l) {
-                float steps = 0.0f;
-                if (scale > 0) {
-                    steps = rintf(x[k][l] / scale) + 0.0f;
-                    steps = steps > 127.0f ? 127.0f : steps < -127.0f ? -127.0f : steps;
-                }
+                float steps = any ? rintf(x[k][l] * inverse) + 0.0f : 0.0f;
                 leave(work, at + 32 * k + l, x[k][l] - steps * scale);
                 if (32 * k + l < bytes) out[4 + 32 * k + l] = (unsigned char)(signed char)(int)steps;
             }
