@@ -71,7 +71,13 @@ class Delivery:
         return len(self._on_devices)
 
     def write(
-        self, source: Array, start: int = 0, over: Callable[[], None] = _nothing, *, pinned: bool = False
+        self,
+        source: Array,
+        start: int = 0,
+        over: Callable[[], None] = _nothing,
+        *,
+        pinned: bool = False,
+        large: bool = False,
     ) -> None:
         """Write the flat ``source``, of the host, to the arrays, from element ``start`` on in C order.
 
@@ -79,13 +85,14 @@ class Delivery:
 
         Args:
             over: called when nobody reads ``source`` any more, which is held until then.
+            large: it is among more than stays in the caches.
         """
         pinned = pinned or source.nbytes <= UNPINNED_BYTES
         over_later = False
         try:
             for completion, outs in self._parts:
                 if outs is not self._on_devices:
-                    comm.broadcast(source, outs, start)
+                    comm.broadcast(source, outs, start, large=large)
                 elif pinned:
                     over_later = True
                     self._write_up(completion, source, start, over)

@@ -18,7 +18,7 @@ from kvstore.checkpoint.cut import CutSource
 from kvstore.cluster.bundles import Bundles
 from kvstore.cluster.cutpoints import CutPoints
 from kvstore.cluster.cuts import Cuts
-from kvstore.cluster.exchange import Arrivals, Exchange, Remote, key_of, near_pieces
+from kvstore.cluster.exchange import CROWDED, Arrivals, Exchange, Remote, key_of, near_pieces
 from kvstore.cluster.session import SCHEDULER, Session
 from kvstore.errors import DeadlineError, OptimizerError, ServerLostError, ShapeError
 from kvstore.handle import Ended, when_ended
@@ -48,7 +48,9 @@ from kvstore.protocol.messages import (
 from kvstore.protocol.pieces import BundleId, Cut, Key, owner
 from kvstore.protocol.requesting import CREDIT_FREE_BYTES, Answered, Divide, Outcome, Request
 
+CACHED_BYTES = 32 << 20  # of values in use: of more, next to nothing is in the caches when it is read again
 CHUNK_BYTES = 8 << 20  # a large gradient is staged and sent in parts, so that the servers begin early
+CROWDED_CHUNK_BYTES = 16 << 20  # where they would take their core from a worker that stages
 
 
 class ClusterHome(Home):
@@ -60,6 +62,7 @@ class ClusterHome(Home):
         self._engine = runtime
         self._servers = range(len(session.servers))
         self._remotes: dict[Key, Remote] = {}
+        self._nbytes = 0  # of their values
         self._bundles = Bundles(self, session, runtime)
         self._joining: dict[Key, Remote] = {}  # init has not been answered
         self._barriers = 0
@@ -78,6 +81,11 @@ class ClusterHome(Home):
     def workers(self) -> Sequence[int]:
         """The ranks of those who take part now."""
         return sorted(self._session.workers)
+
+    @property
+    def _large(self) -> bool:
+        """Are the values more than stays in the caches from one round to the next?"""
+        return self._nbytes >= CACHED_BYTES
 
     @property
     def shards(self) -> int:
@@ -102,7 +110,7 @@ class ClusterHome(Home):
         first = self.rank == min(self._session.workers, default=self.rank)
         value, given = to_host(value), value
         value = value.copy() if first and value is given else value  # the caller may overwrite it at once
-        left = len(remote.cut)
+        left = remote.pieces
         rounds: list[int] = []
 
         def one_ended(outcome: Outcome | Divide) -> None:
@@ -121,7 +129,8 @@ class ClusterHome(Home):
             self._joining.pop(key, None)
             if not exists.done():
                 remote.round = min(rounds)
-                self._remotes.setdefault(key, remote)
+                if self._remotes.setdefault(key, remote) is remote:
+                    self._nbytes += remote.cut.items * remote.dtype.itemsize
                 self._take_as_clock(self._remotes[key])
                 exists.set_result(None)
 
@@ -158,6 +167,7 @@ class ClusterHome(Home):
     def place_whole(self, key: Key, value: Array, timeout_s: float) -> None:
         """Move a key that was cut to one server, uncut; every worker calls it with the same value."""
         remote = self._remotes.pop(key)
+        self._nbytes -= remote.cut.items * remote.dtype.itemsize
         self.barrier(timeout_s)
         if self.rank == min(self._session.workers, default=self.rank):
             self._ask_all(lambda i: Drop(i, key), timeout_s, f"dropping key {key!r}")
@@ -185,7 +195,7 @@ class ClusterHome(Home):
 
     def pull_remote(self, remote: Remote, priority: int) -> Source:
         """:meth:`pull` of a key or a bundle."""
-        arrivals = Arrivals(remote, self._engine, self._session.neighbourhood)
+        arrivals = Arrivals(remote, self._engine, self._session.neighbourhood, large=self._large)
         exchange = Exchange(self._session, remote, arrivals, None)
         counted = exchange.counted
 
@@ -205,7 +215,7 @@ class ClusterHome(Home):
 
     def pushpull_remote(self, remote: Remote, gradient: Gradient, ended: Ended) -> tuple[Reading, Source]:
         """:meth:`pushpull` of a key or a bundle."""
-        arrivals = Arrivals(remote, self._engine, self._session.neighbourhood)
+        arrivals = Arrivals(remote, self._engine, self._session.neighbourhood, large=self._large)
         self._push(Exchange(self._session, remote, arrivals, ended), gradient, arrivals)
         return None, arrivals
 
@@ -222,16 +232,17 @@ class ClusterHome(Home):
         reads = gradient.reads
         unwritten: Gradient | None = gradient  # what is still to be written to what is sent
         flat: Array | None = None  # what is sent
+        staging = remote.staging
         if len(arrays) == 1:
-            exchange.slot = remote.staging.lent(arrays[0])
+            exchange.slot = staging.lent(arrays[0])
             if exchange.slot is not None:
                 flat = exchange.slot.array
-            elif gradient.lent and not any(remote.near) and arrays[0].flags.c_contiguous:
+            elif gradient.lent and not remote.is_near and arrays[0].flags.c_contiguous:
                 flat = arrays[0].reshape(-1)
         if flat is not None:
             unwritten = None
         else:
-            exchange.slot = slot = remote.staging.take()
+            exchange.slot = slot = staging.take()
             flat = slot.array
         sent: Array = flat
 
@@ -241,7 +252,7 @@ class ClusterHome(Home):
             self._stage_and_send(exchange, unwritten, sent, is_pull, gradient.priority, gradient.samples)
 
         def begin() -> None:
-            if arrivals is not None and gradient.outs and len(remote.cut) > 1:
+            if arrivals is not None and gradient.outs and remote.pieces > 1:
                 arrivals.begin(gradient.outs, gradient.priority)  # what comes while the rest is staged
 
         how = "push", sent.nbytes, gradient.priority, begin
@@ -308,18 +319,22 @@ class ClusterHome(Home):
         samples: int | None,
     ) -> None:
         """Send ``flat`` as the next round; before that, part by part, write the gradient to it, if there is one."""
-        cut = exchange.remote.cut
-        parts = _parts(cut, exchange.remote.dtype)
+        remote = exchange.remote
+        cut, near = remote.cut, remote.is_near
+        parts = [range(1)]
+        if remote.pieces > 1:
+            parts = _parts(cut, remote.dtype, CROWDED_CHUNK_BYTES if CROWDED and near else CHUNK_BYTES)
+        large = self._large and near  # else it is sent at once, from the caches
         sources: list[Array] = []
         if gradient is not None:
-            if len(parts) > 1:
+            if len(parts) > 1 or large:
                 sources = _flat(gradient.arrays)
             if not sources:
                 gradient.write(flat)
         for some in parts:
             if sources:
                 start, stop = cut.span(some[0])[0], cut.span(some[-1])[1]
-                comm.merge([source[start:stop] for source in sources], flat[start:stop])
+                comm.merge([source[start:stop] for source in sources], flat[start:stop], large=large)
             self._send(exchange, flat, some, pull, priority, samples)
 
     def _send(
@@ -404,7 +419,7 @@ class ClusterHome(Home):
 
     def cut_keys(self) -> list[Key]:
         """The keys that lie in more than one piece."""
-        return [key for key, remote in self._remotes.items() if len(remote.cut) > 1]
+        return [key for key, remote in self._remotes.items() if remote.pieces > 1]
 
     def read_state(self, key: Key, timeout_s: float) -> tuple[int, dict[str, Array]]:
         remote = self._remotes[key]
@@ -580,9 +595,9 @@ def _clamped(priority: int) -> int:
     return max(-PRIORITY_MAX, min(PRIORITY_MAX, priority))
 
 
-def _parts(cut: Cut, dtype: np.dtype[Any]) -> list[range]:
-    """The pieces of a value, in parts of about CHUNK_BYTES."""
-    pieces, some = len(cut), max(1, CHUNK_BYTES // max(1, cut.piece_items * dtype.itemsize))
+def _parts(cut: Cut, dtype: np.dtype[Any], chunk_bytes: int = CHUNK_BYTES) -> list[range]:
+    """The pieces of a value, in parts of about so many bytes."""
+    pieces, some = len(cut), max(1, chunk_bytes // max(1, cut.piece_items * dtype.itemsize))
     return [range(begin, min(pieces, begin + some)) for begin in range(0, pieces, some)]
 
 

@@ -6,6 +6,7 @@ the next ones are still on their way; a push has ended when every piece has.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -27,11 +28,13 @@ from kvstore.home import Held, Source
 from kvstore.protocol.dividing import Division
 from kvstore.protocol.leases import Holding
 from kvstore.protocol.messages import Place, Spec, Value
-from kvstore.protocol.pieces import PIECE_BYTES, BundleId, Cut, Key, Span
+from kvstore.protocol.pieces import PIECE_BYTES, WHOLE_BYTES, BundleId, Cut, Key, Span
 from kvstore.protocol.requesting import Answered, Divide, Outcome, Request
 
+CROWDED = (os.cpu_count() or 1) <= 2  # a worker and a server have all cores: a thread more takes one from the other
 INLINE_BYTES = 64 << 10  # smaller pieces are copied where they arrive: a hand-over costs more
 ALONE_INLINE_BYTES = PIECE_BYTES  # the same for a value in one piece: there is nothing to be shared out among threads
+CROWDED_INLINE_BYTES = WHOLE_BYTES  # the same for all values, where there is no core for another thread
 FAR_INLINE_BYTES = PIECE_BYTES  # the same for those from a socket, which come no faster than one thread copies
 
 
@@ -48,6 +51,8 @@ class Remote:
     arena: Arena | None  # where its gradients are staged; None: in private memory
     order: engine.Var  # ops that hand requests of this key to the session
     cut: Cut = field(init=False)
+    pieces: int = field(init=False)
+    is_near: bool = field(init=False)  # may any of them be read in place?
     bundle: Remote | None = None  # that it is a member of
     former: Remote | None = None  # that it was a member of; its rounds have not been taken over yet
     blamed: int = 0  # how often a bundle ended because of it
@@ -65,6 +70,8 @@ class Remote:
 
     def __post_init__(self) -> None:
         self.cut = self.spec.cut
+        self.pieces = len(self.cut)
+        self.is_near = any(self.near)
 
     @property
     def staging(self) -> Staging:
@@ -151,10 +158,11 @@ class _Piece:
 
 
 class Arrivals(Source):
-    """The pieces of one pull."""
+    """The pieces of one pull. ``large``: its values are more than caches keep."""
 
-    def __init__(self, remote: Remote, runtime: engine.Engine, neighbourhood: Neighbourhood) -> None:
+    def __init__(self, remote: Remote, runtime: engine.Engine, neighbourhood: Neighbourhood, *, large: bool) -> None:
         self._remote = remote
+        self._large = large
         self._engine = runtime
         self._neighbourhood = neighbourhood
         self._lock = threading.Lock()
@@ -165,7 +173,7 @@ class Arrivals(Source):
         self._outcome: tuple[BaseException | None] | None = None  # of that
         self._tell: Ended | None = None  # who asked
         self._taken = 0
-        self._expected = len(remote.cut)
+        self._expected = remote.pieces
         self._error: BaseException | None = None
 
     def __repr__(self) -> str:
@@ -236,7 +244,7 @@ class Arrivals(Source):
             return False
 
         def copy(piece: _Piece) -> None:
-            comm.broadcast(piece.array, outs, self._remote.cut.span(piece.number)[0])
+            comm.broadcast(piece.array, outs, self._remote.cut.span(piece.number)[0], large=self._large)
             self._remote.give_back(piece.number, piece.request_id)
 
         def over(error: BaseException | None) -> None:
@@ -268,7 +276,8 @@ class Arrivals(Source):
                 if delivery.by_devices and piece.place is not None:
                     pinned = self._neighbourhood.pin(self._remote.owners[piece.number], piece.place)
                 over = partial(self._remote.give_back, piece.number, piece.request_id)
-                delivery.write(piece.array, self._remote.cut.span(piece.number)[0], over, pinned=pinned)
+                start = self._remote.cut.span(piece.number)[0]
+                delivery.write(piece.array, start, over, pinned=pinned, large=self._large)
 
             self._consume(self._each(copy, len(outs) - delivery.by_devices, priority), delivery.end)
 
@@ -277,7 +286,9 @@ class Arrivals(Source):
     def _each(self, copy: Callable[[_Piece], None], times: int, priority: int) -> Callable[[_Piece], None]:
         """What copies each piece, in this thread so many times: at once, or by an engine op if it is large."""
         remote = self._remote
-        inline_bytes = INLINE_BYTES if len(remote.cut) > 1 else ALONE_INLINE_BYTES
+        inline_bytes = INLINE_BYTES if remote.pieces > 1 else ALONE_INLINE_BYTES
+        if CROWDED:
+            inline_bytes = CROWDED_INLINE_BYTES
 
         def copied(piece: _Piece) -> None:
             try:
@@ -356,7 +367,7 @@ class Exchange:
         self._arrivals = arrivals
         self._tell = ended
         self._sent = 0  # pieces handed to the session, in their order; all of them if the rest never will be
-        self._left = len(remote.cut)
+        self._left = remote.pieces
         self._came = 0
         self._error: BaseException | None = None
         self._lock = threading.Lock()
@@ -415,7 +426,7 @@ class Exchange:
         """Send the next pieces."""
         counted = self.counted
         with self._lock:
-            if self._sent + len(requests) > len(self.remote.cut):  # given up this moment
+            if self._sent + len(requests) > self.remote.pieces:  # given up this moment
                 return
             self._sent += len(requests)
         with counted.lock:
@@ -430,7 +441,7 @@ class Exchange:
 
     def give_up(self, error: BaseException) -> None:
         """What has not been sent will not be."""
-        pieces = len(self.remote.cut)
+        pieces = self.remote.pieces
         with self._lock:
             unsent, self._sent = pieces - self._sent, pieces
         if unsent:

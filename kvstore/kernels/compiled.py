@@ -14,12 +14,14 @@ import ml_dtypes
 import numpy as np
 from numpy import ndarray
 
-from kvstore.kernels import reference
+from kvstore.kernels import nontemporal, reference
 from kvstore.kernels.dispatch import Forms, by_memory
 from kvstore.kernels.loader import LOADER
 from kvstore.kernels.reference import HALVES, Array, Change, States
 
 TINY = 512  # elements: to find fewer takes longer than NumPy takes to add them, if they are two or have dimensions
+
+NONTEMPORAL_BYTES = 1 << 20  # smaller arrays stay in the caches for whoever reads them; as in ``jitted.py``
 
 _FLOAT32, _FLOAT64, _BYTE = np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.uint8)
 _UNSIGNED = {size: np.dtype(f"u{size}") for size in (1, 4, 8)}
@@ -71,6 +73,23 @@ def merge(arrays: Sequence[Array], out: Array) -> None:
             kernel(_flat(out, seen), *pushes)
             return
     reference.merge(arrays, out)
+
+
+@by_memory(1)
+def merge_nontemporal(arrays: Sequence[Array], out: Array) -> None:
+    """See :func:`kvstore.kernels.reference.merge_nontemporal`."""
+    seen, first = _SEEN.get(out.dtype), arrays[0]
+    if out.flags.c_contiguous and out.nbytes >= NONTEMPORAL_BYTES and first is not out:
+        if len(arrays) == 1:
+            if first.flags.c_contiguous:
+                nontemporal.copy(first.reshape(-1), out.reshape(-1))
+                return
+        elif seen is not None:
+            kernel = LOADER["allreduce", seen, seen]
+            if kernel is not None and (pushes := _pushes(arrays, seen)) is not None:
+                kernel(np.array([out.ctypes.data]), *pushes)
+                return
+    merge(arrays, out)
 
 
 @by_memory(1)

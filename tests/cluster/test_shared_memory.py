@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -14,8 +15,11 @@ import numpy as np
 import pytest
 
 import kvstore
+from kvstore import comm
+from kvstore.cluster import client, exchange
 from kvstore.cluster.near import Arena, Neighbourhood
 from kvstore.errors import SharedMemoryError
+from kvstore.kernels import nontemporal
 from kvstore.transport.shared import Segment
 from tests.clusters import Cluster, cluster
 
@@ -101,6 +105,64 @@ def test_an_arena_stays_within_its_limit_and_uses_memory_again():
 
 
 # --- stores -------------------------------------------------------------------------------------------
+
+
+def gradients_of(rank: int) -> list:
+    """Of one value in several pieces, one in a piece of two dimensions, and one that travels in messages."""
+    rng = np.random.default_rng(rank)
+    return [rng.random(shape, np.float32) for shape in ((PIECES,), (LARGE // 1000, 1000), (1000,))]
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("cached_bytes", [0, 1 << 30], ids=["large", "cached"])
+def test_values_of_more_than_caches_keep_are_copied_past_them(cached_bytes, shared, monkeypatch):
+    copies = []
+
+    def copy(source, target):
+        copies.append(target.nbytes)
+        np.copyto(target, source)
+
+    monkeypatch.setattr(nontemporal, "copy", copy)
+    monkeypatch.setattr(client, "CACHED_BYTES", cached_bytes)
+    with cluster(2) as running:
+
+        def work(kv):
+            mine = gradients_of(kv.rank)
+            keys = [f"key {number}" for number in range(len(mine))]
+            kv.init(keys, mine)
+            one_by_one = [kv.pushpull(key, g, np.zeros_like(g)).result() for key, g in zip(keys, mine, strict=True)]
+            return one_by_one + kv.pushpull(keys, mine, [np.zeros_like(g) for g in mine]).result()
+
+        results = running.run(work, shared_memory=shared)
+    expected = [sum(both) for both in zip(gradients_of(0), gradients_of(1), strict=True)] * 2
+    for mine in results:
+        for value, right in zip(mine, expected, strict=True):
+            np.testing.assert_array_equal(value, right)
+    times = 0 if cached_bytes else 4 * (1 + shared)  # two rounds of two workers, which stage what is shared
+    assert copies.count(4 * LARGE) == times
+    assert sum(copies) == times * 4 * (LARGE + PIECES)
+
+
+@pytest.mark.parametrize("crowded", [True, False])
+def test_a_thread_more_copies_pieces_only_where_there_may_be_a_core_for_it(crowded, monkeypatch):
+    threads: set[str] = set()
+    broadcast = comm.broadcast
+
+    def broadcast_and_tell(source, outs, start=0, **options):
+        threads.add(threading.current_thread().name)
+        broadcast(source, outs, start, **options)
+
+    monkeypatch.setattr(comm, "broadcast", broadcast_and_tell)
+    monkeypatch.setattr(exchange, "CROWDED", crowded)
+    with cluster(1) as running:
+
+        def work(kv):
+            value = np.arange(PIECES, dtype=np.float32)
+            kv.init("w", value)
+            return [np.array_equal(kv.pushpull("w", value, np.zeros_like(value)).result(), value) for _ in range(3)]
+
+        assert running.run(work) == [[True] * 3]
+    assert any(name.startswith("engine") for name in threads) is not crowded
 
 
 @pytest.mark.parametrize("shared", [True, False])

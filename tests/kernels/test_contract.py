@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from kvstore import kernels
-from kvstore.kernels import Change, reference
+from kvstore.kernels import Change, compiled, reference
 from tests.kernels.forms import Form, form
 
 __all__ = ["form"]
@@ -248,6 +248,26 @@ def test_optimizers(form: Form, name, values, absent, dtype, pushed):
             for one, other in zip(own, expected_states, strict=True):
                 assert one is other is None or same(one, other) is None
     assert form.name != "numba" or form.used >= {name, "locate"}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_merge_nontemporal(form: Form, dtype, count, monkeypatch):
+    monkeypatch.setattr(compiled, "NONTEMPORAL_BYTES", 1)
+    rng = np.random.default_rng(count)
+    for shape in (*SHAPES, (300_007,)):  # the last one is long enough for the kernels, too
+        arrays = [numbers(rng, shape, dtype) for _ in range(count)]
+        expected = dumb_sum(arrays)
+        for layout in LAYOUTS:
+            out = np.zeros(shape, dtype)
+            kernels.merge_nontemporal([layout(array) for array in arrays], out)
+            same(out, expected)
+        out = strided(np.zeros(shape, dtype))
+        kernels.merge_nontemporal(arrays, out)
+        same(out, expected)
+        kernels.merge_nontemporal(arrays, arrays[0])
+        same(arrays[0], expected)
+    assert ("allreduce" in form.used) == (form.name == "numba" and count > 1 and dtype not in BY_NUMPY_ALWAYS)
 
 
 @pytest.mark.parametrize("late", ["locate", "sgd", "merge"])

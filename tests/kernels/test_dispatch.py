@@ -36,7 +36,7 @@ def recorder(monkeypatch):
 
 def arguments_of(name: str, array) -> tuple:
     match name:
-        case "merge" | "concatenate":
+        case "merge" | "merge_nontemporal" | "concatenate":
             return [array], array
         case "allreduce":
             return [array], array, [array]

@@ -113,6 +113,10 @@ class Launches:
         if not (len(arrays) == 1 and arrays[0] is out):
             self._sum(arrays, [out])
 
+    def merge_nontemporal(self, arrays: Sequence[Array], out: Array) -> None:
+        """See :func:`kvstore.kernels.reference.merge_nontemporal`; here it is nothing else than :meth:`merge`."""
+        self.merge(arrays, out)
+
     def allreduce(self, arrays: Sequence[Array], out: Array, others: Sequence[Array]) -> None:
         """See :func:`kvstore.kernels.reference.allreduce`."""
         if any(self._overlap_in_part(array, other) for array in arrays for other in others):
