@@ -288,8 +288,9 @@ class Operations:
     # --- handles ------------------------------------------------------------------------------------
 
     def _handle(self, entries: Sequence[Entry], what: str, explain: Callable[[], str]) -> Handle:
-        first, last = entries[0].key, entries[-1].key
-        named = f"key {first!r}" if len(entries) == 1 else f"{len(entries)} keys, {first!r} ... {last!r}"
+        named = f"key {entries[0].key!r}"
+        if len(entries) > 1:
+            named = f"{len(entries)} keys, {entries[0].key!r} ... {entries[-1].key!r}"
         ended = partial(self._ended, entries)
         handle = Handle(f"{what} of {named}", self.timeout_s, explain, drive=self._home.drive, on_end=ended)
         if what == "push":

@@ -128,7 +128,7 @@ class Replies:
     def _sent(self, peer: bytes) -> None:
         """The socket has done with some large replies: the next may follow."""
         outbox = self._outboxes.get(peer)
-        if outbox is not None:
+        if outbox:
             self._unflushed[peer] = outbox
             self._loop.post(self.flush)
 

@@ -14,6 +14,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from operator import attrgetter
 from typing import Any
 
 import msgpack
@@ -388,7 +390,17 @@ LOGGED = (
     Updated, UniteBundle, SplitBundle, RestorePiece, RestoreSetting, RestoreWorkers, Arrived,
 )  # fmt: skip
 _KINDS = {form[0]: kind for kind, form in FORMS.items()}
-_FIELDS = {form[0]: tuple(form[0].__dataclass_fields__)[1:] for form in FORMS.values()}
+
+
+def _fields_of(kind: type[Message]) -> Callable[[Message], Iterable[Any]]:
+    """What reads all fields of such a message but the first."""
+    names = tuple(kind.__dataclass_fields__)[1:]
+    if len(names) < 2:  # of one, attrgetter gives no tuple
+        return lambda message: [getattr(message, name) for name in names]
+    return attrgetter(*names)
+
+
+_FIELDS = {form[0]: _fields_of(form[0]) for form in FORMS.values()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -415,7 +427,7 @@ def encode(sender: Sender, messages: Iterable[tuple[Message, int]]) -> bytes:
 
 def _row(message: Message) -> list[Any]:
     kind = type(message)
-    return [_KINDS[kind], message.request_id, *[getattr(message, name) for name in _FIELDS[kind]]]
+    return [_KINDS[kind], message.request_id, *_FIELDS[kind](message)]
 
 
 def _as_list(part: Any) -> list[Any]:
@@ -445,7 +457,7 @@ def decode(header: bytes | memoryview, frames: int) -> tuple[Sender, list[tuple[
     if len(fields) != 6 or not isinstance(fields[5], list) or len(fields[5]) > MESSAGES_MAX:
         raise ProtocolError("a header: expected [protocol, cluster, epoch, rank, incarnation, messages]")
     try:
-        sender = Sender(_natural(fields[1]), _natural(fields[2]), _rank(fields[3]), _rank(fields[4]))
+        sender = _sender(*fields[1:5])
         messages = [_decode_one(row) for row in fields[5]]
     except (ValueError, TypeError) as error:
         raise ProtocolError(f"a header field: expected {error}") from error
@@ -453,6 +465,11 @@ def decode(header: bytes | memoryview, frames: int) -> tuple[Sender, list[tuple[
     if frames > FRAMES_MAX or expected != frames:
         raise ProtocolError(f"value frames: the header announces {expected}, {frames} came")
     return sender, messages
+
+
+@lru_cache(1024, typed=True)
+def _sender(cluster: Any, epoch: Any, rank: Any, incarnation: Any) -> Sender:
+    return Sender(_natural(cluster), _natural(epoch), _rank(rank), _rank(incarnation))
 
 
 def _unpacked(header: bytes | memoryview) -> Any:

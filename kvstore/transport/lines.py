@@ -17,6 +17,7 @@ import secrets
 import socket
 import struct
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from kvstore.transport.reactor import Reactor
@@ -196,7 +197,7 @@ class Lines:
             return
         self.end(peer)
         self._lines[peer] = line
-        self._reactor.watch(line, lambda: self._receive(peer, line))
+        self._reactor.watch(line, partial(self._receive, peer, line))
 
     def _receive(self, peer: bytes, line: Line) -> None:
         try:

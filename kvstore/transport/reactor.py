@@ -76,7 +76,8 @@ class Reactor:
         self._on_readable[self._wake_fd] = lambda: os.eventfd_read(self._wake_fd)
         self._epoll.register(self._wake_fd, select.EPOLLIN)
         self._turns = threading.Lock()  # whoever holds it works the sockets
-        self._state = threading.Condition()  # guards what follows
+        self._lock = threading.RLock()  # guards what follows
+        self._changed = threading.Condition(self._lock)
         self._posted: deque[Callable[[], None]] = deque()
         self._polling = False  # somebody sleeps in poll, or is about to
         self._driver: int | None = None  # the thread that drives, or wants to
@@ -118,7 +119,7 @@ class Reactor:
 
     def post(self, work: Callable[[], None]) -> None:
         """Run ``work`` in the loop, soon and in order; ignored after :meth:`stop`."""
-        with self._state:
+        with self._lock:
             if self._stopping:
                 return
             self._posted.append(work)
@@ -151,7 +152,7 @@ class Reactor:
             Whether it has waited. Not if another thread drives already.
         """
         me = threading.get_ident()
-        with self._state:
+        with self._lock:
             if self._driver is not None:
                 self._others_wait = True
                 return False
@@ -166,12 +167,12 @@ class Reactor:
                 while not awaited.done() and not self._stopping and time.monotonic() < end:
                     self._turn(end)
             finally:
-                with self._state:
+                with self._lock:
                     self._driver = None
                     self._driven_at = -math.inf if self._others_wait else time.monotonic()
                     self._others_wait = False
                     if self._posted or self._stopping or self._busy():
-                        self._state.notify()
+                        self._changed.notify()
         return not self._stopping
 
     def aside(self, work: Callable[[], None]) -> None:
@@ -180,7 +181,7 @@ class Reactor:
 
     def stop(self, linger_s: float = 1.0) -> None:
         """End the thread and close its sockets; what is queued is sent for up to ``linger_s``."""
-        with self._state:
+        with self._lock:
             if self._stopping:
                 return
             self._stopping = True
@@ -188,7 +189,7 @@ class Reactor:
             if self._pid != os.getpid():
                 return
             os.eventfd_write(self._wake_fd, 1)
-            self._state.notify()
+            self._changed.notify()
         if self.thread.is_alive() and self.thread is not threading.current_thread():
             self.thread.join(linger_s + 10)
         elif not self.thread.ident:
@@ -240,14 +241,14 @@ class Reactor:
     # --- the loop -------------------------------------------------------------------------------
 
     def _wake(self) -> None:
-        """Let whoever polls look up. With ``_state`` held."""
+        """Let whoever polls look up. With ``_lock`` held."""
         if self._polling:
             self._polling = False
             os.eventfd_write(self._wake_fd, 1)
 
     def _nudge(self, _: Future[Any]) -> None:
         """What the driver waits for is done, by another thread perhaps."""
-        with self._state:
+        with self._lock:
             if self._driver != threading.get_ident():
                 self._wake()
 
@@ -265,23 +266,23 @@ class Reactor:
 
     def _step_back(self) -> None:
         """Leave the loop to those who drive it."""
-        with self._state:
+        with self._lock:
             self._parked = True
             while not self._stopping:
                 if self._driver is None and time.monotonic() >= self._driven_at + STEP_BACK_S:
                     break
-                self._state.wait(STEP_BACK_S if self._driver is None else 10 * STEP_BACK_S)
+                self._changed.wait(STEP_BACK_S if self._driver is None else 10 * STEP_BACK_S)
             self._parked = False
 
     def _turn(self, end: float) -> None:
         """Wait for something to happen, at most until ``end``, and do what follows. With ``_turns`` held."""
-        with self._state:
+        with self._lock:
             self._polling = not self._posted
             until = min(end, self._timers[0][0])
             timeout_s = until - time.monotonic() if self._polling else 0.0
         readable = self._readable() if self._used else ()
         ready = self._epoll.poll(0.0 if readable or timeout_s < 0 else timeout_s)
-        with self._state:
+        with self._lock:
             self._polling = False
         for fd, _ in ready:
             on_readable = self._on_readable.get(fd)  # none: forgotten a moment ago
@@ -314,7 +315,7 @@ class Reactor:
             socket.close(linger=self._linger_ms)
         for item in self._watched.values():
             item.close()
-        with self._state:
+        with self._lock:
             self._epoll.close()
             os.close(self._wake_fd)
         self.context.term()

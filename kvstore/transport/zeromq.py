@@ -16,6 +16,7 @@ import re
 import socket as sockets
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import zmq
@@ -185,7 +186,7 @@ class Connection:
         """Open the line that the peer's :meth:`Endpoint.offer` offered, for small messages."""
         if self._line is None and (line := connect(offered)) is not None:
             self._line = line
-            self._reactor.watch(line, lambda: self._receive_by(line))
+            self._reactor.watch(line, partial(self._receive_by, line))
 
     def send(self, frames: Sequence[Any]) -> None:
         """Queue one message; buffers of 64 KiB and more are sent in place and must not change."""
@@ -266,7 +267,7 @@ class Endpoint:
         self._socket = reactor.context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._socket.setsockopt(zmq.MAXMSGSIZE, frame_bytes_max)
-        self._lines = Lines(reactor, lambda peer, frames: on_receive(peer, frames))
+        self._lines = Lines(reactor, on_receive)
         reactor.add(self._socket, self._receive)
         if gate is not None:
             gate.protect(self._socket)
