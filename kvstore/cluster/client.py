@@ -281,7 +281,7 @@ class ClusterHome(Home):
         chains: dict[int, engine.Var] = {}  # of copies, by device
         try:
             with runtime.bulk():
-                for some in _parts(cut, remote.dtype) if sources else [range(len(cut))]:
+                for some in _parts(cut, remote.dtype, CHUNK_BYTES) if sources else [range(remote.pieces)]:
                     start, stop = cut.span(some[0])[0], cut.span(some[-1])[1]
                     part, there = flat[start:stop], engine.Var(f"staged {remote.key!r}[{some[0]}]")
                     copy, reads, writes = partial(gradient.write, part), gradient.reads, [there]
@@ -595,7 +595,7 @@ def _clamped(priority: int) -> int:
     return max(-PRIORITY_MAX, min(PRIORITY_MAX, priority))
 
 
-def _parts(cut: Cut, dtype: np.dtype[Any], chunk_bytes: int = CHUNK_BYTES) -> list[range]:
+def _parts(cut: Cut, dtype: np.dtype[Any], chunk_bytes: int) -> list[range]:
     """The pieces of a value, in parts of about so many bytes."""
     pieces, some = len(cut), max(1, chunk_bytes // max(1, cut.piece_items * dtype.itemsize))
     return [range(begin, min(pieces, begin + some)) for begin in range(0, pieces, some)]
