@@ -44,6 +44,11 @@ class Engine(Core):
             elif self._streams.devices is not devices:
                 raise ArgumentError(f"use: expected {self._streams.devices!r}, which the engine uses, got {devices!r}")
 
+    @property
+    def devices(self) -> Devices | None:
+        """Those that it uses."""
+        return self._operands.devices
+
     # --- pushing ------------------------------------------------------------------------------
 
     def push(

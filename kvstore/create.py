@@ -6,7 +6,7 @@ import math
 import os
 
 import engine
-from kvstore import consistency, environment, plain
+from kvstore import comm, consistency, environment, plain
 from kvstore.cluster import keys as key_files
 from kvstore.cluster.client import ClusterHome
 from kvstore.cluster.near import Neighbourhood
@@ -39,6 +39,7 @@ def create(
     device_consistency: str | Model | None = None,
     cluster_consistency: str | Model | None = None,
     samples_per_round: int | None = None,
+    device_merge: str | None = None,
     address: str | None = None,
     rank: int | None = None,
     timeout: float = 300.0,
@@ -57,13 +58,19 @@ def create(
     array([2., 2., 2.])
 
     Args:
-        type: ``local`` or ``device`` (this process alone), ``dist``, ``dist_sync``, ``dist_async`` (a
-            cluster), and MXNet's other names for these. Without a GPU the ``device`` types equal the plain ones.
+        type: ``local``, ``device`` or ``nccl`` (this process alone), ``dist``, ``dist_sync``, ``dist_async`` (a
+            cluster), and MXNet's other names for these. In a ``local`` store the values are in the host's memory; in
+            the other two those that are pushed from GPUs live there, and are updated there. Without a GPU the
+            ``device`` types and ``nccl`` equal the plain ones.
         devices: how many devices this worker has; None: the first push says.
         device_consistency, cluster_consistency: ``sequential``, ``bounded(s)`` or ``eventual``.
         samples_per_round: every update shall be that of a sum over so many samples: each push says how many it holds
             (``samples=``), and a round's sum is multiplied by what makes it that of so many, whoever was in it. For
             models that merge rounds, which ``sequential`` is; all workers must agree. None: sums stay as they are.
+        device_merge: how the arrays of several GPUs come together: ``auto`` (the default: the quicker of the next two,
+            measured once), ``direct`` (one kernel reads them all), ``copy`` (they are copied to one GPU first); these
+            sum in the order of the devices, and so give the same bits as on the host. ``tree`` (pair by pair) and
+            ``nccl`` (by NVIDIA's library; the default of that type) have their own order.
         address: the scheduler's, ``tcp://host:port``; None: from ``KVSTORE_ADDRESS``.
         rank: the rank wanted; None: from ``KVSTORE_RANK``, else any.
         timeout: seconds that a wait may take when the call does not say.
@@ -95,6 +102,7 @@ def create(
         device_consistency=device_consistency,
         cluster_consistency=cluster_consistency,
         samples_per_round=samples_per_round,
+        device_merge=device_merge,
         address=address,
         rank=rank,
         timeout=timeout,
@@ -114,6 +122,7 @@ def create_on(
     device_consistency: str | Model | None = None,
     cluster_consistency: str | Model | None = None,
     samples_per_round: int | None = None,
+    device_merge: str | None = None,
     address: str | None = None,
     rank: int | None = None,
     timeout: float = 300.0,
@@ -135,6 +144,9 @@ def create_on(
     defaults = _CLUSTER.get(type, (Sequential(), Sequential()))
     device_model = defaults[0] if device_consistency is None else consistency.parse(device_consistency)
     cluster_model = defaults[1] if cluster_consistency is None else consistency.parse(cluster_consistency)
+    way = device_merge or (comm.NCCL if type == "nccl" else comm.AUTO)
+    if way not in comm.WAYS:
+        raise OptionError(f"device_merge: expected one of {', '.join(comm.WAYS)}; got {device_merge!r}")
     samples_per_round = _samples_per_round(samples_per_round)
     check_model(samples_per_round, device_model, f"create({type!r}), device level")
     check_model(samples_per_round, cluster_model, f"create({type!r}), cluster level")
@@ -149,7 +161,7 @@ def create_on(
             if given is not None:
                 raise OptionError(f"create({type!r}): expected no {name}, which is for clusters; got {given!r}")
         runtime.retain()
-        home: Home = LocalHome(runtime)
+        home: Home = LocalHome(runtime, on_gpus=type != "local")
     else:
         home = _join(
             network, address, rank, runtime, timeout, connect_timeout, shared_memory, on_worker_loss, heartbeat
@@ -163,6 +175,7 @@ def create_on(
         cluster_model=cluster_model,
         timeout=timeout,
         samples_per_round=samples_per_round,
+        device_merge=way,
     )
 
 

@@ -20,7 +20,7 @@ import numpy as np
 
 import engine
 from kvstore import comm
-from kvstore.arrays import Array
+from kvstore.arrays import HOST, Array, empty, memory_of
 from kvstore.consistency import Answer, Level, Model, Pull, Update
 from kvstore.delivery import Delivery
 from kvstore.errors import CallerError, KVStoreError
@@ -75,6 +75,7 @@ class Entry:
     view_is_latest: bool = False  # no other was pulled since
     lent: list[Array] = field(default_factory=list)  # the home's memory that the caller fills
     failed: list[Handle] = field(default_factory=list)
+    memory: int = HOST  # in which it was initialised, and is pulled into new arrays
     bundle: Dissolvable | None = None  # that moves it together with other keys
     lock: threading.RLock = field(default_factory=threading.RLock)
 
@@ -184,11 +185,16 @@ class _Delayed(Source):
 
 
 class Devices:
-    """The devices' side of a store: turns pushes and pulls into calls of its home."""
+    """The devices' side of a store: turns pushes and pulls into calls of its home.
 
-    def __init__(self, home: Home, runtime: engine.Engine) -> None:
+    Args:
+        way: in which what lies on several devices comes together, of :data:`kvstore.comm.WAYS`.
+    """
+
+    def __init__(self, home: Home, runtime: engine.Engine, way: str) -> None:
         self._home = home
         self._engine = runtime
+        self._way = way
 
     def __repr__(self) -> str:
         return f"<Devices of {self._home!r}>"
@@ -276,7 +282,7 @@ class Devices:
         assert entry.level is not None  # the number of devices is known from the first push on
         entry.level.push_alone()
         (arrays,) = per_device.values()
-        return Gradient(arrays, priority, samples=samples)
+        return Gradient(arrays, priority, samples=samples, way=self._way)
 
     def _count(
         self,
@@ -316,8 +322,8 @@ class Devices:
         parts = [entry.held.pop(contribution) for contribution in update.contributions]
         arrays = [array for part in parts for array in part.arrays]
         stated = [part.samples for part in parts if part.samples is not None]
-        gradient = Gradient(arrays, max([part.priority for part in parts]), samples=sum(stated) if stated else None)
-        return gradient, parts
+        samples = sum(stated) if stated else None
+        return Gradient(arrays, max([part.priority for part in parts]), samples=samples, way=self._way), parts
 
     def _stage_leftovers(self, entry: Entry, contributions: list[_Contribution]) -> None:
         """Copy what has to wait for other devices, because the caller may overwrite it."""
@@ -326,7 +332,8 @@ class Devices:
         waiting = set(map(id, entry.held.values()))
         for contribution in contributions:
             if id(contribution) in waiting:
-                arrays, staged = contribution.arrays, np.empty(entry.shape, entry.dtype)
+                arrays = contribution.arrays
+                staged = empty(entry.shape, entry.dtype, memory_of(arrays[0]))
                 self._engine.push(
                     lambda arrays=arrays, staged=staged: comm.merge(arrays, staged),  # type: ignore[misc]
                     reads=arrays, writes=[staged], name="stage", inline=True,

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+import engine
 from kvstore import plain
-from kvstore.arrays import Array, is_array, view, writable_view
+from kvstore.arrays import HOST, Array, empty, found_in, gpu, is_array, is_writable, memory_of, view, writable_view
 from kvstore.devices import Entry
 from kvstore.errors import DeviceCountError, DtypeError, KeyKindError, ShapeError, UnknownKeyError
 from kvstore.lists import Arrays
@@ -26,17 +28,27 @@ Target = tuple[list[Array] | None, Any]  # the arrays to write (None: in place),
 IN_PLACE = object()  # as ``out``: the value is not copied, the handle's result is the store's view of it
 
 
+@dataclass(frozen=True, slots=True)
+class Anew:
+    """As ``out``: a new array in this memory."""
+
+    memory: int
+
+
 class Entries(dict[Key, Entry]):
     """The initialised keys of one store.
 
     Args:
+        runtime: is told of GPUs with the first array of one.
         devices: how many each key is pushed by; None: the first push says.
     """
 
-    def __init__(self, devices: int | None) -> None:
+    def __init__(self, runtime: engine.Engine, devices: int | None) -> None:
         super().__init__()
         self.devices = devices
+        self.gpus: set[int] = set()  # whose arrays have come
         self.kind = ""  # of the keys: "str" or "int", from the first one on
+        self._engine = runtime
         self._declared = devices is not None
         self._lock = threading.Lock()
 
@@ -115,6 +127,23 @@ class Entries(dict[Key, Entry]):
 
     # --- devices and arrays ---------------------------------------------------------------------
 
+    def array(self, given: Any, what: str, *, written: bool = False) -> Array:
+        """What the caller gives as an array, as the engine can use it. Raises DtypeError, ReadOnlyError."""
+        array = writable_view(given, what) if written else view(given, what)
+        memory = memory_of(array)
+        if memory != HOST and memory not in self.gpus:
+            self._engine.use(gpu.devices())
+            self.gpus.add(memory)
+        return array
+
+    @property
+    def memories(self) -> str:
+        """Where the arrays lie that have come, for people."""
+        if self.gpus:
+            return f"GPU{'s' * (len(self.gpus) > 1)} {', '.join(map(str, sorted(self.gpus)))}"
+        reason = gpu.unlikely()
+        return "host memory" if reason is None else f"host memory: {reason}"
+
     def device(self, device: int | None) -> int | None:
         """One device that a call is for; None: all."""
         if device is None:
@@ -177,7 +206,7 @@ class Entries(dict[Key, Entry]):
             raise DeviceCountError(
                 f"push of key {entry.key!r}: expected {count} arrays, one per device; got {len(arrays)}"
             )
-        return [self._fits(entry, view(array, f"push of key {entry.key!r}"), "push") for array in arrays]
+        return [self._fits(entry, self.array(array, f"push of key {entry.key!r}"), "push") for array in arrays]
 
     def _fix_devices(self, count: int) -> None:
         if self.devices is None:
@@ -199,18 +228,26 @@ class Entries(dict[Key, Entry]):
         if _is_exactly(out, entry) and out.flags.writeable:
             return [out], out
         what = f"out for key {entry.key!r}"
-        if out is None:
-            fresh = np.empty(entry.shape, entry.dtype)
+        if out is None or isinstance(out, Anew):
+            fresh = empty(entry.shape, entry.dtype, entry.memory if out is None else out.memory)
             return [fresh], fresh
         outs = list(out) if isinstance(out, list | tuple) else [out]
         if device is not None and isinstance(out, list | tuple):
             raise DeviceCountError(f"pull of key {entry.key!r} by device {device}: expected one array, got a list")
         if isinstance(out, list | tuple) and self.devices is not None and len(outs) != self.devices:
             raise DeviceCountError(f"{what}: expected {self.devices} arrays, one per device; got {len(outs)}")
-        arrays = [self._fits(entry, writable_view(o, what), "pull") for o in outs]
+        arrays = [self._fits(entry, self.array(o, what, written=True), "pull") for o in outs]
         if isinstance(out, list | tuple):
             return arrays, out
         return arrays, out if is_array(out) else arrays[0]
+
+
+def own_out(entry: Entry | None, value: Any) -> Any:
+    """Where a pushpull without ``out`` puts the value."""
+    if entry is not None and any(value is lent for lent in entry.lent):
+        return IN_PLACE
+    arrays = value if isinstance(value, list) else [value]
+    return value if all(map(is_writable, arrays)) else Anew(found_in(arrays[0]))
 
 
 def as_many(keys: Sequence[Any], values: Any, what: str) -> list[Any]:

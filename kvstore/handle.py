@@ -248,6 +248,23 @@ def _largest(staleness: list[Staleness]) -> Staleness | None:
     return max((s for s in staleness if isinstance(s, int)), default=None)
 
 
+def all_ended(ops: Sequence[Future[Any]], ended: Ended) -> None:
+    """Call ``ended`` when all these engine ops have ended, with the first error."""
+    left, first, lock = len(ops), None, threading.Lock()
+
+    def one_ended(error: BaseException | None) -> None:
+        nonlocal left, first
+        with lock:
+            first = first or error
+            left -= 1
+            if left:
+                return
+        ended(first)
+
+    for op in ops:
+        when_ended(op, one_ended)
+
+
 def when_ended(op: Future[Any], ended: Ended) -> None:
     """Call ``ended`` with the outcome of an engine op; at once if it is over."""
     if op.done():

@@ -9,9 +9,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+import engine
 from kvstore import comm
 from kvstore.arrays import HOST, Array, memory_of
 from kvstore.checkpoint.cut import CutSource
@@ -20,7 +22,7 @@ from kvstore.optim import Optimizer
 from kvstore.protocol.messages import Spec
 from kvstore.protocol.pieces import Key
 
-Reading = Future[Any] | None  # an engine op that is still reading what the caller gave
+Reading = engine.Handle | None  # an engine op that is still reading what the caller gave
 Updater = Callable[[Key, Array, Array], object]
 
 BLAMED_MAX = 4  # a key that has ended so many bundles stays alone: it is never in the same list
@@ -39,6 +41,7 @@ class Gradient:
     lent: bool = False  # the caller leaves the arrays alone until the operation has ended
     outs: Sequence[Array] | None = None  # pushpull: to where the source will be asked to deliver
     samples: int | None = None  # that it is the sum over, if the key's rounds are of so many
+    way: str = comm.AUTO  # in which what lies on several devices comes together
 
     @property
     def on_devices(self) -> bool:
@@ -47,6 +50,11 @@ class Gradient:
             if memory_of(array) != HOST:
                 return True
         return False
+
+    @property
+    def devices(self) -> set[int]:
+        """The GPUs on which some of it lies."""
+        return {memory_of(array) for array in self.arrays} - {HOST}
 
     @property
     def reads(self) -> list[Any]:
@@ -60,14 +68,29 @@ class Gradient:
     def write(self, out: Array) -> None:
         """Write the sum to ``out``, which is flat."""
         arrays = self.summands()
-        comm.merge(arrays, out.reshape(arrays[0].shape))
+        comm.merge(arrays, out.reshape(arrays[0].shape), self.way)
+
+    def near(self) -> AbstractContextManager[list[Array]]:
+        """Within the block, in an op of a device: arrays that its kernels can use, and that have the same sum."""
+        return comm.near(self.arrays, self.way)
+
+    def settled(self, runtime: engine.Engine) -> Gradient:
+        """The same without memory of the host that the caller may overwrite before an op of a device has read it."""
+        if all(memory_of(array) != HOST for array in self.arrays):
+            return self
+        return replace(self, arrays=[settled(array, runtime) for array in self.arrays])
+
+
+def settled(array: Array, runtime: engine.Engine) -> Array:
+    """A copy of what lies in host memory; but what an op has still to write is overwritten through the engine only."""
+    return array.copy() if memory_of(array) == HOST and not runtime.pending(array) else array
 
 
 @dataclass(frozen=True, slots=True)
 class Held:
     """A value that stays as it is until it is given back."""
 
-    array: Array  # of the value's shape, read-only
+    array: Array  # of the value's shape, read-only; where it lies
     version: int | None  # how many updates it has seen
     staleness: int | None  # of the cluster level; None where there is none
     give_back: Callable[[], None]

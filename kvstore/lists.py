@@ -13,19 +13,21 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import Any, TypeVar
 
 import numpy as np
 
 import engine
-from kvstore.arrays import Array
+from kvstore import comm
+from kvstore.arrays import HOST, Array, memory_of
 from kvstore.consistency import Sequential
 from kvstore.devices import Entry, translated
-from kvstore.handle import Ended, Handle, when_ended
-from kvstore.home import Gradient, Held, Home, HomeBundle, Source
+from kvstore.handle import Ended, Handle, all_ended
+from kvstore.home import Gradient, Held, Home, HomeBundle, Reading, Source, settled
 from kvstore.protocol.pieces import Key
 
 PLANS_MAX = 64
@@ -39,19 +41,21 @@ _T = TypeVar("_T")
 class EntryBundle:
     """Keys of one store that are moved together until one of them is pushed by itself."""
 
-    def __init__(self, entries: Sequence[Entry], moved: HomeBundle, runtime: engine.Engine) -> None:
+    def __init__(self, entries: Sequence[Entry], moved: HomeBundle, runtime: engine.Engine, way: str) -> None:
         self.entries = tuple(entries)
         self._begun = False
         self.rounds = 0  # that the entries have to catch up with
         self.lock = threading.RLock()  # held while a round is counted and handed over
         self._moved = moved
         self._engine = runtime
+        self._way = way
         self._shapes = [entry.shape for entry in entries]
         self._plain = all(len(shape) == 1 for shape in self._shapes)
         sizes = [math.prod(shape) for shape in self._shapes]
         ends = accumulate(sizes)
         self._spans = [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
-        self._group: engine.ArrayGroup | None = None  # of the arrays that were written last
+        self._read: engine.ArrayGroup | None = None  # the arrays that were read last, if they are to be named
+        self._written: engine.ArrayGroup | None = None  # those that were written last
         self._views: tuple[Array, list[Array]] | None = None  # of the value that was read last, by key
 
     def __repr__(self) -> str:
@@ -80,7 +84,7 @@ class EntryBundle:
             if not self._begun:
                 return
             self._begun, blamed = False, set(blamed)
-            self._group = self._views = None
+            self._read = self._written = self._views = None
             for entry in self.entries:
                 with entry.lock:
                     entry.bundle = None
@@ -90,10 +94,10 @@ class EntryBundle:
 
     # --- moving it --------------------------------------------------------------------------------
 
-    def push(self, arrays: list[Arrays], priority: int, ended: Ended, samples: int | None) -> None:
-        """One round: ``arrays`` has for each key what the devices push, of so many samples, which is read now."""
+    def push(self, arrays: list[Arrays], priority: int, ended: Ended, samples: int | None) -> Reading:
+        """One round: ``arrays`` has for each key what the devices push, of so many samples."""
         self.rounds += 1
-        self._moved.push(self._gradient(arrays, priority, samples), ended)
+        return self._moved.push(self._gradient(arrays, priority, samples), ended)
 
     def pull(self, outs: list[Arrays], result: list[Any], priority: int, handle: Handle) -> None:
         """Copy every key's value to each of its ``outs``; then the handle's result is ``result``."""
@@ -108,11 +112,12 @@ class EntryBundle:
         priority: int,
         handle: Handle,
         samples: int | None,
-    ) -> None:
+    ) -> Reading:
         """A push and the pull right after it."""
         self.rounds += 1
-        _, source = self._moved.pushpull(self._gradient(arrays, priority, samples), ended)
+        reading, source = self._moved.pushpull(self._gradient(arrays, priority, samples), ended)
         self._deliver(source, outs, result, priority, handle)
+        return reading
 
     def explain(self) -> str:
         """What the open operations wait for."""
@@ -121,18 +126,12 @@ class EntryBundle:
     # --- arrays -----------------------------------------------------------------------------------
 
     def _gradient(self, arrays: list[Arrays], priority: int, samples: int | None) -> Gradient:
+        memories = {HOST} if self._engine.devices is None else set(map(memory_of, _flat(arrays)))
         reads: list[Any] = []
-        if self._engine.uses_arrays():
-            reads.append(engine.ArrayGroup(_flat(arrays)))
-        return _Concatenated(arrays, self._spans, priority, reads, samples)
-
-    def _group_of(self, outs: list[Arrays]) -> engine.ArrayGroup:
-        """The outs as one thing to write; training loops pass the same ones in every round."""
-        arrays = _flat(outs)
-        known = self._group
-        if known is None or len(known.arrays) != len(arrays) or any(map(_is_other, known.arrays, arrays)):
-            known = self._group = engine.ArrayGroup(arrays)
-        return known
+        if memories != {HOST} or self._engine.uses_arrays():
+            self._read = _group(self._read, arrays)
+            reads.append(self._read)
+        return _Concatenated(arrays, self._spans, priority, reads, samples, memories, self._way)
 
     def _parts(self, value: Array) -> list[Array]:
         """The keys' values within the bundle's."""
@@ -145,58 +144,132 @@ class EntryBundle:
         return known[1]
 
     def _deliver(self, source: Source, outs: list[Arrays], result: list[Any], priority: int, handle: Handle) -> None:
-        def start(completion: engine.Completion) -> None:
-            def come(held: Held | BaseException) -> None:
-                if isinstance(held, Held):
-                    copy(held)
-                    completion.set_result(None)
-                else:
-                    completion.set_exception(held)
-
-            source.hold(come)
-
-        def copy(held: Held) -> None:
-            handle.version = held.version
-            handle.staleness = 0 if held.staleness is None else (0, held.staleness)
-            for part, out in zip(self._parts(held.array), outs, strict=True):
-                for target in out if isinstance(out, list) else (out,):
-                    np.copyto(target, part)
-            held.give_back()
-
+        """By an op of the host or of a device; by one of each if there are arrays of both."""
         for entry in self.entries:
             if entry.view is not None:
                 entry.view_is_latest = False
-        writes, what = [self._group_of(outs)], f"{len(self.entries)} keys, {self.entries[0].key!r} ..."
-        delivered = self._engine.push_async(start, writes=writes, priority=priority, name="pull", inline=True)
-        when_ended(delivered, lambda error: handle.finish(result, translated(error, what)))
+        parts = [outs]
+        if self._engine.devices is not None and len(set(map(_is_on_host, _flat(outs)))) > 1:
+            parts = [_those(outs, on_host) for on_host in (True, False)]
+        begun: list[tuple[list[Arrays], engine.Completion]] = []  # from when on they may be written
+        taken: list[Held] = []
+        lock = threading.Lock()
+
+        def start(some: list[Arrays], completion: engine.Completion) -> None:
+            with lock:
+                begun.append((some, completion))
+                if len(begun) < len(parts):
+                    return
+            source.hold(come)
+
+        def come(held: Held | BaseException) -> None:
+            if isinstance(held, Held):
+                handle.version = held.version
+                handle.staleness = 0 if held.staleness is None else (0, held.staleness)
+                taken.append(held)
+            for some, completion in begun:
+                try:
+                    if not isinstance(held, Held):
+                        raise held
+                    with completion.on():
+                        self._copy(held.array, some)
+                    completion.set_result(None)
+                except Exception as raised:
+                    completion.set_exception(raised)
+
+        def done(error: BaseException | None) -> None:
+            for held in taken:
+                held.give_back()
+            handle.finish(result, translated(error, f"{len(self.entries)} keys, {self.entries[0].key!r} ..."))
+
+        if len(parts) == 1:
+            self._written = _group(self._written, outs)
+        groups = [self._written] if len(parts) == 1 else [engine.ArrayGroup(_flat(some)) for some in parts]
+        ops = [
+            self._engine.push_async(partial(start, some), writes=[group], priority=priority, name="pull", inline=True)
+            for some, group in zip(parts, groups, strict=True)
+        ]
+        all_ended(ops, done)
+
+    def _copy(self, value: Array, outs: list[Arrays]) -> None:
+        """The bundle's value to the keys' arrays."""
+        if self._engine.devices is None or comm.in_host_memory(value, *_flat(outs)):
+            for part, out in zip(self._parts(value), outs, strict=True):
+                for target in out if isinstance(out, list) else (out,):
+                    np.copyto(target, part)
+        else:
+            comm.split(value, self._spans, [out if isinstance(out, list) else [out] for out in outs])
 
 
 class _Concatenated(Gradient):
     """The sums of many small arrays, one after another."""
 
     def __init__(
-        self, arrays: list[Arrays], spans: list[slice], priority: int, reads: list[Any], samples: int | None
+        self,
+        arrays: list[Arrays],
+        spans: list[slice],
+        priority: int,
+        reads: list[Any],
+        samples: int | None,
+        memories: set[int],
+        way: str,
     ) -> None:
-        super().__init__([], priority, samples=samples)
+        super().__init__([], priority, samples=samples, way=way)
         self._parts = arrays
         self._spans = spans
         self._reads = reads
+        self._memories = memories
+
+    @property
+    def on_devices(self) -> bool:
+        return self._memories != {HOST}
+
+    @property
+    def devices(self) -> set[int]:
+        return self._memories - {HOST}
 
     @property
     def reads(self) -> list[Any]:
         return self._reads
 
     def summands(self) -> list[Array]:
-        if not isinstance(self._parts[0], list):
-            return [np.concatenate([array.reshape(-1) for array in _flat(self._parts)])]
-        devices = zip(*self._parts, strict=True)
-        return [np.concatenate([array.reshape(-1) for array in arrays]) for arrays in devices]
+        return [np.concatenate([array.reshape(-1) for array in arrays]) for arrays in _by_device(self._parts)]
 
     def write(self, out: Array) -> None:
-        if not isinstance(self._parts[0], list):
+        if self.on_devices:
+            with self.near() as summands:
+                comm.merge(summands, out)
+        elif not isinstance(self._parts[0], list):
             np.concatenate([array.reshape(-1) for array in _flat(self._parts)], out=out)
         else:
             super().write(out)
+
+    def near(self) -> AbstractContextManager[list[Array]]:
+        return comm.packed(_by_device(self._parts), self.way)
+
+    def settled(self, runtime: engine.Engine) -> Gradient:
+        if HOST not in self._memories:
+            return self
+        parts: list[Arrays] = [
+            [settled(array, runtime) for array in some] if isinstance(some, list) else settled(some, runtime)
+            for some in self._parts
+        ]
+        return _Concatenated(parts, self._spans, self.priority, self._reads, self.samples, self._memories, self.way)
+
+
+def _group(known: engine.ArrayGroup | None, arrays: list[Arrays]) -> engine.ArrayGroup:
+    """The arrays as one thing to read or write; training loops pass the same ones in every round."""
+    flat = _flat(arrays)
+    if known is None or len(known.arrays) != len(flat) or any(map(_is_other, known.arrays, flat)):
+        return engine.ArrayGroup(flat)
+    return known
+
+
+def _by_device(arrays: list[Arrays]) -> list[list[Array]]:
+    """For each device its arrays, in the order of the keys."""
+    if not isinstance(arrays[0], list):
+        return [_flat(arrays)]
+    return [list(some) for some in zip(*arrays, strict=True)]
 
 
 def _flat(arrays: list[Arrays]) -> list[Array]:
@@ -207,6 +280,18 @@ def _flat(arrays: list[Arrays]) -> list[Array]:
         else:
             flat.append(some)
     return flat
+
+
+def _those(arrays: list[Arrays], on_host: bool) -> list[Arrays]:
+    """For each key those of its arrays that lie in the memory of the host, or those that do not."""
+    return [
+        [array for array in (some if isinstance(some, list) else [some]) if _is_on_host(array) is on_host]
+        for some in arrays
+    ]
+
+
+def _is_on_host(array: Array) -> bool:
+    return memory_of(array) == HOST
 
 
 def _is_other(one: object, other: object) -> bool:
@@ -243,9 +328,10 @@ class Plan:
 class Lists:
     """The plans for one store's list calls. Thread-safe."""
 
-    def __init__(self, home: Home, runtime: engine.Engine) -> None:
+    def __init__(self, home: Home, runtime: engine.Engine, way: str) -> None:
         self._home = home
         self._engine = runtime
+        self._way = way
         self._plans: dict[tuple[Key, ...], Plan] = {}
         self._tried: dict[tuple[Key, ...], int] = {}  # by list, how often since its bundles lasted
         self._making = threading.Lock()  # held while bundles are made
@@ -292,7 +378,7 @@ class Lists:
             if due:
                 alone = {entry.key: entry for entry in entries if _can_join(entry)}
                 for made in self._home.bundle(list(alone), timeout_s):
-                    EntryBundle([alone[key] for key in made.keys], made, self._engine).begin()
+                    EntryBundle([alone[key] for key in made.keys], made, self._engine, self._way).begin()
         return self.for_pull(keys, entries)
 
     def _is_due(self, keys: tuple[Key, ...]) -> bool:

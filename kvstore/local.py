@@ -1,25 +1,32 @@
-"""The values of a ``local`` store: they live in this process, and the engine is all it takes.
+"""The values of a store of one process: the engine is all it takes.
+
+They lie in host memory; where the store's type says so, those that are pushed from GPUs lie on GPUs, which update them
+(:mod:`kvstore.placing` says on which). Then an op on a value is one of its device, and does nothing but put work into a
+stream. What is pushed from GPUs to a value in host memory is brought there by an op of its own.
 
 A small key that is moved in lists lies within the value of a bundle meanwhile: see :mod:`kvstore.together`.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 import engine
-from kvstore import comm
-from kvstore.arrays import Array
+from kvstore import comm, kernels
+from kvstore.arrays import HOST, Array, copy_to, empty, empty_like, gpu, host_copy, memory_of, read_only, to_host
 from kvstore.checkpoint.cut import VALUE, CutSource, KeyRecord, Part
 from kvstore.errors import DuplicateKeyError, OptimizerError, UpdateError
-from kvstore.handle import Ended, when_ended
+from kvstore.handle import Ended, all_ended, when_ended
 from kvstore.home import Gradient, Held, Home, HomeBundle, Reading, Source, Updater
 from kvstore.optim import Optimizer
+from kvstore.placing import Placing
 from kvstore.protocol.messages import Spec
 from kvstore.protocol.pieces import Key
 from kvstore.protocol.sampling import factor
@@ -43,23 +50,28 @@ class _UpdaterRule:
     ) -> None:
         merged = pushes[0]
         if len(pushes) > 1 or factor != 1.0:
-            merged = np.empty_like(merged)
-            comm.merge(pushes, merged)
+            merged = empty_like(merged)
+            kernels.merge(pushes, merged)
             multiply(merged, factor)
         if target is not value:
-            np.copyto(target, value)
+            copy_to(value, target)
         self._updater(self._key, merged, target)
 
 
 class LocalHome(Home):
-    """Values of one process; pushes are applied in their order."""
+    """Values of one process; pushes are applied in their order.
+
+    Args:
+        on_gpus: values that are pushed from GPUs live there.
+    """
 
     rank = 0
     workers = (0,)
     shards = 1
 
-    def __init__(self, runtime: engine.Engine) -> None:
+    def __init__(self, runtime: engine.Engine, *, on_gpus: bool = False) -> None:
         self._engine = runtime
+        self._placing = Placing() if on_gpus else None
         self._values: dict[Key, Value] = {}
         self._optimizer: Optimizer | None = None
         self._updater: Updater | None = None
@@ -73,10 +85,23 @@ class LocalHome(Home):
     def init(self, key: Key, spec: Spec, value: Array) -> Future[Any]:
         if key in self._values:
             raise DuplicateKeyError(f"init of key {key!r}: expected a new key, it exists")
-        self._values[key] = Value(key, spec, Stored(value.reshape(spec.shape).copy(), repr(key)))
+        self._values[key] = self._first(key, spec, value.reshape(spec.shape))
         done: Future[Any] = Future()
         done.set_result(None)
         return done
+
+    def _first(self, key: Key, spec: Spec, value: Array) -> Value:
+        """A key with a copy of the value."""
+        memory = memory_of(value)
+        if memory == HOST:
+            return Value(key, spec, Stored(value.copy(), repr(key)))
+        if self._placing is None:
+            return Value(key, spec, Stored(to_host(value), repr(key)))
+        first = Value(key, spec, Stored(empty_like(value), repr(key)), memory)
+        first.own.names = [first.own.var, _mark(memory)]
+        copy = partial(copy_to, value, first.own.value)
+        self._engine.push(copy, reads=[value], writes=first.own.names, name="init")
+        return first
 
     # --- push and pull ------------------------------------------------------------------------------
 
@@ -92,15 +117,17 @@ class LocalHome(Home):
     def push_value(self, value: Value, gradient: Gradient, ended: Ended) -> Reading:
         """:meth:`push` of a key or a bundle."""
         value.rounds, value.version = value.rounds + 1, value.version + 1
+        gradient = self._prepared(value, gradient)
         applied = self._apply(value, gradient, ())
         if applied is not None:
             when_ended(applied, ended)
             return None if applied.done() else applied
         # It will be applied later, but must be read now; unless an array has still to be written.
-        staged, var = np.empty_like(value.own.value), engine.Var(f"staged {value.key!r}")
+        staged, var = _staged(value, gradient), engine.Var(f"staged {value.key!r}")
         self._engine.push(
-            lambda: gradient.write(staged.reshape(-1)), reads=gradient.reads, writes=[var], name="stage", inline=True
-        )
+            lambda: gradient.write(staged.reshape(-1)), reads=[*value.own.names[1:], *gradient.reads], writes=[var],
+            name="stage", inline=True,
+        )  # fmt: skip
         later = Gradient([staged], gradient.priority, samples=gradient.samples)
         when_ended(self._engine.push(**self._op(value, later, [var], ())), ended)
         return None
@@ -112,6 +139,7 @@ class LocalHome(Home):
     def pushpull_value(self, value: Value, gradient: Gradient, ended: Ended) -> tuple[Reading, Source]:
         """:meth:`pushpull` of a key or a bundle."""
         # One op if that can be, so that what was just merged goes on from the processor's cache.
+        gradient = self._prepared(value, gradient)
         applied = self._apply(value, gradient, gradient.outs) if gradient.outs else None
         if applied is None:
             return self.push_value(value, gradient, ended), self.pull_value(value, gradient.priority)
@@ -120,11 +148,17 @@ class LocalHome(Home):
         return None if applied.done() else applied, _Delivered(applied, value.version)
 
     def _apply(self, value: Value, gradient: Gradient, outs: Sequence[Array]) -> engine.Handle | None:
-        """Let the gradient change the value, which then goes to ``outs``. None: something else is under way there."""
+        """Let the gradient change the value, which then goes to ``outs``, in one op.
+
+        None: something else is under way there, or it takes ops of the host and of devices.
+        """
+        is_mixed = gradient.on_devices or not comm.in_host_memory(*outs) if self._engine.devices is not None else False
+        if is_mixed and value.memory == HOST:
+            return None
         return self._engine.push_if_free(**self._op(value, gradient, gradient.reads, outs))
 
     def _op(self, value: Value, gradient: Gradient, reads: Sequence[Any], outs: Sequence[Array]) -> dict[str, Any]:
-        """What the engine is told of such a change."""
+        """What the engine is told of such a change: an op of the host, or of the device that the value is on."""
         key, stored, rule, generation = value.key, value.own, self._rule(value.key), self._generation
         count, nbytes = len(gradient.arrays), stored.value.nbytes
         per_round, samples = value.spec.samples_per_round, gradient.samples
@@ -140,15 +174,57 @@ class LocalHome(Home):
             if outs:
                 comm.broadcast(stored.value.reshape(-1), outs)
 
+        def apply_there() -> list[Array]:
+            others = outs
+            if samples != 0:
+                with gradient.near() as pushes:
+                    if rule is None:
+                        beside = [out for out in outs if memory_of(out) == value.memory]
+                        others = [out for out in outs if memory_of(out) != value.memory]
+                        stored.assign(pushes, outs=beside, factor=multiplied)
+                    else:
+                        _update(key, stored, pushes, rule, generation, multiplied)
+            comm.broadcast(stored.value.reshape(-1), others)
+            return stored.shed()
+
         return {
-            "fn": apply,
+            "fn": apply if value.memory == HOST else apply_there,
             "reads": reads if rule is None else [*reads, stored.var],
-            "writes": [stored.var, *outs],
+            "writes": [*stored.names, *outs],
             "priority": gradient.priority,
             "name": "assign" if rule is None else "update",
             "inline": nbytes * (count + len(outs)) <= INLINE_BYTES,
             "info": {"key": key, "bytes": nbytes},
         }
+
+    def _prepared(self, value: Value, gradient: Gradient) -> Gradient:
+        """The gradient as an op on the value can read it, which lies where that can best be."""
+        if self._engine.devices is None:
+            return gradient
+        if not value.placed and gradient.on_devices:
+            self._place(value, gradient)
+        return gradient if value.memory == HOST else gradient.settled(self._engine)
+
+    def _place(self, value: Value, gradient: Gradient) -> None:
+        """From here on the value lies on a GPU that pushes it, or in memory of the host from which GPUs copy."""
+        stored, value.placed = value.own, True
+        if self._placing is None:
+            room = partial(_pinned, stored.value.shape, stored.value.dtype)
+            self._engine.push(lambda: stored.move(room(), room), reads=[stored.var], writes=[stored.var], name="place")
+            return
+        with self._lock:
+            owners = [one.whole or one for one in self._values.values()]
+            waiting = {one.key: one.own.value.nbytes for one in owners if not one.placed or one is value}
+            device = self._placing.place(value.key, gradient.devices, waiting)
+        if device != value.memory:
+            target = empty(stored.value.shape, stored.value.dtype, device)
+
+            def move() -> list[Array]:
+                stored.move(target)
+                return stored.shed()
+
+            former, stored.names, value.memory = stored.names, [stored.var, _mark(device)], device
+            self._engine.push(move, reads=former, writes=stored.names, name="place")
 
     def bundle(self, keys: Sequence[Key], timeout_s: float) -> list[HomeBundle]:
         return bundles_of([self._values[key] for key in keys], self) if self._bundling else []
@@ -160,7 +236,7 @@ class LocalHome(Home):
                 return False
             parts = [value.own for value in values]
             united = self._engine.push_if_free(
-                lambda: whole.own.unite(parts), reads=[part.var for part in parts], writes=[whole.own.var],
+                lambda: whole.own.unite(parts), reads=[part.var for part in parts], writes=whole.own.names,
                 name="unite", inline=True,
             )  # fmt: skip
             if united is None or united.exception() is not None:
@@ -176,20 +252,23 @@ class LocalHome(Home):
         with self._lock:
             parts = [(value.own, value.elements) for value in values]
 
-            def part() -> None:
+            def part() -> list[Array]:
                 whole.own.split(parts)
                 for value in values:
                     value.own.reshape(value.spec.shape)
+                return whole.own.shed()
 
             writes = [value.own.var for value in values]
-            self._engine.push(part, reads=[whole.own.var], writes=writes, name="split", inline=True)
+            self._engine.push(part, reads=whole.own.names, writes=writes, name="split", inline=True)
             for value in values:
                 (value.rounds, value.version), value.whole = value.seen, None
+                value.memory, value.placed = whole.memory, whole.placed
+                value.own.names = [value.own.var, *whole.own.names[1:]]
 
     def staging(self, key: Key, timeout_s: float) -> Array:
         value = self._values[key]
         if value.staging is None:
-            value.staging = np.empty_like(value.own.value)
+            value.staging = np.empty(value.spec.shape, value.own.value.dtype)
         return value.staging
 
     # --- optimizer ----------------------------------------------------------------------------------
@@ -241,10 +320,7 @@ class LocalHome(Home):
     def write_state(self, key: Key, step: int, state: dict[str, Array], timeout_s: float) -> None:
         stored, generation = self._values[key].own, self._generation
         shaped = {name: array.reshape(stored.value.shape) for name, array in state.items()}
-        self._engine.push(
-            lambda: stored.restore(shaped, step, generation),
-            reads=[stored.var], writes=[stored.var], name="write state",
-        ).result(timeout_s)  # fmt: skip
+        self._change(stored, lambda: stored.restore(shaped, step, generation), "write state", timeout_s)
 
     def restore(
         self, key: Key, value: Array, version: int, step: int, state: dict[str, Array], timeout_s: float
@@ -253,10 +329,16 @@ class LocalHome(Home):
         self._values[key].version = version
         generation = self._generation if step or state else 0  # without an update there is no state yet
         shaped = {name: array.reshape(stored.value.shape).copy() for name, array in state.items()}
-        self._engine.push(
-            lambda: stored.restore(shaped, step, generation, value),
-            reads=[stored.var], writes=[stored.var], name="restore",
-        ).result(timeout_s)  # fmt: skip
+        self._change(stored, lambda: stored.restore(shaped, step, generation, value), "restore", timeout_s)
+
+    def _change(self, stored: Stored, change: Callable[[], None], name: str, timeout_s: float) -> None:
+        """Do it in an op, and wait for that."""
+
+        def do() -> list[Array]:
+            change()
+            return stored.shed()
+
+        self._engine.push(do, reads=stored.names, writes=stored.names, name=name).result(timeout_s)
 
     # --- the rest -----------------------------------------------------------------------------------
 
@@ -314,7 +396,7 @@ class LocalHome(Home):
 
 
 class _LocalCut(CutSource):
-    """All values of this process as they were in one moment: lent, the optimizer's state copied."""
+    """All values of this process as they were in one moment: lent, the optimizer's state copied to the host."""
 
     def __init__(self, optimizer: Optimizer | None) -> None:
         self.optimizer = None if optimizer is None else optimizer.to_wire()
@@ -332,7 +414,7 @@ class _LocalCut(CutSource):
 
     def parts(self) -> Iterator[Part]:
         for record, arrays in zip(self.records, self._arrays, strict=True):
-            yield Part(record, 0, arrays)
+            yield Part(record, 0, {name: to_host(array) for name, array in arrays.items()})
 
     def close(self) -> None:
         for stored in self._lent:
@@ -350,21 +432,27 @@ class _LocalSource(Source):
         self.version = value.seen[1]
 
     def deliver(self, outs: Sequence[Array], priority: int, ended: Ended) -> None:
+        if self._engine.devices is None or self._value.memory != HOST or comm.in_host_memory(*outs):
+            when_ended(self._copy(outs, priority), ended)
+            return
+        on_host = [out for out in outs if memory_of(out) == HOST]  # where an op of the host copies, and no device
+        on_devices = [out for out in outs if memory_of(out) != HOST]
+        all_ended([self._copy(some, priority) for some in (on_host, on_devices) if some], ended)
+
+    def _copy(self, outs: Sequence[Array], priority: int) -> engine.Handle:
         stored, elements, nbytes = self._stored, self._elements, self._value.own.value.nbytes
-        delivered = self._engine.push(
+        return self._engine.push(
             lambda: comm.broadcast(stored.value.reshape(-1)[elements], outs),
-            reads=[stored.var], writes=outs, priority=priority, name="deliver",
+            reads=stored.names, writes=outs, priority=priority, name="deliver",
             inline=nbytes * len(outs) <= INLINE_BYTES, info={"key": self._value.key, "bytes": nbytes},
         )  # fmt: skip
-        when_ended(delivered, ended)
 
     def hold(self, ended: Callable[[Held | BaseException], None]) -> None:
         stored, reader = self._stored, object()
         elements, shape = self._elements, self._value.own.value.shape
 
         def lend() -> Held:
-            array = stored.lend(reader).reshape(-1)[elements].reshape(shape)
-            array.flags.writeable = False
+            array = read_only(stored.lend(reader).reshape(-1)[elements].reshape(shape))
             return Held(array, self.version, None, lambda: stored.give_back(reader))
 
         held = self._engine.push(lend, reads=[stored.var], name="hold", inline=True)
@@ -393,4 +481,22 @@ def _update(key: Key, stored: Stored, pushes: Sequence[Array], rule: Rule, gener
 
 
 def _flat_copies(arrays: Mapping[str, Array], elements: slice) -> dict[str, Array]:
-    return {name: array.reshape(-1)[elements].copy() for name, array in arrays.items()}
+    """In host memory."""
+    return {name: host_copy(array.reshape(-1)[elements]) for name, array in arrays.items()}
+
+
+def _mark(device: int) -> Array:
+    """An array without bytes, by which the engine knows whose device an op is on: it is in nobody's way."""
+    return empty(0, np.dtype(np.uint8), device)
+
+
+def _pinned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    return gpu.pinned(math.prod(shape) * dtype.itemsize).view(dtype).reshape(shape)
+
+
+def _staged(value: Value, gradient: Gradient) -> Array:
+    """Memory for the sum of the gradient: where the value is, or where it can be copied from."""
+    shape, dtype = value.spec.shape, value.own.value.dtype
+    if not gradient.on_devices:
+        return empty(shape, dtype)
+    return _pinned(shape, dtype) if value.memory == HOST else empty(shape, dtype, value.memory)

@@ -13,9 +13,9 @@ from functools import partial
 from typing import Any, TypeVar
 
 import engine
-from kvstore.arrays import Array, callers, is_writable
+from kvstore.arrays import Array, callers
 from kvstore.devices import Devices, Entry, Request
-from kvstore.entries import IN_PLACE, Entries, Keys, Push, Target, as_many, listed
+from kvstore.entries import IN_PLACE, Entries, Keys, Push, Target, as_many, listed, own_out
 from kvstore.errors import DuplicateKeyError
 from kvstore.handle import Handle, countdown, gather
 from kvstore.home import Home, Reading
@@ -32,14 +32,15 @@ class Operations:
 
     Args:
         timeout_s: that a handle's wait may take when the caller does not say; it may be changed.
+        way: of :data:`kvstore.comm.WAYS`, in which GPUs' arrays come together.
     """
 
-    def __init__(self, home: Home, runtime: engine.Engine, entries: Entries, timeout_s: float) -> None:
+    def __init__(self, home: Home, runtime: engine.Engine, entries: Entries, timeout_s: float, way: str) -> None:
         self.entries = entries
         self.timeout_s = timeout_s
         self._home = home
-        self._level = Devices(home, runtime)
-        self._lists = Lists(home, runtime)
+        self._level = Devices(home, runtime, way)
+        self._lists = Lists(home, runtime, way)
         self._pushes: set[Handle] = set()  # not committed yet
         self._lock = threading.Lock()
 
@@ -61,7 +62,7 @@ class Operations:
                 entry, pushed = self.entries.known(keys)[0], _NOTHING
             else:
                 if out is None and what == "pushpull":
-                    out = self._own_out(self.entries.get(keys[0]), value)
+                    out = own_out(self.entries.get(keys[0]), value)
                 entry, pushed = self.entries.pushes(keys, [value], device)[0]
             target = None if what == "push" else self.entries.target(entry, out, device)
             handle, reading = self._move(what, entry, pushed, target, priority, device, samples)
@@ -91,7 +92,7 @@ class Operations:
                 if what == "pushpull" and len(set(keys)) != len(keys):
                     raise DuplicateKeyError("pushpull: expected each key once in a call")
                 if what == "pushpull" and out is None:
-                    out = [self._own_out(self.entries.get(k), v) for k, v in zip(keys, values, strict=True)]
+                    out = [own_out(self.entries.get(k), v) for k, v in zip(keys, values, strict=True)]
                 pushes = self.entries.pushes(keys, values, device)
             targets: Sequence[Target | None] = [None] * len(pushes)
             if what != "push":
@@ -154,13 +155,6 @@ class Operations:
             raise
         return handle, reading
 
-    def _own_out(self, entry: Entry | None, value: Any) -> Any:
-        """Where a pushpull without ``out`` puts the value."""
-        if entry is not None and any(value is lent for lent in entry.lent):
-            return IN_PLACE
-        arrays = value if isinstance(value, list) else [value]
-        return value if all(map(is_writable, arrays)) else None
-
     # --- list calls -------------------------------------------------------------------------------
     #
     # They make no tuple or list per key that lives longer than a moment: ten thousand of them make the garbage
@@ -191,7 +185,7 @@ class Operations:
         if values is not None:
             arrays = self.entries.arrays(entries, values)
             if outs is None and what == "pushpull":
-                outs = [self._own_out(entry, value) for entry, value in zip(entries, values, strict=True)]
+                outs = [own_out(entry, value) for entry, value in zip(entries, values, strict=True)]
         if what != "push":
             targets, results = self._targets_of(entries, outs or [None] * len(entries))
         with plan.held() as alive:
@@ -250,20 +244,22 @@ class Operations:
     ) -> Handle:
         """Push, pull or both, the bundle's lock being held."""
         handle = self._handle(bundle.entries, what, bundle.explain)
-        pushed = handle
+        pushed, reading = handle, None
         outs = [target for target in targets if target is not None]  # a key of a bundle is never read in place
         try:
             if what == "push":
-                bundle.push(arrays, priority, countdown(handle, 1), samples)
+                reading = bundle.push(arrays, priority, countdown(handle, 1), samples)
             elif what == "pull":
                 bundle.pull(outs, results, priority, handle)
             else:
                 pushed = self._handle(bundle.entries, "push", bundle.explain)
                 pushed.observed = True  # the pull's handle fails with it
-                bundle.pushpull(arrays, countdown(pushed, 1), outs, results, priority, handle, samples)
+                ended = countdown(pushed, 1)
+                reading = bundle.pushpull(arrays, ended, outs, results, priority, handle, samples)
         except BaseException as error:
             _interrupted(error, pushed, handle)
             raise
+        _wait_for([reading])
         return handle
 
     def _one_by_one(
@@ -340,8 +336,8 @@ def _interrupted(error: BaseException, *handles: Handle) -> None:
         handle.finish(None, error)
 
 
-def _wait_for(reading: list[Reading]) -> None:
-    """Until the caller's arrays have been read; what came of it the handles will tell."""
+def _wait_for(reading: Sequence[Reading]) -> None:
+    """Until the caller's arrays have been read, or will be before what he does next; handles tell how it went."""
     for op in reading:
         if op is not None:
-            op.exception()
+            op.follow()

@@ -21,8 +21,8 @@ from typing import Any, NoReturn
 import numpy as np
 
 import engine
-from kvstore import consistency, plain, states
-from kvstore.arrays import Array, view
+from kvstore import comm, consistency, plain, states
+from kvstore.arrays import Array, callers, flat, memory_of
 from kvstore.checkpoint.loading import load
 from kvstore.checkpoint.reading import Checkpoint
 from kvstore.checkpoint.saving import Saving, checked_keep
@@ -70,6 +70,7 @@ class KVStore:
         cluster_model: Model,
         timeout: float,
         samples_per_round: int | None = None,
+        device_merge: str = comm.AUTO,
     ) -> None:
         self.type = type
         self.samples_per_round = samples_per_round
@@ -77,8 +78,8 @@ class KVStore:
         self._engine = runtime
         self._device_model = device_model
         self._cluster_model = cluster_model
-        self._entries = Entries(devices)
-        self._operations = Operations(home, runtime, self._entries, timeout)
+        self._entries = Entries(runtime, devices)
+        self._operations = Operations(home, runtime, self._entries, timeout, device_merge)
         self._initialising: set[Key] = set()
         self._optimizer: Optimizer | None = None
         self._saving = Saving()
@@ -93,7 +94,7 @@ class KVStore:
         levels = f"{self._device_model}/{self._cluster_model}" if self._in_cluster else f"{self._device_model}"
         return (
             f"<KVStore {self.type}: {state}rank {self.rank} of {self.num_workers}, devices {devices} "
-            f"(host memory), {levels}, {len(self._entries)} keys>"
+            f"({self._entries.memories}), {levels}, {len(self._entries)} keys>"
         )
 
     def __reduce__(self) -> NoReturn:
@@ -162,9 +163,20 @@ class KVStore:
         device_model = self._model(device_consistency, self._device_model)
         cluster_model = self._model(cluster_consistency, self._cluster_model)
         ranks = None if participants is None else self._ranks(participants)
-        keys = self._checked(key)
+        with callers(value):
+            self._init(self._checked(key), key, value, device_model, cluster_model, ranks)
+
+    def _init(
+        self,
+        keys: list[Key],
+        key: Keys,
+        value: Any,
+        device_model: Model,
+        cluster_model: Model,
+        ranks: tuple[int, ...] | None,
+    ) -> None:
         values = [value] if not isinstance(key, list | tuple) else as_many(keys, value, "values")
-        arrays = [view(v, f"init of key {k!r}") for k, v in zip(keys, values, strict=True)]
+        arrays = [self._entries.array(v, f"init of key {k!r}") for k, v in zip(keys, values, strict=True)]
         if len(set(keys)) != len(keys):
             twice = next(k for k in keys if keys.count(k) > 1)
             raise DuplicateKeyError(
@@ -186,7 +198,7 @@ class KVStore:
                     array.shape, array.dtype.name, cut.piece_items, str(device_model), str(cluster_model), ranks,
                     self.samples_per_round,
                 )  # fmt: skip
-                waiting.append(self._home.init(k, spec, np.ascontiguousarray(array).reshape(-1)))
+                waiting.append(self._home.init(k, spec, flat(array)))
             first_error: KVStoreError | None = None
             for k, array, created in zip(keys, arrays, waiting, strict=True):
                 try:
@@ -194,7 +206,7 @@ class KVStore:
                 except KVStoreError as error:
                     first_error = first_error or error
                     continue
-                entry = Entry(k, array.shape, array.dtype, device_model)
+                entry = Entry(k, array.shape, array.dtype, device_model, memory=memory_of(array))
                 self._entries.add(entry)
             if first_error is not None:
                 raise first_error

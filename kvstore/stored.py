@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 import engine
 from kvstore import kernels
-from kvstore.arrays import Array
+from kvstore.arrays import HOST, Array, copy_to, empty, empty_like, may_write, memory_of
 
 SPARES_MAX = 2
 
@@ -39,17 +39,22 @@ class Stored:
         name: of the var, for traces and errors.
     """
 
-    __slots__ = ("_generation", "_lock", "_readers", "_spares", "allocate", "state", "step", "value", "var")
+    __slots__ = (
+        *("_generation", "_lock", "_readers", "_shed", "_spares"),
+        *("allocate", "names", "state", "step", "value", "var"),
+    )
 
     def __init__(self, value: Array, name: str) -> None:
         self.value = value
         self.state: dict[str, Array] = {}
         self.step = 0
         self.var = engine.Var(name)
+        self.names: list[Any] = [self.var]  # by which ops that use it call it; and what tells the engine its device
         self.allocate: Callable[[], Array | None] | None = None  # memory for one more copy of the value
         self._generation = 0
         self._spares: list[Array] = []
         self._readers: dict[int, set[Hashable]] = {}  # by id of the value or spare that is lent
+        self._shed: list[Array] = []
         self._lock = threading.Lock()  # readers come and go at any time
 
     def __repr__(self) -> str:
@@ -91,6 +96,7 @@ class Stored:
         """
         target = self._unread()
         if generation != self._generation:
+            self._drop(*self.state.values())
             self.state = rule.create_state(self.value)
             self.step = 0
             self._generation = generation
@@ -102,9 +108,10 @@ class Stored:
         """Replace the optimizer's state, and the value if there is one."""
         if value is not None:
             target = self._unread()
-            np.copyto(target, value.reshape(target.shape))
+            copy_to(value.reshape(target.shape), target)
             self._become(target)
-        self.state = state
+        self._drop(*self.state.values())
+        self.state = {name: self._beside(array) for name, array in state.items()}
         self.step = step
         self._generation = generation
 
@@ -117,18 +124,22 @@ class Stored:
         if len({(part.step, part._generation, *part.state) for part in parts}) > 1:
             raise ValueError(f"expected values that have had the same updates, got {parts}")
         target = self._unread()
-        np.concatenate([part.value.reshape(-1) for part in parts], out=target)
+        kernels.concatenate([part.value for part in parts], target)
         self._become(target)
         first = parts[0]
-        self.state = {name: np.concatenate([part.state[name].reshape(-1) for part in parts]) for name in first.state}
+        for name, array in first.state.items():
+            self.state[name] = empty(target.shape, array.dtype, memory_of(target))
+            kernels.concatenate([part.state[name] for part in parts], self.state[name])
         self.step, self._generation = first.step, first._generation
 
     def split(self, parts: Sequence[tuple[Stored, slice]]) -> None:
         """Give each of ``parts`` its elements, flat; the inverse of :meth:`unite`."""
         for part, elements in parts:
+            self._drop(part.value, *part.state.values())
             part.value = self.value[elements].copy()
             part.state = {name: array[elements].copy() for name, array in self.state.items()}
             part.step, part._generation = self.step, self._generation
+        self._drop(*self.state.values())
         self.state = {}  # the value stays: it may be lent
 
     def reshape(self, shape: tuple[int, ...]) -> None:
@@ -136,14 +147,16 @@ class Stored:
         self.value = self.value.reshape(shape)
         self.state = {name: array.reshape(shape) for name, array in self.state.items()}
 
-    def move(self, target: Array, allocate: Callable[[], Array | None]) -> None:
-        """Continue in ``target``, and when more is needed in what ``allocate`` gives."""
-        np.copyto(target, self.value)
+    def move(self, target: Array, allocate: Callable[[], Array | None] | None = None) -> None:
+        """Continue in ``target``, of any memory, and when more is needed in what ``allocate`` gives."""
+        copy_to(self.value, target)
         self.allocate = allocate
         with self._lock:
             self._readers.clear()
+            former, self.value = [self.value, *self._spares, *self.state.values()], target
             self._spares.clear()
-            self.value = target
+        self.state = {name: self._beside(array) for name, array in self.state.items()}
+        self._drop(*former)
 
     # --- readers ------------------------------------------------------------------------------
 
@@ -165,25 +178,53 @@ class Stored:
         """Memory that nobody reads: the value's own where possible."""
         with self._lock:
             for array in (self.value, *self._spares):
-                if array.flags.writeable and id(array) not in self._readers:
+                if may_write(array) and id(array) not in self._readers:
                     return array
         fresh = self.allocate() if self.allocate is not None else None
-        return np.empty_like(self.value) if fresh is None else fresh
+        return empty_like(self.value) if fresh is None else fresh
 
     def _become(self, array: Array) -> None:
         if array is self.value:
             return
         with self._lock:
             self._spares = [spare for spare in self._spares if spare is not array]
-            if self.value.flags.writeable and len(self._spares) < SPARES_MAX:
+            if may_write(self.value) and len(self._spares) < SPARES_MAX:
                 self._spares.append(self.value)
             else:
                 self._readers.pop(id(self.value), None)
+                self._drop(self.value)
             self.value = array
+
+    # --- memory of devices --------------------------------------------------------------------
+
+    def shed(self) -> list[Array]:
+        """What is used no more on a device, or has been copied to one: the op at hand has to keep it until it ends."""
+        shed, self._shed = self._shed, []
+        return shed
+
+    def _drop(self, *arrays: Array) -> None:
+        if memory_of(self.value) != HOST:
+            self._shed.extend(arrays)
+
+    def _beside(self, array: Array) -> Array:
+        """The array in the memory of the value."""
+        memory = memory_of(self.value)
+        if memory_of(array) == memory:
+            return array
+        there = empty(array.shape, array.dtype, memory)
+        copy_to(array, there)
+        return there
 
 
 def multiply(array: Array, factor: float) -> None:
     """``array`` *= ``factor``, in place; half precision in float32, rounded once."""
-    if factor != 1.0:
+    if factor == 1.0:
+        return
+    if memory_of(array) != HOST and array.dtype in kernels.HALVES:  # which CuPy multiplies in half precision
+        wide = empty(array.shape, np.dtype(np.float32), memory_of(array))
+        kernels.cast(array, wide)
+        multiply(wide, factor)
+        kernels.cast(wide, array)
+    else:
         real = np.float32(factor) if array.dtype.itemsize <= 4 else np.float64(factor)
         np.multiply(array, real, out=array, casting="same_kind")

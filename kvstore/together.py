@@ -11,9 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from kvstore.arrays import Array
+from kvstore.arrays import HOST, Array, empty
 from kvstore.handle import Ended
 from kvstore.home import BLAMED_MAX, Gradient, HomeBundle, Reading, Source
 from kvstore.protocol.bundles import alike
@@ -38,6 +36,8 @@ class Value:
     key: Key
     spec: Spec
     own: Stored  # what its pushes change; a key is in no bundle when it is pushed by itself
+    memory: int = HOST  # where it is, or will be when an op has moved it
+    placed: bool = False  # there for good, as far as GPUs are concerned
     rounds: int = 0  # pushes
     version: int = 0  # updates: those before the pushes that are counted here too
     staging: Array | None = None
@@ -76,7 +76,9 @@ class LocalBundle(HomeBundle):
         items = sum(value.own.value.size for value in values)
         name = f"bundle {next(_numbers)}"
         spec = replace(values[0].spec, shape=(items,), piece_items=items)
-        whole = Value(name, spec, Stored(np.empty(items, values[0].own.value.dtype), name))
+        memory, first = values[0].memory, values[0].own
+        whole = Value(name, spec, Stored(empty(items, first.value.dtype, memory), name), memory)
+        whole.own.names = [whole.own.var, *first.names[1:]]
         whole.version = min(value.version for value in values)
         if not self._home.unite(values, whole):
             return False
@@ -109,13 +111,17 @@ class LocalBundle(HomeBundle):
 
 def bundles_of(values: Iterable[Value], home: LocalHome) -> list[HomeBundle]:
     """Bundles of those that are small, and alike: an optimizer's next update is the same for all of a bundle."""
-    groups = alike(filter(_joins, values), lambda value: (value.own.value.dtype, value.rounds), _nbytes, BUNDLE_BYTES)
+    groups = alike(filter(_joins, values), _kind, _nbytes, BUNDLE_BYTES)
     return [LocalBundle(members, home) for members in groups]
 
 
 def _joins(value: Value) -> bool:
     """May it be moved together with others, from here on?"""
     return 0 < _nbytes(value) <= MEMBER_BYTES and value.whole is None and value.blamed < BLAMED_MAX
+
+
+def _kind(value: Value) -> tuple[object, int, int]:
+    return value.own.value.dtype, value.rounds, value.memory
 
 
 def _nbytes(value: Value) -> int:

@@ -12,12 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from kvstore.arrays import view
+from kvstore.arrays import HOST, Array, beside, callers, copy_to, empty_like, memory_of, view
 from kvstore.errors import ShapeError, UnknownKeyError
 from kvstore.handle import Handle
+from kvstore.kernels import HALVES
 from kvstore.optim import Optimizer
 from kvstore.protocol.pieces import Key
 from kvstore.store import KVStore
+from kvstore.stored import multiply
 
 
 class Trainer:
@@ -79,9 +81,9 @@ class Trainer:
         if self._ahead.get(key) and key not in self._pulls:
             handle = self._pulls[key] = self.store.pull(key, self.params[key], self._priority[key])
             return handle
-        handle = self.store.pushpull(
-            key, self._scaled(key, gradient), self.params[key], self._priority[key], samples=samples
-        )
+        with callers(gradient, self.params[key]):
+            gradient = self._scaled(key, gradient)
+            handle = self.store.pushpull(key, gradient, self.params[key], self._priority[key], samples=samples)
         self._pulls[key] = handle
         return handle
 
@@ -119,13 +121,26 @@ class Trainer:
             return gradient
         what = f"gradient of key {key!r}"
         if isinstance(gradient, list | tuple):
-            arrays = [view(one, what) for one in gradient]
-            return [array * array.dtype.type(self.scale) for array in arrays]
+            return [self._times(view(one, what)) for one in gradient]
         array = view(gradient, what)
+        if memory_of(array) != HOST:
+            return self._times(array)
         staged = self.store.staging(key)
         if (array.shape, array.dtype) != (staged.shape, staged.dtype):
             return array  # the store will say what is wrong with it
         return np.multiply(array, array.dtype.type(self.scale), out=staged)
+
+    def _times(self, array: Array) -> Array:
+        """A new array, ``scale`` times as large, in the same memory."""
+        scale = array.dtype.type(self.scale)
+        with beside(array):
+            if memory_of(array) == HOST or array.dtype not in HALVES:
+                scaled: Array = array * scale
+                return scaled
+            scaled = empty_like(array)
+            copy_to(array, scaled)
+            multiply(scaled, float(scale))
+            return scaled
 
     def save_states(self, path: str | os.PathLike[str]) -> None:
         """Write the optimizer's states; one worker calls it, between two barriers."""

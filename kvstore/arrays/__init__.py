@@ -20,14 +20,20 @@ from kvstore.errors import DtypeError, ReadOnlyError
 __all__ = [
     "HOST",
     "Array",
+    "beside",
     "callers",
     "copy_to",
     "dtype_named",
     "empty",
     "empty_like",
+    "flat",
+    "found_in",
+    "host_copy",
     "is_array",
     "is_writable",
+    "may_write",
     "memory_of",
+    "read_only",
     "to_host",
     "view",
     "writable_view",
@@ -120,14 +126,36 @@ def may_write(array: Array) -> bool:
     return writable
 
 
+def read_only(array: Array) -> Array:
+    """The array, which is now read-only, if it is of the host: CuPy has none that is."""
+    if memory_of(array) == HOST:
+        array.flags.writeable = False
+    return array
+
+
 def memory_of(array: Array) -> int:
     """Where the array lies: :data:`HOST`, or the number of a GPU."""
     return HOST if type(array) is np.ndarray or isinstance(array, np.ndarray) else gpu.device_of(array)
 
 
+def beside(array: Array) -> AbstractContextManager[Any]:
+    """Within the block, the device that the array lies on, if it does, is CuPy's current one."""
+    return _NOBODY if memory_of(array) == HOST else gpu.at(gpu.device_of(array))
+
+
 def empty(shape: int | tuple[int, ...], dtype: np.dtype[Any], memory: int = HOST) -> Array:
     """A new array, of arbitrary content."""
     return np.empty(shape, dtype) if memory == HOST else gpu.empty(shape, dtype, memory)
+
+
+def found_in(value: object) -> int:
+    """:func:`memory_of` an array of any library."""
+    return gpu.found_on(value) if gpu.is_there(value) else HOST
+
+
+def flat(array: Array) -> Array:
+    """Its elements in C order, in one dimension and the same memory; a copy only if they do not lie so."""
+    return np.ascontiguousarray(array).reshape(-1) if memory_of(array) == HOST else gpu.flat(array)
 
 
 def empty_like(array: Array) -> Array:
@@ -138,6 +166,11 @@ def empty_like(array: Array) -> Array:
 def to_host(array: Array) -> Array:
     """The array in host memory: itself if it lies there, else a copy, which is complete when this returns."""
     return array if memory_of(array) == HOST else gpu.to_host(array)
+
+
+def host_copy(array: Array) -> Array:
+    """A copy in host memory, complete when this returns."""
+    return array.copy() if memory_of(array) == HOST else gpu.to_host(array)
 
 
 def copy_to(source: Array, target: Array) -> None:

@@ -7,12 +7,14 @@ the engine they are the op's.
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import importlib.util
 import logging
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import ml_dtypes
@@ -41,6 +43,29 @@ def missing() -> str | None:
         cupy.cuda.runtime.getDeviceCount()  # an error where there is none
     except cupy.cuda.runtime.CUDARuntimeError as error:
         return f"CuPy {cupy.__version__} finds no GPU: {error}"
+    return None
+
+
+def described() -> str:
+    """Which GPUs there are here, or why there are none: for people. Imports CuPy, where it is installed."""
+    if reason := missing():
+        return f"none: {reason}"
+    runtime = module().cuda.runtime
+    names = [runtime.getDeviceProperties(device)["name"].decode() for device in range(runtime.getDeviceCount())]
+    return ", ".join(f"{device}: {name}" for device, name in enumerate(names))
+
+
+@functools.cache
+def unlikely() -> str | None:
+    """Why there can be no GPUs here, as far as can be seen without importing CuPy. None: there may be some."""
+    if "cupy" in sys.modules:
+        return missing()
+    if importlib.util.find_spec("cupy") is None:
+        return "CuPy is not installed"
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return "there is no CUDA driver"
     return None
 
 
@@ -124,34 +149,21 @@ def callers(values: Any) -> Iterator[None]:
     if not tensors:
         yield
         return
-    cuda = devices()
+    cuda, here = devices(), current_device()
     current = {device: cuda.current(device) for device in tensors}
     own = {device: _external(torch().cuda.current_stream(device).cuda_stream, device) for device in tensors}
     apart = [device for device in tensors if own[device].stream.ptr != current[device].stream.ptr]
     for device in apart if others else ():
         cuda.wait(own[device], cuda.record(current[device]))
     try:
-        with _current([own[device] for device in apart]):
+        with ExitStack() as inside:
+            for device in apart:
+                inside.enter_context(cuda.on(own[device]))
+            inside.enter_context(module().cuda.Device(here))
             yield
     finally:
         for device in apart if others else ():
             cuda.wait(current[device], cuda.record(own[device]))
-
-
-@contextmanager
-def _current(streams: Sequence[engine.CudaStream]) -> Iterator[None]:
-    """Within the block these streams are the current ones of their devices; the current device stays."""
-    cuda = module().cuda
-    before = [(one, devices().current(one.device)) for one in streams]
-    try:
-        for one in streams:
-            with cuda.Device(one.device):
-                one.stream.use()
-        yield
-    finally:
-        for one, previous in before:
-            with cuda.Device(one.device):
-                previous.stream.use()
 
 
 def _numbers(values: Any) -> tuple[set[int], bool]:
@@ -202,10 +214,41 @@ def device_of(array: Any) -> int:
     return number
 
 
+def at(device: int) -> Any:
+    """Within the block, the device is the current one."""
+    return module().cuda.Device(device)
+
+
 def current_device() -> int:
     """The number of the device that the thread works on now."""
     number: int = module().cuda.runtime.getDevice()
     return number
+
+
+def current_stream() -> int:
+    """The address of the stream that the thread works on now."""
+    address: int = module().cuda.get_current_stream().ptr
+    return address
+
+
+def nccl() -> Any | None:
+    """NVIDIA's library for collective operations, if CuPy can load it."""
+    try:
+        from cupy.cuda import nccl
+    except ImportError:
+        return None
+    return nccl if nccl.available else None
+
+
+def milliseconds(work: Callable[[], None]) -> float:
+    """How long the device takes for what this enqueues in the current stream. Waits for it."""
+    cuda = module().cuda
+    begin, end = cuda.Event(), cuda.Event()
+    begin.record()
+    work()
+    end.record()
+    end.synchronize()
+    return float(cuda.get_elapsed_time(begin, end))
 
 
 def empty(shape: int | tuple[int, ...], dtype: np.dtype[Any], device: int) -> Array:
@@ -214,6 +257,23 @@ def empty(shape: int | tuple[int, ...], dtype: np.dtype[Any], device: int) -> Ar
     with cupy.cuda.Device(device):
         array: Array = cupy.empty(shape, dtype)
     return array
+
+
+def flat(array: Any) -> Array:
+    """Its elements in C order, in one dimension; a copy only if they do not lie so."""
+    if not array.flags.c_contiguous:
+        with at(device_of(array)):
+            array = module().ascontiguousarray(_bits(array)).view(array.dtype)
+    return array.reshape(-1)  # type: ignore[no-any-return]
+
+
+def found_on(value: Any) -> int:
+    """The device that an array of any library lies on, for which :func:`is_there` holds."""
+    if _library(value) == "cupy":
+        return device_of(value)
+    if hasattr(value, "__dlpack_device__"):
+        return int(value.__dlpack_device__()[1])
+    return device_of(module().asarray(value))
 
 
 def to_host(array: Any) -> Array:
@@ -291,12 +351,15 @@ def peers(device: int) -> frozenset[int]:
 
 
 def is_reachable(array: Any, device: int) -> bool:
-    """Can kernels of this device use the array?
+    """Can kernels of this device use the array as it lies?
 
-    Memory of a peer they can use if cudaMalloc gave it; of what comes from elsewhere nobody knows.
+    In memory of a peer it has to be in one run, and come from cudaMalloc; of other memory nobody knows.
     """
     own = device_of(array)
-    return own == device or (type(array.data.mem).__name__ in _SHARED_KINDS and own in peers(device))
+    if own == device:
+        return True
+    shared: bool = array.flags.c_contiguous and type(array.data.mem).__name__ in _SHARED_KINDS
+    return shared and own in peers(device)
 
 
 # --- copies -------------------------------------------------------------------------------------
@@ -335,23 +398,23 @@ def _copy_strided(source: Any, target: Any) -> None:
 
 def _copy_bytes(source: Any, target: Any) -> None:
     """From one run of memory to another."""
-    cuda = module().cuda
-    runtime, nbytes = cuda.runtime, source.nbytes
-    addresses = _address(target), _address(source)
+    runtime = module().cuda.runtime
+    to, at, nbytes = address(target), address(source), source.nbytes
     if isinstance(source, np.ndarray) or isinstance(target, np.ndarray):
         down = isinstance(target, np.ndarray)
         with Fork() as fork, fork.on(device_of(source if down else target)):
             kind = runtime.memcpyDeviceToHost if down else runtime.memcpyHostToDevice
-            runtime.memcpyAsync(*addresses, nbytes, kind, cuda.get_current_stream().ptr)
+            runtime.memcpyAsync(to, at, nbytes, kind, current_stream())
         return
-    stream, here, there = cuda.get_current_stream().ptr, device_of(source), device_of(target)
+    here, there = device_of(source), device_of(target)
     if here == there:
-        runtime.memcpyAsync(*addresses, nbytes, runtime.memcpyDeviceToDevice, stream)
+        runtime.memcpyAsync(to, at, nbytes, runtime.memcpyDeviceToDevice, current_stream())
     else:
-        runtime.memcpyPeerAsync(addresses[0], there, addresses[1], here, nbytes, stream)
+        runtime.memcpyPeerAsync(to, there, at, here, nbytes, current_stream())
 
 
-def _address(array: Any) -> int:
+def address(array: Any) -> int:
+    """Of its first element."""
     at: int = array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr
     return at
 
@@ -376,14 +439,16 @@ def _branch(device: int) -> engine.CudaStream:
 class Fork:
     """Work on several devices side by side: after what the current stream holds, and before what follows on it.
 
-    Memory that was made before the block may be used in all of it; what is made within :meth:`on`, only there.
+    Memory that was made before the block may be used in all of it; what is made within :meth:`on`, only there, and
+    after :meth:`join` in the rest of the block.
     """
 
     def __enter__(self) -> Fork:
         self._device = current_device()
         self._stream = devices().current(self._device)
         self._begin: Any = None
-        self._used: list[Any] = []
+        self._used: list[engine.CudaStream] = []  # since then
+        self._lent: list[engine.CudaStream] = []  # those of the last join
         return self
 
     @contextmanager
@@ -392,17 +457,39 @@ class Fork:
         if device == self._device:
             yield
             return
+        stream = _branch(device)
+        if stream not in self._used:
+            self._branch_off(stream)
+            self._used.append(stream)
+        with devices().on(stream):
+            yield
+
+    def _branch_off(self, stream: engine.CudaStream) -> None:
         cuda = devices()
         if self._begin is None:
             self._begin = cuda.record(self._stream)
-        stream = _branch(device)
-        if stream not in self._used:
-            cuda.wait(stream, self._begin)
-            self._used.append(stream)
-        with cuda.on(stream):
-            yield
+        cuda.wait(stream, self._begin)
 
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
+    def join(self) -> None:
+        """What follows on the stream at hand comes after all that has been enqueued within :meth:`on`."""
         cuda = devices()
         for stream in self._used:
             cuda.wait(self._stream, cuda.record(stream))
+        self._lent, self._used, self._begin = self._used, [], None
+
+    def meet(self, device: int, other: int) -> None:
+        """What follows on ``device`` comes after what has been enqueued on the other; both have been used."""
+        cuda = devices()
+        cuda.wait(self._on(device), cuda.record(self._on(other)))
+
+    def _on(self, device: int) -> engine.CudaStream:
+        return self._stream if device == self._device else _branch(device)
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        cuda = devices()
+        lent = self._lent
+        self.join()
+        if lent:  # their memory has been used on the stream at hand, and will be given anew on theirs
+            over = cuda.record(self._stream)
+            for stream in lent:
+                cuda.wait(stream, over)

@@ -252,11 +252,13 @@ def drain(address: str | None, timeout: float, keys: str | None, rank: int) -> N
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @_KEYS
 def status(address: str | None, timeout: float, as_json: bool, keys: str | None) -> None:
-    """Show the members of a cluster and what the servers hold."""
+    """Show the members of a cluster, what the servers hold, and which GPUs this machine has."""
+    from kvstore.arrays import gpu
     from kvstore.cluster.status import read_status
 
     address = _address(address)
     report = read_status(address, timeout, _network(keys))
+    report["gpus"] = gpu.described()
     if as_json:
         click.echo(json.dumps(report, indent=2))
         return
@@ -277,6 +279,7 @@ def status(address: str | None, timeout: float, as_json: bool, keys: str | None)
             table.add_row(*map(str, cells), *shards, *held)
     console = Console()
     console.print(table, width=None if console.is_terminal else max(console.width, console.measure(table).maximum))
+    click.echo(f"GPUs of this machine: {report['gpus']}")
 
 
 @main.command()

@@ -13,7 +13,7 @@ import numpy as np
 
 import engine
 from kvstore import comm, consistency
-from kvstore.arrays import HOST, Array, dtype_named, memory_of, to_host
+from kvstore.arrays import Array, dtype_named, memory_of, to_host
 from kvstore.checkpoint.cut import CutSource
 from kvstore.cluster.bundles import Bundles
 from kvstore.cluster.cutpoints import CutPoints
@@ -276,7 +276,7 @@ class ClusterHome(Home):
         """
         remote, runtime, cut = exchange.remote, self._engine, exchange.remote.cut
         exchange.slot = slot = remote.staging.take(pinned=True)
-        gradient = _read_later(gradient, runtime)
+        gradient = gradient.settled(runtime)
         sources, flat, priority = _flat(gradient.arrays), slot.array, gradient.priority
         chains: dict[int, engine.Var] = {}  # of copies, by device
         try:
@@ -286,7 +286,7 @@ class ClusterHome(Home):
                     part, there = flat[start:stop], engine.Var(f"staged {remote.key!r}[{some[0]}]")
                     copy, reads, writes = partial(gradient.write, part), gradient.reads, [there]
                     if sources:
-                        copy = partial(comm.merge, [source[start:stop] for source in sources], part)
+                        copy = partial(comm.merge, [source[start:stop] for source in sources], part, gradient.way)
                         self._turn += 1
                         reads = _from(reads, self._turn)
                         writes.append(chains.setdefault(memory_of(reads[0]), engine.Var(f"copies of {remote.key!r}")))
@@ -604,18 +604,6 @@ def _parts(cut: Cut, dtype: np.dtype[Any], chunk_bytes: int) -> list[range]:
 def _flat(arrays: Sequence[Array]) -> list[Array]:
     """The same memory, flat; nothing if that of one of them is not in one run."""
     return [array.reshape(-1) for array in arrays] if all(array.flags.c_contiguous for array in arrays) else []
-
-
-def _read_later(gradient: Gradient, runtime: engine.Engine) -> Gradient:
-    """The gradient without host memory that the caller may overwrite before an op of a device has read it."""
-
-    def is_due(array: Array) -> bool:
-        return memory_of(array) == HOST and not runtime.pending(array)  # else it is overwritten through the engine only
-
-    if not any(map(is_due, gradient.arrays)):
-        return gradient
-    arrays = [array.copy() if is_due(array) else array for array in gradient.arrays]
-    return Gradient(arrays, gradient.priority, samples=gradient.samples)
 
 
 def _from(items: list[Any], turn: int) -> list[Any]:

@@ -1,21 +1,26 @@
 """Merge and broadcast where arrays lie in the memory of GPUs, of several perhaps, and of the host.
 
 Called within an op of the engine: everything is enqueued, in the order of the current stream; work on other devices
-branches off it and comes back to it. The sum is folded left to right, so that its bits are those of the host.
+branches off it and comes back to it. The arrays of several devices come together in one of several :data:`WAYS`. With
+``direct`` kernels read what peers hold, with ``copy`` it is copied first, and ``auto`` is the quicker of these. They
+fold left to right, and give the bits that the host gives; ``tree`` and ``nccl`` have orders of their own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from kvstore import kernels
-from kvstore.arrays import HOST, Array, copy_to, empty, memory_of
+from kvstore.arrays import HOST, Array, copy_to, empty, flat, memory_of
 from kvstore.arrays.gpu import Fork, current_device, is_reachable
+from kvstore.comm import measured, nccl, tree
+from kvstore.comm.blocks import blocks
 
-DIRECT, COPY = "direct", "copy"  # kernels read what peers hold, or it is copied before
+AUTO, DIRECT, COPY, TREE, NCCL = WAYS = ("auto", "direct", "copy", "tree", "nccl")
 
 
-def merge(arrays: Sequence[Array], out: Array, how: str = DIRECT) -> None:
+def merge(arrays: Sequence[Array], out: Array, way: str = AUTO) -> None:
     """``out`` = the sum of ``arrays``, which lie in any memories, at least one of all in a GPU's.
 
     It is made on the device of ``out``. If that is in host memory: on the current device if an array is there, else on
@@ -32,34 +37,81 @@ def merge(arrays: Sequence[Array], out: Array, how: str = DIRECT) -> None:
         if len(arrays) == 1:
             copy_to(arrays[0], out)
             return
-        near = _brought(arrays, target, how)
-        if memory_of(out) == HOST:
-            total = empty(out.shape, out.dtype, target)
-            kernels.merge(near, total)
+        with near(arrays, way) as some:
+            if memory_of(out) != HOST:
+                kernels.merge(some, out)
+                return
+            total = some[0] if len(some) == 1 else empty(out.shape, out.dtype, target)
+            if len(some) > 1:
+                kernels.merge(some, total)
             copy_to(total, out)
-        else:
-            kernels.merge(near, out)
 
 
-def _brought(arrays: Sequence[Array], target: int, how: str) -> list[Array]:
+@contextmanager
+def near(arrays: Sequence[Array], way: str = AUTO) -> Iterator[list[Array]]:
+    """Within the block: arrays that kernels of the current device can use, and that have the sum of ``arrays``."""
+    target, memories = current_device(), set(map(memory_of, arrays))
+    if memories == {target}:
+        yield list(arrays)
+    elif (
+        way in (TREE, NCCL)
+        and target in memories
+        and len(memories - {HOST}) > 1
+        and (way == TREE or nccl.takes(arrays[0].dtype))
+    ):
+        with Fork() as fork:
+            partial = _partial(arrays, target, fork)
+            yield [(tree if way == TREE else nccl).summed(partial, target, fork)]
+    else:
+        yield _brought(arrays, target, _chosen(arrays, target) if way == AUTO else way)
+
+
+def _in_another_order(way: str, arrays: Sequence[Array], memories: set[int]) -> Callable[..., Array] | None:
+    """What makes the sum of one array per device, if that is not to be done by folding."""
+    if len(memories - {HOST}) > 1:
+        if way == TREE:
+            return tree.summed
+        if way == NCCL and nccl.takes(arrays[0].dtype):
+            return nccl.summed
+    return None
+
+
+def _chosen(arrays: Sequence[Array], target: int) -> str:
+    def sum_up(way: str) -> None:
+        kernels.merge(_brought(arrays, target, way), empty(arrays[0].shape, arrays[0].dtype, target))
+
+    return measured.quicker(arrays, target, sum_up)
+
+
+def _brought(arrays: Sequence[Array], target: int, way: str) -> list[Array]:
     """The arrays where kernels of the target device can use them."""
-    near, copies = list(arrays), []
+    some, copies = list(arrays), []
     for position, array in enumerate(arrays):
-        if not _is_near(array, target, how):
-            near[position] = empty(array.shape, array.dtype, target)
-            copies.append((array, near[position]))
-    with Fork() as fork:
-        for array, room in copies:
-            with fork.on(target if memory_of(array) == HOST else memory_of(array)):  # each device sends on its own
-                copy_to(array, room)
-    return near
+        memory = memory_of(array)
+        if memory != target and (way != DIRECT or memory == HOST or not is_reachable(array, target)):
+            some[position] = empty(array.shape, array.dtype, target)
+            copies.append((array, some[position]))
+    if copies:
+        with Fork() as fork:
+            for array, room in copies:
+                with fork.on(target if memory_of(array) == HOST else memory_of(array)):  # each device sends on its own
+                    copy_to(array, room)
+    return some
 
 
-def _is_near(array: Array, target: int, how: str) -> bool:
-    memory = memory_of(array)
-    if memory in (target, HOST):
-        return memory == target
-    return how == DIRECT and array.flags.c_contiguous and is_reachable(array, target)
+def _partial(arrays: Sequence[Array], target: int, fork: Fork) -> dict[int, Array]:
+    """The sums of each device's own arrays; those of the host count as the target's."""
+    own: dict[int, list[Array]] = {}
+    for array in arrays:
+        memory = memory_of(array)
+        own.setdefault(target if memory == HOST else memory, []).append(array)
+    for device, some in own.items():
+        with fork.on(device):
+            if len(some) > 1 or not some[0].flags.c_contiguous:
+                total = empty(some[0].shape, some[0].dtype, device)
+                merge(some, total, COPY)
+                own[device] = [total]
+    return {device: some[0] for device, some in own.items()}
 
 
 def broadcast(source: Array, outs: Sequence[Array], start: int = 0) -> None:
@@ -111,28 +163,52 @@ def _write(source: Array, out: Array, start: int) -> None:
         at += block.size
 
 
-def blocks(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[slice, ...]]:
-    """The elements ``start`` to ``stop``, counted in C order, as blocks of an array of that shape, in this order."""
-    if start >= stop:
-        return
-    if not shape:
-        yield ()
-        return
-    row = 1
-    for length in shape[1:]:
-        row *= length
-    first, last = -(-start // row), stop // row  # the rows that are in it whole
-    if first > last:  # it is within one row
-        yield from _within(shape, last, start - last * row, stop - last * row)
-        return
-    if start < first * row:
-        yield from _within(shape, first - 1, start - (first - 1) * row, row)
-    if first < last:
-        yield (slice(first, last), *[slice(None)] * (len(shape) - 1))
-    if last * row < stop:
-        yield from _within(shape, last, 0, stop - last * row)
+@contextmanager
+def packed(lists: Sequence[Sequence[Array]], way: str = AUTO) -> Iterator[list[Array]]:
+    """:func:`near` of what each list has, one array behind the other: it becomes one array where it lies."""
+    with Fork() as fork:
+        some = [_concatenated(arrays, fork) for arrays in lists]
+        fork.join()
+        with near(some, way) as summands:
+            yield summands
 
 
-def _within(shape: tuple[int, ...], row: int, start: int, stop: int) -> Iterator[tuple[slice, ...]]:
-    for index in blocks(shape[1:], start, stop):
-        yield (slice(row, row + 1), *index)
+def _concatenated(arrays: Sequence[Array], fork: Fork) -> Array:
+    memory, dtype, size = memory_of(arrays[0]), arrays[0].dtype, sum(array.size for array in arrays)
+    if memory != HOST and all(memory_of(array) == memory for array in arrays):
+        with fork.on(memory):
+            out = empty(size, dtype, memory)
+            kernels.concatenate(arrays, out)
+    else:
+        out = empty(size, dtype, current_device())
+        start = 0
+        for array in arrays:
+            copy_to(flat(array), out[start : start + array.size])
+            start += array.size
+    return out
+
+
+def split(source: Array, spans: Sequence[slice], outs: Sequence[Sequence[Array]]) -> None:
+    """Copy each of these parts of the flat ``source``, which together are all of it, into each of its own arrays.
+
+    A memory gets it once; one array of every part on a device, and they are written at once.
+    """
+    layers: dict[tuple[int, int], list[tuple[slice, Array]]] = {}  # by memory, and which array it is of its part there
+    for span, some in zip(spans, outs, strict=True):
+        count: dict[int, int] = {}
+        for out in some:
+            memory = memory_of(out)
+            count[memory] = count.get(memory, 0) + 1
+            layers.setdefault((memory, count[memory]), []).append((span, out))
+    there = {memory_of(source): source}
+    with Fork() as fork:
+        for (memory, _), layer in layers.items():
+            with fork.on(current_device() if memory == HOST else memory):
+                if memory == HOST or len(layer) < len(outs):
+                    for span, out in layer:
+                        copy_to(source[span].reshape(out.shape), out)
+                    continue
+                if memory not in there:
+                    there[memory] = empty(source.shape, source.dtype, memory)
+                    copy_to(source, there[memory])
+                kernels.split(there[memory], [out for _, out in layer])

@@ -9,8 +9,9 @@ from typing import ClassVar
 import numpy as np
 
 from kvstore import kernels
+from kvstore.arrays import Array
 from kvstore.kernels import Change
-from kvstore.optim.base import Array, Optimizer, State
+from kvstore.optim.base import Optimizer, State
 from kvstore.optim.schedules import Schedule
 
 

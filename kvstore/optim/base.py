@@ -12,15 +12,14 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
 from kvstore import kernels, plain
+from kvstore.arrays import Array, empty, empty_like, memory_of
 from kvstore.errors import DtypeError, OptimizerError
 from kvstore.kernels import HALVES, Change
 from kvstore.optim import schedules
 from kvstore.optim.schedules import Schedule
 
-Array = npt.NDArray[Any]
 State = dict[str, Array]
 
 
@@ -84,8 +83,13 @@ class Optimizer(ABC):
 
     def create_state(self, value: Array) -> State:
         """Fresh state for ``value``; for half precision with ``master``, the weights in float32."""
-        weights = value.astype(np.float32) if value.dtype in HALVES else value
-        state = {name: np.zeros(weights.shape, weights.dtype) for name in self._state_names()}
+        weights = value
+        if value.dtype in HALVES:
+            weights = empty(value.shape, np.dtype(np.float32), memory_of(value))
+            kernels.cast(value, weights)
+        state = {name: empty_like(weights) for name in self._state_names()}
+        for array in state.values():
+            array.fill(0)
         if weights is not value:
             state["master"] = weights
         self._first_state(weights, state)
@@ -116,7 +120,8 @@ class Optimizer(ABC):
         scale = factor
         clip = math.inf if self.clip_gradient is None else self.clip_gradient
         if self.clip_norm is not None:
-            scale *= min(1.0, self.clip_norm / (kernels.norm(pushes) * factor + 1e-6))
+            norm = float(kernels.norm(pushes))  # which, where it is a GPU's, the thread waits for
+            scale *= min(1.0, self.clip_norm / (norm * factor + 1e-6))
         if master is None:
             self._step(Change(value, target, pushes, scale, clip), state, lr, step)
         else:

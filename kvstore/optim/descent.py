@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 import numpy as np
 
 from kvstore import kernels
+from kvstore.arrays import Array
 from kvstore.errors import OptimizerError
 from kvstore.kernels import Change
-from kvstore.optim.base import Array, Optimizer, State
+from kvstore.optim.base import Optimizer, State
 from kvstore.optim.schedules import Schedule
 
 

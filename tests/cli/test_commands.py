@@ -18,6 +18,7 @@ from click.testing import CliRunner
 
 import kvstore
 from kvstore import environment
+from kvstore.arrays import gpu
 from kvstore.cli import main
 from kvstore.cluster.status import read_status
 from kvstore.errors import OptionError
@@ -118,6 +119,8 @@ def test_status_shows_members_and_what_servers_hold():
     assert sum(row["bytes"] for row in report["servers"]) == 4000
     assert table.exit_code == 0
     assert "worker" in table.output
+    assert report["gpus"] == gpu.described()
+    assert f"GPUs of this machine: {report['gpus']}" in table.output
 
 
 def test_status_of_a_cluster_that_is_not_complete():

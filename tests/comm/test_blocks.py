@@ -6,7 +6,7 @@ import random
 
 import numpy as np
 
-from kvstore.comm.device import blocks
+from kvstore.comm.blocks import blocks
 
 
 def test_blocks_hold_the_elements_in_their_order():

@@ -38,6 +38,11 @@ class Mirror:
                 return self._cupy.ndarray(array.shape, array.dtype, at, array.strides)
         raise AssertionError("it was not among the arrays")
 
+    def scribble(self) -> None:
+        """Overwrite all of it there."""
+        for *_, memory in self._spans:
+            memory.fill(0xA5)
+
     def bring_back(self) -> None:
         for start, end, writable, memory in self._spans:
             if writable:

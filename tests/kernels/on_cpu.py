@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import shutil
 import subprocess
 import tempfile
@@ -14,6 +15,7 @@ import numpy as np
 from kvstore.kernels.cuda.launches import OPTIONS, Launches, source
 
 COMPILER = shutil.which("g++")
+CACHE = Path(__file__).parents[2] / ".pytest_cache" / "kernels"
 SHIM = Path(__file__).with_name("on_cpu.cpp")
 FLAGS = [*("-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-shared"), *("-Wall", "-Werror", "-Wno-unknown-pragmas")]
 BLOCKS, THREADS = 3, 32  # few, so that threads come round more than once
@@ -21,14 +23,19 @@ BLOCKS, THREADS = 3, 32  # few, so that threads come round more than once
 
 @functools.cache
 def build(code: str, options: tuple[str, ...] = OPTIONS) -> ctypes.CDLL:
-    """The kernels of a source for CUDA, as a library of this process."""
+    """The kernels of a source for CUDA, as a library, which is kept for the next time: to compile it takes long."""
     assert COMPILER is not None
-    definitions = [option for option in options if option.startswith("-D")]
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "kernels.cu").write_text(code)
-        built = Path(folder) / "kernels.so"
-        subprocess.run([COMPILER, *FLAGS, *definitions, "-I", folder, SHIM, "-o", built], check=True)
-        return ctypes.CDLL(str(built))
+    command = [COMPILER, *FLAGS, *[option for option in options if option.startswith("-D")]]
+    name = hashlib.sha256("\0".join([code, SHIM.read_text(), *command]).encode()).hexdigest()[:20]
+    CACHE.mkdir(parents=True, exist_ok=True)
+    kept = CACHE / f"{name}.so"
+    if not kept.exists():
+        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+            (Path(folder) / "kernels.cu").write_text(code)
+            built = Path(folder) / "kernels.so"
+            subprocess.run([*command, "-I", folder, SHIM, "-o", built], check=True)
+            built.replace(kept)
+    return ctypes.CDLL(str(kept))
 
 
 class OnCpu:

@@ -15,11 +15,13 @@ import engine
 import kvstore
 from kvstore import errors, optim
 from tests.clusters import Cluster, at_once
+from tests.store.on_gpus import OnGpus
 
 DTYPES = ["float16", "float32", "float64", "int8", "int32", "int64", "uint8", "bool", ml_dtypes.bfloat16]
 
 
-PLACES = ["local", "cluster of 1 server", "cluster of 3 servers", "cluster of 2 servers through sockets"]
+GPUS = ["local, arrays on 2 GPUs", "device, arrays on 1 GPU", "device, arrays on 2 GPUs"]
+PLACES = ["local", "cluster of 1 server", "cluster of 3 servers", "cluster of 2 servers through sockets", *GPUS]
 
 
 @pytest.fixture(scope="module", params=PLACES)
@@ -28,14 +30,17 @@ def place(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def make(place: str) -> Iterator[object]:
+def make(place: str, simulated_cupy) -> Iterator[object]:
     """Makes a store; closes it and its cluster afterwards."""
     clusters: list[Cluster] = []
     stores: list[kvstore.KVStore] = []
+    cupy = simulated_cupy(devices=int(place.split()[-2]), seed=5) if place in GPUS else None
 
     def create(**options: object) -> kvstore.KVStore:
         if place == "local":
             store = kvstore.create("local", timeout=30, **options)
+        elif cupy is not None:
+            store = OnGpus(kvstore.create(place.partition(",")[0], timeout=30, **options), cupy)
         else:
             clusters.append(Cluster(1, int(place.split()[2])))
             shared = "sockets" not in place
@@ -213,7 +218,9 @@ def test_optimizer_states_are_saved_and_loaded(make, tmp_path):
         np.testing.assert_array_equal(mine, theirs)
 
 
-def test_a_push_waits_for_the_engine_op_that_writes_the_gradient(kv):
+def test_a_push_waits_for_the_engine_op_that_writes_the_gradient(kv, place):
+    if place in GPUS:
+        pytest.skip("the op would have to write the array of the GPU")
     kv.init("w", np.zeros(3, np.float32))
     gradient = np.zeros(3, np.float32)
     gate: list[engine.Completion] = []
@@ -278,7 +285,9 @@ def test_the_engine_fills_staging(kv):
     np.testing.assert_array_equal(pushed.result(), 7)
 
 
-def test_an_engine_op_that_reads_out_waits_for_the_pull(kv):
+def test_an_engine_op_that_reads_out_waits_for_the_pull(kv, place):
+    if place in GPUS:
+        pytest.skip("the op would have to read the array of the GPU")
     kv.init("w", np.full(3, 4, np.float32))
     out = np.zeros(3, np.float32)
     kv.pull("w", out)
