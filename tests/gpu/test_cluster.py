@@ -301,12 +301,12 @@ def test_a_part_is_sent_while_the_next_one_is_copied(cupy, monkeypatch, planted)
     merge, submit, in_order = comm.merge, Exchange.submit, client.ClusterHome._in_order
     held_up: list[tuple] = []
 
-    def merge_behind(arrays, out):
+    def merge_behind(arrays, out, *how, **options):
         number = len(in_time)
         in_time.append(True)
         if number:
             cupy.cuda.get_current_stream().launch_host_func(wait_for, number)
-        merge(arrays, out)
+        merge(arrays, out, *how, **options)
 
     def wait_for(number):
         in_time[number] = sent[number - 1].wait(0.3 if planted else LIMIT_S)
@@ -343,9 +343,9 @@ def test_a_caller_whose_arrays_are_lent_does_not_wait_for_copies(cupy, monkeypat
     """With the copy held up, what he enqueues next is done: for a pushpull in place, but not for a push."""
     merge, go_on = comm.merge, threading.Event()
 
-    def merge_later(arrays, out):
+    def merge_later(arrays, out, *how, **options):
         cupy.cuda.get_current_stream().launch_host_func(lambda _: go_on.wait(LIMIT_S), None)
-        merge(arrays, out)
+        merge(arrays, out, *how, **options)
 
     def work(kv):
         kv.init("w", np.zeros(PARTS, np.float32))
@@ -487,10 +487,10 @@ def test_what_a_device_has_not_read_is_not_given_back(cupy, monkeypatch, shared,
 def test_an_error_before_anything_is_sent_costs_that_push_only(cupy, monkeypatch):
     merge, failures = comm.merge, [MemoryError("no room to merge")]
 
-    def merge_or_fail(arrays, out):
+    def merge_or_fail(arrays, out, *how, **options):
         if failures:
             raise failures.pop()
-        merge(arrays, out)
+        merge(arrays, out, *how, **options)
 
     place = Gpus(cupy)
 
@@ -535,10 +535,10 @@ def test_an_error_of_the_device_reaches_the_handle():
 def test_an_interrupted_push_costs_that_push_only(cupy, monkeypatch):
     merge, interrupts = comm.merge, [KeyboardInterrupt()]
 
-    def merge_or_stop(arrays, out):
+    def merge_or_stop(arrays, out, *how, **options):
         if interrupts:
             raise interrupts.pop()
-        merge(arrays, out)
+        merge(arrays, out, *how, **options)
 
     place = Gpus(cupy)
 
