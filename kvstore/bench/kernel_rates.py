@@ -19,9 +19,10 @@ from numba import njit
 from kvstore import kernels
 from kvstore.arrays import Array
 from kvstore.bench.cases import Line
+from kvstore.bench.kernel_cases import KERNEL_CASES, Call, update
 from kvstore.bench.statistic import Rows, row
 from kvstore.errors import KVStoreError
-from kvstore.kernels import FORMATS, Change, reference
+from kvstore.kernels import FORMATS, reference
 
 TINY_ELEMENTS = 64
 TINY_CALLS, TINY_TIMES = 200, 20
@@ -29,8 +30,6 @@ ROWS, COLUMNS = 100_000, 64  # gathered from and added to ten times as many
 TIMES = 5  # of a repeat; the fastest counts: whoever else uses the machine only takes
 LOAD_S = 120.0
 
-Call = Callable[[], Any]
-Make = Callable[[Any, Sequence[Array]], Call]  # the kernel by some form, on the same part of each array
 loops = njit(nogil=True, error_model="numpy")
 
 
@@ -93,79 +92,37 @@ def _sum_and_add(a: Any, b: Any, c: Any, d: Any, e: Any, f: Any) -> None:
 
 # --- what is measured ---------------------------------------------------------------------------
 
-SGD = (1e-3, 0.0, 0.9, 1.0, 0.0, 0.0)
-ADAM = (1e-4, 0.9, 0.9, 0.999, 1e-8, 0.0, 1.0)
-THRESHOLD = 1.0
-
-
-def _update(name: str, pushes: int, states: int, absent: int, *numbers: float) -> tuple[int, Make]:
-    """Arrays that are used, and the optimizer: by so many pushes, with so many states and some that it has not."""
-
-    def make(form: Any, a: Sequence[Array]) -> Call:
-        kernel = getattr(form, name)
-        change = Change(a[pushes], a[pushes], a[:pushes])
-        own = (*a[pushes + 1 : pushes + 1 + states], *[None] * absent)
-        return lambda: kernel(change, own, *numbers)
-
-    return pushes + 1 + states, make
-
-
-def _merge(form: Any, a: Sequence[Array]) -> Call:
-    pushes, out = a[:4], a[4]
-    return lambda: form.merge(pushes, out)
-
-
-def _compress(name: str) -> tuple[int, Make]:
-    numbers = (THRESHOLD,) if name == "2bit" else ()
-
-    def make(form: Any, a: Sequence[Array]) -> Call:
-        kernel, codes = getattr(form, f"quantize_{name}"), np.ones(FORMATS[name].nbytes(a[0].size), np.uint8)
-        return lambda: kernel(a[0], a[1], *numbers, codes)
-
-    return 2, make
-
-
-def _decompress(name: str) -> tuple[int, Make]:
-    numbers = (THRESHOLD,) if name == "2bit" else ()
-
-    def make(form: Any, a: Sequence[Array]) -> Call:
-        kernel, codes = getattr(form, f"dequantize_{name}"), np.ones(FORMATS[name].nbytes(a[0].size), np.uint8)
-        return lambda: kernel(codes, *numbers, a[0])
-
-    return 1, make
-
-
-CASES: dict[str, tuple[Callable[..., None], int, Make]] = {  # the loops that touch as many arrays, and the kernel
-    "merge of 4": (_sum, 5, _merge),
-    "SGD": (_add, *_update("sgd", 1, 0, 1, *SGD)),
-    "SGD momentum": (_add_twice, *_update("sgd", 1, 1, 0, *SGD)),
-    "merge of 4 + SGD momentum": (_sum_and_add, *_update("sgd", 4, 1, 0, *SGD)),
-    "Adam": (_add_thrice, *_update("adam", 1, 2, 1, *ADAM)),
-    "Adagrad": (_add_twice, *_update("adagrad", 1, 1, 0, 1e-3, 1e-8, 0.0)),
-    "RMSProp": (_add_twice, *_update("rmsprop", 1, 1, 2, 1e-3, 0.99, 1e-8, 0.0, 0.0)),
-    "Adadelta": (_add_thrice, *_update("adadelta", 1, 2, 0, 1.0, 0.9, 1e-6, 0.0)),
-    "FTRL": (_add_thrice, *_update("ftrl", 1, 2, 0, 0.1, 1.0, 0.01, 0.0)),
-    **{f"compress to {name}": (_add, *_compress(name)) for name in FORMATS},
-    **{f"decompress {name}": (_fill, *_decompress(name)) for name in FORMATS},
+LOOPS = {  # that touch as many arrays as the kernel
+    "merge of 4": _sum,
+    "SGD": _add,
+    "SGD momentum": _add_twice,
+    "merge of 4 + SGD momentum": _sum_and_add,
+    "Adam": _add_thrice,
+    "Adagrad": _add_twice,
+    "RMSProp": _add_twice,
+    "Adadelta": _add_thrice,
+    "FTRL": _add_thrice,
+    **{f"compress to {name}": _add for name in FORMATS},
+    **{f"decompress {name}": _fill for name in FORMATS},
 }
 
 
 def measure(elements: int, repeats: int) -> Rows:
     """One row per kernel and number of threads."""
     rng = np.random.default_rng(0)
-    most = max(count for _, count, _ in CASES.values())
+    most = max(case.arrays for case in KERNEL_CASES.values())
     memory = [np.abs(rng.standard_normal(elements, np.float32)) for _ in range(most)]
     rows: Rows = []
     with ThreadPoolExecutor(2, "bench-kernels") as pool:
-        for name, (touch, count, make) in CASES.items():
+        for name, case in KERNEL_CASES.items():
             for threads in (1, 2):
-                parts = list(zip(*(np.array_split(array, threads) for array in memory[:count]), strict=True))
+                parts = list(zip(*(np.array_split(array, threads) for array in memory[: case.arrays]), strict=True))
                 calls = {
-                    "kernel": _shared([make(kernels, part) for part in parts], pool),
-                    "memory": _shared([functools.partial(touch, *part) for part in parts], pool),
+                    "kernel": _shared([case.make(kernels, part) for part in parts], pool),
+                    "memory": _shared([functools.partial(LOOPS[name], *part) for part in parts], pool),
                 }
                 if threads == 1:
-                    calls["NumPy"] = _shared([make(reference, parts[0])], pool)
+                    calls["NumPy"] = _shared([case.make(reference, parts[0])], pool)
                 title = f"{name}, {elements / 1e6:g} M, {'1 thread' if threads == 1 else f'{threads} threads'}"
                 rows.append(_row(title, calls, repeats, "ms"))
     rows += _casts(memory, repeats)
@@ -255,7 +212,7 @@ def _tiny(repeats: int) -> Rows:
     """Microseconds per call on next to nothing."""
     arrays = [np.ones(TINY_ELEMENTS, np.float32) for _ in range(6)]
     rows = []
-    for name, make in {**{name: make for name, (_, _, make) in CASES.items()}, **_others(arrays)}.items():
+    for name, make in {**{name: case.make for name, case in KERNEL_CASES.items()}, **_others(arrays)}.items():
         for array in arrays:
             array.fill(1)  # no numbers that take the processor longer
         calls = {
@@ -268,7 +225,7 @@ def _tiny(repeats: int) -> Rows:
     return rows
 
 
-def _others(arrays: Sequence[Array]) -> dict[str, Make]:
+def _others(arrays: Sequence[Array]) -> dict[str, Callable[[Any, Sequence[Array]], Call]]:
     """Kernels that are measured on little only."""
     half, table = arrays[0].astype(np.float16), np.ones((100, 16), np.float32)
     ids, some = np.array([3, 5, 3, 7]), arrays[0].reshape(4, 16)
@@ -277,8 +234,8 @@ def _others(arrays: Sequence[Array]) -> dict[str, Make]:
         "merge of 2": lambda form, _: lambda: form.merge(pair, out),
         "merge of 2 to 2": lambda form, _: lambda: form.allreduce(pair, out, others),
         "norm": lambda form, _: lambda: form.norm(gradient),
-        "LARS": _update("lars", 1, 1, 0, 1e-6, 1e-3, 1e-8, 0.0, 0.9)[1],
-        "LAMB": _update("lamb", 1, 2, 0, 1e-6, 0.1, 0.3, 0.9, 0.999, 1e-6, 0.01)[1],
+        "LARS": update("lars", 1, 1, 0, 1e-6, 1e-3, 1e-8, 0.0, 0.9).make,
+        "LAMB": update("lamb", 1, 2, 0, 1e-6, 0.1, 0.3, 0.9, 0.999, 1e-6, 0.01).make,
         "cast to float16": lambda form, _: lambda: form.cast(out, half),
         "cast from float16": lambda form, _: lambda: form.cast(half, out),
         "broadcast to 2": lambda form, _: lambda: form.broadcast(out, arrays[3:5]),

@@ -14,7 +14,7 @@ from kvstore.bench import report
 from kvstore.bench.cases import Group, System
 from kvstore.bench.driver import SAMPLE_S, Driver
 from kvstore.bench.statistic import Rows
-from kvstore.bench.suites import SUITES, Options, Step
+from kvstore.bench.suites import BY_NAME, SUITES, Options, Step
 from kvstore.bench.systems import Interpreters, find_interpreters
 from kvstore.errors import OptionError
 
@@ -48,6 +48,7 @@ def run(
     quick: bool,
     json_path: str | None,
     plot: str | None,
+    trace: str | None,
     peers: str,
     mxnet_python: str | None,
     torch_python: str | None,
@@ -57,13 +58,13 @@ def run(
     Raises:
         KVStoreError: nothing could be measured as asked.
     """
-    chosen = list(suites or SUITES)
+    chosen = list(suites) or [suite for suite in SUITES if suite not in BY_NAME]
     unknown = [suite for suite in chosen if suite not in SUITES]
     if unknown:
         raise OptionError(f"expected suites among {', '.join(SUITES)}; got {', '.join(unknown)}")
     if plot is not None and "sizes" not in chosen:
         raise OptionError("--plot: expected the suite sizes among those that run")
-    steps = {suite: SUITES[suite](Options(max_bytes, quick)) for suite in chosen}
+    steps = {suite: SUITES[suite](Options(max_bytes, quick, trace)) for suite in chosen}
     console = Console(stderr=True)
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that everything is ended
     found = Interpreters() if peers == "none" else find_interpreters(mxnet_python, torch_python)

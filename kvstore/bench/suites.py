@@ -11,6 +11,7 @@ from kvstore.bench.driver import Driver
 from kvstore.bench.models import MODELS
 from kvstore.bench.statistic import Rows
 from kvstore.bench.systems import SCRIPTS
+from kvstore.errors import KVStoreError
 
 COPY, LOOP = "copy", "bare pyzmq"
 BOTH = {"MXNet": "MXNet", "gloo": "gloo"}
@@ -39,6 +40,7 @@ class Options:
 
     max_bytes: int = 256 << 20
     quick: bool = False
+    trace: str | None = None  # a file
 
     @property
     def sizes(self) -> list[int]:
@@ -292,6 +294,42 @@ def kernels(options: Options) -> list[Step]:
     return [lambda driver: kernel_rates.measure(elements, driver.repeats)]
 
 
+def gpu(options: Options) -> list[Step]:
+    """Arrays in the memory of a GPU; only if named.
+
+    Raises:
+        KVStoreError: there is none.
+    """
+    from kvstore.arrays.gpu import missing, module
+    from kvstore.bench import gpu_kernels, gpu_stores
+
+    if reason := missing():
+        raise KVStoreError(f"gpu: expected a GPU: {reason}")
+    quick = options.quick
+    elements = min(1 << 12 if quick else 25_000_000, options.max_bytes // 4)
+    models: dict[str, Shapes] = {
+        name: tuple(MODELS[name]().values()) for name in (("mlp",) if quick else ("resnet50", "bert-base"))
+    }
+
+    def on_kernels(driver: Driver) -> Rows:
+        driver.versions |= {"cupy": module().__version__, "gpu": _gpu_name()}
+        return gpu_kernels.measure(elements, *((64, driver.repeats, 2) if quick else (1_000_000, driver.repeats, 20)))
+
+    return [
+        on_kernels,
+        lambda driver: gpu_stores.measure_staging(elements, driver.repeats),
+        lambda driver: gpu_stores.measure_rounds(models, driver.repeats),
+        lambda driver: gpu_stores.measure_engine(100, elements // 6, options.trace, driver.repeats),
+    ]
+
+
+def _gpu_name() -> str:
+    from kvstore.arrays.gpu import module
+
+    name: bytes = module().cuda.runtime.getDeviceProperties(0)["name"]
+    return name.decode()
+
+
 def memory(options: Options) -> list[Step]:
     """What a round needs beside time."""
     size = options.some(1 << 20, 64 << 20)[-1]
@@ -331,4 +369,6 @@ SUITES: dict[str, Callable[[Options], list[Step]]] = {
     "kernels": kernels,
     "memory": memory,
     "start": start,
+    "gpu": gpu,
 }
+BY_NAME = ("gpu",)  # not among those that run when none is named

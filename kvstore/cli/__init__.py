@@ -369,6 +369,7 @@ def scaling(workers: str, as_json: bool, plot: str | None, **options: Any) -> No
 @click.option("--quick", is_flag=True, help="Tiny sizes and short samples: does it all run?")
 @click.option("--json", "json_path", type=click.Path(dir_okay=False), help="Write everything there as JSON.")
 @click.option("--plot", type=click.Path(dir_okay=False), help="Write a PNG: latency and throughput over size.")
+@click.option("--trace", type=click.Path(dir_okay=False), help="gpu: write there how independent ops overlap.")
 @click.option("--peers", type=click.Choice(["auto", "none"]), default="auto", show_default=True)
 @click.option(
     "--mxnet-python", envvar="KVSTORE_BENCH_MXNET", help="The Python that has MXNet (or KVSTORE_BENCH_MXNET)."
@@ -379,8 +380,8 @@ def scaling(workers: str, as_json: bool, plot: str | None, **options: Any) -> No
 def micro(**options: Any) -> None:
     """Push, pull and pushpull beside the machine's limits, MXNet and gloo, measured interleaved.
 
-    SUITES are among sizes, keys, scale, consistency, optimizers, models, staging, local, engine, kernels,
-    memory and start; none named: all.
+    SUITES are among sizes, keys, scale, consistency, optimizers, models, staging, priority, local, engine, kernels,
+    memory, start and gpu; none named: all but gpu.
 
     Example: kvstore bench micro sizes --max-bytes 1000000 --json sizes.json
     """

@@ -110,17 +110,24 @@ template <class Step, int N> INLINE void each(const Work& work) {
     for (int64 i = packs * N + thread(); i < work.size; i += threads()) Step::template run<1>(work, i);
 }
 
-// The sum of the pushes, left to right, not rounded yet; `first`: where their addresses begin.
+// The sum of the pushes, left to right, not rounded yet; `first`: where their addresses begin. Some are loaded before
+// they are added, so that each thread has several loads on their way.
 template <class P, int N>
 INLINE void add_up(const Work& work, int64 i, typename Sum<P>::type (&total)[N], int64 first = 0) {
-    Pack<P, N> next = load<P, N>(address(work, first), i);
+    const int AHEAD = 3;
+    Pack<P, N> begin = load<P, N>(address(work, first), i), next[AHEAD];
 #pragma unroll
-    for (int j = 0; j < N; j++) total[j] = widen(next.at[j]);
-#pragma unroll 4
-    for (int64 k = 1; k < work.pushes; k++) {
-        next = load<P, N>(address(work, first + k), i);
+    for (int j = 0; j < N; j++) total[j] = widen(begin.at[j]);
+    for (int64 k = 1; k < work.pushes; k += AHEAD) {
 #pragma unroll
-        for (int j = 0; j < N; j++) total[j] = plus(total[j], widen(next.at[j]));
+        for (int a = 0; a < AHEAD; a++)
+            if (k + a < work.pushes) next[a] = load<P, N>(address(work, first + k + a), i);
+#pragma unroll
+        for (int a = 0; a < AHEAD; a++)
+            if (k + a < work.pushes) {
+#pragma unroll
+                for (int j = 0; j < N; j++) total[j] = plus(total[j], widen(next[a].at[j]));
+            }
     }
 }
 
@@ -206,11 +213,11 @@ KERNEL(norm_end) {
 template <class T, class P, class Rule, int STATES> struct Update {
     template <int N> static INLINE void run(const Work& work, int64 i) {
         Pack<T, N> w = load<T, N>(work.value, i), s[STATES + 1];
-        T g[N];
-        gradient<T, P, N>(work, i, w.at, g);
 #pragma unroll
         for (int k = 0; k < STATES; k++)
             if (work.states[k]) s[k] = load<T, N>(work.states[k], i);
+        T g[N];
+        gradient<T, P, N>(work, i, w.at, g);
 #pragma unroll
         for (int j = 0; j < N; j++) {
             T own[STATES + 1];
@@ -415,6 +422,9 @@ template <class T> INLINE void deduplicate(const Work& work) {
     for (int64 k = thread(); k < work.size; k += threads())
         ((int64*)work.states[1])[k] = work.ids[work.order[first[k]]];
 }
+
+// What a start costs.
+KERNEL(nothing) {}
 
 // --- one kernel for each type --------------------------------------------------------------------
 

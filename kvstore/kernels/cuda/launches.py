@@ -106,6 +106,10 @@ class Launches:
     def __repr__(self) -> str:
         return f"<Launches on {self._processor!r}>"
 
+    def nothing(self) -> None:
+        """A kernel that does nothing, to see what that costs."""
+        self._start("nothing", 1)
+
     # --- sums ---------------------------------------------------------------------------------
 
     def merge(self, arrays: Sequence[Array], out: Array) -> None:
@@ -138,12 +142,12 @@ class Launches:
 
     def merge_many(self, groups: Sequence[Sequence[Array]], out: Array) -> None:
         """See :func:`kvstore.kernels.reference.merge_many`. One kernel for all."""
-        kind, unit = _kind("merge_many", out, *[array for arrays in groups for array in arrays])
-        given, room = [[self._fit(array) for array in arrays] for arrays in groups], self._room(out)
-        at = self._processor.address(room)
-        targets = at + _starts([arrays[0].nbytes for arrays in given])
-        sources = np.array([[self._processor.address(array) for array in arrays] for arrays in given], np.int64)
-        self._tiles(f"merge_many_{kind}", unit, [arrays[0].nbytes for arrays in given], sources, targets)
+        arrays = [array for some in groups for array in some]
+        kind, unit = _kind("merge_many", out, *arrays)
+        sizes, room = [some[0].nbytes for some in groups], self._room(out)
+        _held, sources = self._all(arrays, self._fit)
+        targets = self._processor.address(room) + _starts(sizes)
+        self._tiles(f"merge_many_{kind}", unit, sizes, sources.reshape(len(groups), -1), targets)
         self._back([room], [out])
 
     def _tiles(self, kernel: str, unit: int, sizes: Sequence[int], sources: Array, targets: Array) -> None:
@@ -299,11 +303,10 @@ class Launches:
     def split(self, source: Array, outs: Sequence[Array]) -> None:
         """See :func:`kvstore.kernels.reference.split`. One kernel for all."""
         kind, unit = _kind("split", source, *outs)
-        given, rooms = self._fit(source), [self._room(out) for out in outs]
-        sizes = [out.nbytes for out in outs]
-        sources = (self._processor.address(given) + _starts(sizes))[:, None]
-        targets = np.array([self._processor.address(room) for room in rooms], np.int64)
-        self._tiles(f"merge_many_{kind}", unit, sizes, sources, targets)
+        sizes, given = [out.nbytes for out in outs], self._fit(source)
+        rooms, targets = self._all(outs, self._room)
+        sources = self._processor.address(given) + _starts(sizes)
+        self._tiles(f"merge_many_{kind}", unit, sizes, sources[:, None], targets)
         self._back(rooms, outs)
 
     def gather(self, source: Array, row_ids: Array, out: Array) -> None:
@@ -445,6 +448,15 @@ class Launches:
     def _room(self, out: Array) -> Array:
         """It, or memory that fits for what :meth:`_back` brings there."""
         return out if self._fits(out) else self._processor.empty(out.shape, out.dtype)
+
+    def _all(self, arrays: Sequence[Array], fit: Callable[[Array], Array]) -> tuple[Sequence[Array], Array]:
+        """Many of them, of one dtype, made to fit if they do not, and their addresses: each is looked at once."""
+        address = self._processor.address
+        found = np.array([address(array) for array in arrays], np.int64)
+        if (found % min(arrays[0].itemsize, 8)).any() or not all(array.flags.c_contiguous for array in arrays):
+            arrays = [fit(array) for array in arrays]
+            found = np.array([address(array) for array in arrays], np.int64)
+        return arrays, found
 
     def _back(self, rooms: Sequence[Array], outs: Sequence[Array]) -> None:
         for room, out in zip(rooms, outs, strict=True):

@@ -89,6 +89,14 @@ class ufunc:
         launch(f"cupy_{self.__name__}", compute, arrays, [out])
         return out
 
+    def at(self, a: ndarray, indices: ndarray, b: ndarray) -> None:
+        """In place, once for each index; in any order on a GPU."""
+
+        def compute(indices: np.ndarray, b: np.ndarray, a: np.ndarray) -> None:
+            self._plain.at(a, indices, b)
+
+        launch(f"cupy_{self.__name__}_at", compute, [indices, b], [a])
+
     def reduce(self, a: ndarray, axis: Any = 0, dtype: Any = None, out: Any = None, keepdims: bool = False) -> ndarray:
         return _reduced(self.__name__, self._plain.reduce, a, axis, dtype, out, keepdims)
 
