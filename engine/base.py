@@ -104,9 +104,10 @@ class Engine(Core):
         *,
         inline: bool = False,
         info: dict[str, Any] | None = None,
+        lent: bool = False,
     ) -> Handle | None:
         """Like :meth:`push` if nothing is in the op's way. Else nothing is submitted, and the answer is None."""
-        return self._submit(fn, reads, writes, priority, lane, name, inline, info, None, False, True)
+        return self._submit(fn, reads, writes, priority, lane, name, inline, info, None, False, True, lent)
 
     def push_async(
         self,
@@ -120,9 +121,10 @@ class Engine(Core):
         inline: bool = False,
         info: dict[str, Any] | None = None,
         deadline: float | None = None,
+        lent: bool = False,
     ) -> Handle:
         """Like :meth:`push` for an op that ends later: ``fn(completion)`` starts it."""
-        handle = self._submit(fn, reads, writes, priority, lane, name, inline, info, deadline, True)
+        handle = self._submit(fn, reads, writes, priority, lane, name, inline, info, deadline, True, False, lent)
         assert handle is not None
         return handle
 
@@ -149,8 +151,8 @@ class Engine(Core):
     def bulk(self) -> Iterator[None]:
         """Push many ops for the price of one wake-up: none is woken for them before the block ends.
 
-        Ops of devices can overlap, for they meet the thread's own streams only twice: what it had enqueued when the
-        first of them was pushed comes before them all, what it enqueues after the block comes after them all.
+        Ops of devices can overlap, for the thread's own streams wait for them only when the block ends: what it
+        enqueues after that comes after them all.
 
         Nothing else changes: an op may start at once if a thread happens to be awake, ``inline`` ops run at
         their push, and a wait for this engine within the block wakes what it needs. Only a wait

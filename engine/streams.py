@@ -35,7 +35,6 @@ class _Block(threading.local):
     """What this thread's block of :meth:`Engine.bulk` has had to do with devices."""
 
     def __init__(self) -> None:
-        self.marks: dict[Stream, Event] = {}  # of the caller's streams, as they were first met
         self.ends: dict[tuple[Stream, Track], Event] = {}  # by the caller's stream and the lane's: behind the last op
 
 
@@ -82,14 +81,8 @@ class Streams:
                 if launch is None:
                     launch = Launch(device, here.bulks > 0 and not here.ops)
                 stream = launch.callers[device] = devices.current(device)
-                launch.before.append(self._mark(stream) if launch.in_block else devices.record(stream))
+                launch.before.append(devices.record(stream))
         return launch, COPIES if launch is not None and len(memories) > 1 else None
-
-    def _mark(self, stream: Stream) -> Event:
-        marks = self._block.marks
-        if stream not in marks:
-            marks[stream] = self.devices.record(stream)
-        return marks[stream]
 
     # --- issuing ----------------------------------------------------------------------------------
 
@@ -207,7 +200,7 @@ class Streams:
     def end_block(self) -> None:
         """A block of :meth:`Engine.bulk` is over."""
         block = self._block
-        ends, block.ends, block.marks = block.ends, {}, {}
+        ends, block.ends = block.ends, {}
         for (stream, _), event in ends.items():
             self.devices.wait(stream, event)
 

@@ -58,8 +58,9 @@ class Delivery:
         self._to_begin = self._to_end = len(groups)
         for some, lane in groups:
             op = runtime.push_async(
-                partial(self._begun, some), writes=some, priority=priority, lane=lane, name="pull", inline=True
-            )
+                partial(self._begun, some), writes=some, priority=priority, lane=lane, name="pull", inline=True,
+                lent=True,
+            )  # fmt: skip
             when_ended(op, self._ended)
 
     def __repr__(self) -> str:

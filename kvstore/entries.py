@@ -26,6 +26,7 @@ Push = tuple[Entry, dict[int, list[Array]]]  # by device the arrays whose sum it
 Target = tuple[list[Array] | None, Any]  # the arrays to write (None: in place), and the result
 
 IN_PLACE = object()  # as ``out``: the value is not copied, the handle's result is the store's view of it
+ITSELF = object()  # as ``out`` of a pushpull: what is pushed, which can be written
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,7 +248,7 @@ def own_out(entry: Entry | None, value: Any) -> Any:
     if entry is not None and any(value is lent for lent in entry.lent):
         return IN_PLACE
     arrays = value if isinstance(value, list) else [value]
-    return value if all(map(is_writable, arrays)) else Anew(found_in(arrays[0]))
+    return ITSELF if all(map(is_writable, arrays)) else Anew(found_in(arrays[0]))
 
 
 def as_many(keys: Sequence[Any], values: Any, what: str) -> list[Any]:

@@ -186,7 +186,9 @@ class EntryBundle:
             self._written = _group(self._written, outs)
         groups = [self._written] if len(parts) == 1 else [engine.ArrayGroup(_flat(some)) for some in parts]
         ops = [
-            self._engine.push_async(partial(start, some), writes=[group], priority=priority, name="pull", inline=True)
+            self._engine.push_async(
+                partial(start, some), writes=[group], priority=priority, name="pull", inline=True, lent=True
+            )
             for some, group in zip(parts, groups, strict=True)
         ]
         all_ended(ops, done)

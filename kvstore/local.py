@@ -121,14 +121,14 @@ class LocalHome(Home):
         applied = self._apply(value, gradient, ())
         if applied is not None:
             when_ended(applied, ended)
-            return None if applied.done() else applied
+            return _still_reading(value, applied)
         # It will be applied later, but must be read now; unless an array has still to be written.
         staged, var = _staged(value, gradient), engine.Var(f"staged {value.key!r}")
         self._engine.push(
             lambda: gradient.write(staged.reshape(-1)), reads=[*value.own.names[1:], *gradient.reads], writes=[var],
             name="stage", inline=True,
         )  # fmt: skip
-        later = Gradient([staged], gradient.priority, samples=gradient.samples)
+        later = Gradient([staged], gradient.priority, lent=True, samples=gradient.samples)
         when_ended(self._engine.push(**self._op(value, later, [var], ())), ended)
         return None
 
@@ -145,7 +145,7 @@ class LocalHome(Home):
             return self.push_value(value, gradient, ended), self.pull_value(value, gradient.priority)
         value.rounds, value.version = value.rounds + 1, value.version + 1
         when_ended(applied, ended)
-        return None if applied.done() else applied, _Delivered(applied, value.version)
+        return _still_reading(value, applied), _Delivered(applied, value.version)
 
     def _apply(self, value: Value, gradient: Gradient, outs: Sequence[Array]) -> engine.Handle | None:
         """Let the gradient change the value, which then goes to ``outs``, in one op.
@@ -195,6 +195,7 @@ class LocalHome(Home):
             "name": "assign" if rule is None else "update",
             "inline": nbytes * (count + len(outs)) <= INLINE_BYTES,
             "info": {"key": key, "bytes": nbytes},
+            "lent": gradient.lent,
         }
 
     def _prepared(self, value: Value, gradient: Gradient) -> Gradient:
@@ -444,7 +445,7 @@ class _LocalSource(Source):
         return self._engine.push(
             lambda: comm.broadcast(stored.value.reshape(-1)[elements], outs),
             reads=stored.names, writes=outs, priority=priority, name="deliver",
-            inline=nbytes * len(outs) <= INLINE_BYTES, info={"key": self._value.key, "bytes": nbytes},
+            inline=nbytes * len(outs) <= INLINE_BYTES, info={"key": self._value.key, "bytes": nbytes}, lent=True,
         )  # fmt: skip
 
     def hold(self, ended: Callable[[Held | BaseException], None]) -> None:
@@ -483,6 +484,11 @@ def _update(key: Key, stored: Stored, pushes: Sequence[Array], rule: Rule, gener
 def _flat_copies(arrays: Mapping[str, Array], elements: slice) -> dict[str, Array]:
     """In host memory."""
     return {name: host_copy(array.reshape(-1)[elements]) for name, array in arrays.items()}
+
+
+def _still_reading(value: Value, applied: engine.Handle) -> Reading:
+    """What the caller has to wait for: not for an op of a device, which his streams have met as it was free."""
+    return None if value.memory != HOST or applied.done() else applied
 
 
 def _mark(device: int) -> Array:

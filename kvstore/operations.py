@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, TypeVar
 
 import engine
 from kvstore.arrays import Array, callers
 from kvstore.devices import Devices, Entry, Request
-from kvstore.entries import IN_PLACE, Entries, Keys, Push, Target, as_many, listed, own_out
+from kvstore.entries import IN_PLACE, ITSELF, Entries, Keys, Push, Target, as_many, listed, own_out
 from kvstore.errors import DuplicateKeyError
 from kvstore.handle import Handle, countdown, gather
 from kvstore.home import Home, Reading
@@ -39,6 +40,7 @@ class Operations:
         self.entries = entries
         self.timeout_s = timeout_s
         self._home = home
+        self._engine = runtime
         self._level = Devices(home, runtime, way)
         self._lists = Lists(home, runtime, way)
         self._pushes: set[Handle] = set()  # not committed yet
@@ -64,7 +66,7 @@ class Operations:
                 if out is None and what == "pushpull":
                     out = own_out(self.entries.get(keys[0]), value)
                 entry, pushed = self.entries.pushes(keys, [value], device)[0]
-            target = None if what == "push" else self.entries.target(entry, out, device)
+            target = None if what == "push" else self._target(entry, out, device, value, pushed)
             handle, reading = self._move(what, entry, pushed, target, priority, device, samples)
             _wait_for(reading)
         return handle
@@ -80,15 +82,16 @@ class Operations:
         samples: int | None = None,
     ) -> Handle:
         """:meth:`one` of a list of keys, with a list of values or outs; checked whole before anything is done."""
-        with callers(value, out):
+        at_once = self._engine.bulk if self._engine.devices is not None else nullcontext  # so that GPUs overlap them
+        with callers(value, out), at_once():
             if device is None and (whole := self._together(what, key, value, out, priority, samples)) is not None:
                 return whole
             keys = self.entries.checked(key)
+            values = as_many(keys, value, "values")
             if what == "pull":
                 device = self.entries.device(device)
                 pushes: list[Push] = [(entry, _NOTHING) for entry in self.entries.known(keys)]
             else:
-                values = as_many(keys, value, "values")
                 if what == "pushpull" and len(set(keys)) != len(keys):
                     raise DuplicateKeyError("pushpull: expected each key once in a call")
                 if what == "pushpull" and out is None:
@@ -97,9 +100,17 @@ class Operations:
             targets: Sequence[Target | None] = [None] * len(pushes)
             if what != "push":
                 outs = as_many(keys, out, "outs")
-                targets = [self.entries.target(entry, o, device) for (entry, _), o in zip(pushes, outs, strict=True)]
+                targets = [
+                    self._target(entry, o, device, v, pushed)
+                    for (entry, pushed), o, v in zip(pushes, outs, values, strict=True)
+                ]
             handles = self._each(what, pushes, targets, priority, device, samples)
         return self._gathered(what, handles)
+
+    def _target(self, entry: Entry, out: Any, device: int | None, value: Any, pushed: dict[int, list[Array]]) -> Target:
+        if out is ITSELF:
+            return [array for (array,) in pushed.values()], value
+        return self.entries.target(entry, out, device)
 
     @property
     def uncommitted(self) -> list[Handle]:
@@ -187,7 +198,7 @@ class Operations:
             if outs is None and what == "pushpull":
                 outs = [own_out(entry, value) for entry, value in zip(entries, values, strict=True)]
         if what != "push":
-            targets, results = self._targets_of(entries, outs or [None] * len(entries))
+            targets, results = self._targets_of(entries, outs or [None] * len(entries), values, arrays)
         with plan.held() as alive:
             if not alive:
                 return None
@@ -222,11 +233,18 @@ class Operations:
         self.entries.arrays(entries, values)  # before bundles are made for a call that is wrong
         return self._lists.for_push(listed, entries, min(self.timeout_s, threading.TIMEOUT_MAX))
 
-    def _targets_of(self, entries: Sequence[Entry], outs: list[Any]) -> tuple[list[Arrays | None], list[Any]]:
+    def _targets_of(
+        self, entries: Sequence[Entry], outs: list[Any], values: list[Any] | None, pushed: list[Arrays]
+    ) -> tuple[list[Arrays | None], list[Any]]:
         """For each key where its value goes (None: in place), checked; and what the handle's result is."""
         targets: list[Arrays | None] = []
         results = []
-        for entry, out in zip(entries, outs, strict=True):
+        for position, (entry, out) in enumerate(zip(entries, outs, strict=True)):
+            if out is ITSELF:
+                assert values is not None
+                targets.append(pushed[position])
+                results.append(values[position])
+                continue
             arrays, result = self.entries.target(entry, out, None)
             targets.append(arrays[0] if arrays is not None and len(arrays) == 1 else arrays)
             results.append(result)
