@@ -7,6 +7,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,6 +22,7 @@ from kvstore.errors import KVStoreError
 TINY_OPS = 20_000
 SMALL_OPS = 10_000
 WAITS = 2_000
+DEVICE_OPS = 5_000
 BULK = 50
 READERS = 8
 ARRAYS = 16
@@ -49,6 +51,8 @@ def measure(repeats: int, mxnet: MXNetEngine | None) -> Rows:
     ):
         theirs = {} if mxnet is None else {"MXNet": functools.partial(mxnet.us, case)}
         rows.append(_measure(case, run, 2, repeats, limit, limit_name, theirs))
+    for case, run in (("device op, chain", _device_chain), ("device op, independent", _device_independent)):
+        rows.append(_measure(case, run, 2, repeats, _call_us, "a Python call", {}))
     small, large = _arrays(SMALL_ELEMENTS), _arrays(LARGE_ELEMENTS)
     chains = [[engine.Var()] for _ in range(ARRAYS)]
     none: list[list[engine.Var]] = [[] for _ in range(ARRAYS)]
@@ -189,6 +193,74 @@ def _calls(works: list[Work], writes: list[list[engine.Var]], ops: int, runtime:
         runtime.push(works[number % ARRAYS], writes=writes[number % ARRAYS])
     runtime.wait_all(WAIT_S)
     return ops
+
+
+def _device_chain(runtime: engine.Engine) -> int:
+    return _on_devices(runtime, 1)
+
+
+def _device_independent(runtime: engine.Engine) -> int:
+    return _on_devices(runtime, ARRAYS)
+
+
+def _on_devices(runtime: engine.Engine, arrays: int) -> int:
+    """Ops that change one array each, on devices that cost nothing: what is left is the engine's own part."""
+    runtime.use(NOTHING)
+    items = [[_OnDevice(number)] for number in range(arrays)]
+    for number in range(DEVICE_OPS):
+        changed = items[number % arrays]
+        runtime.push(_nothing, changed, changed)
+    runtime.wait_all(WAIT_S)
+    return DEVICE_OPS
+
+
+class _OnDevice:
+    """An array of a device that does not exist."""
+
+    def __init__(self, number: int) -> None:
+        self.range = number << 12, (number + 1) << 12
+
+
+class _Nothing:
+    """One device, whose streams do nothing and are done with it at once; see :class:`engine.Devices`."""
+
+    def device_of(self, array: Any) -> int | None:
+        return 0 if type(array) is _OnDevice else None
+
+    def range_of(self, array: Any) -> tuple[int, int]:
+        low, high = array.range
+        return low, high
+
+    def owner_of(self, array: Any) -> Any:
+        return array
+
+    def stream(self, device: int) -> Any:
+        return object()
+
+    def current(self, device: int) -> Any:
+        return self
+
+    def on(self, stream: Any) -> AbstractContextManager[Any]:
+        return NO_BLOCK
+
+    def record(self, stream: Any, timed: bool = False) -> Any:
+        return self
+
+    def wait(self, stream: Any, event: Any) -> None:
+        pass
+
+    def done(self, event: Any) -> bool:
+        return True
+
+    def synchronise(self, event: Any) -> None:
+        pass
+
+    def elapsed_ms(self, first: Any, second: Any) -> float:
+        return 0.0
+
+
+NOTHING = _Nothing()
+NO_BLOCK = nullcontext()
 
 
 def _arrays(elements: int) -> list[Array]:
