@@ -321,8 +321,8 @@ class ClusterHome(Home):
         """Send ``flat`` as the next round; before that, part by part, write the gradient to it, if there is one."""
         remote = exchange.remote
         cut, near = remote.cut, remote.is_near
-        parts = [range(1)]
-        if remote.pieces > 1:
+        parts = [range(remote.pieces)]
+        if gradient is not None and remote.pieces > 1:
             parts = _parts(cut, remote.dtype, CROWDED_CHUNK_BYTES if CROWDED and near else CHUNK_BYTES)
         large = self._large and near  # else it is sent at once, from the caches
         sources: list[Array] = []

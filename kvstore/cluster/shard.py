@@ -348,6 +348,21 @@ class Shard:
         refusal = self.serving.refuses(sender.rank, sender.incarnation)
         if refusal is None:
             self._replies.heard(sender.rank, peer)
+        if len(messages) > 1:
+            with self._engine.bulk():  # the threads that are woken for ops would want the GIL at once
+                self._handle_each(peer, sender, refusal, messages, frames)
+        else:
+            self._handle_each(peer, sender, refusal, messages, frames)
+        self._replies.flush()
+
+    def _handle_each(
+        self,
+        peer: bytes,
+        sender: Sender,
+        refusal: KVStoreError | None,
+        messages: Sequence[tuple[Message, int]],
+        frames: Frames,
+    ) -> None:
         for message, payload in paired(messages, frames):
             if not isinstance(message, Push | Fetch) and self._handle_reader(peer, message):
                 continue
@@ -355,7 +370,6 @@ class Shard:
                 self._replies.put(peer, Failed(message.request_id, *to_wire(refusal)))
             else:
                 self._handle(peer, sender, message, payload)
-        self._replies.flush()
 
     def _receive_log(self, peer: bytes, messages: Sequence[tuple[Message, int]], frames: Frames) -> None:
         try:

@@ -257,8 +257,22 @@ def _merged(first: Any, table: Any, start: Any, total: Any) -> None:
             total[i] = _wide(_narrow(total[i], first[0]))
 
 
+def _rounds(first: Any) -> Any:
+    """Has a sum of the pushes to be rounded to their type?"""
+
+
+@overload(_rounds, strict=False)
+def _rounds_of(first: Any) -> Any:
+    halves = first.dtype in (types.uint16, types.int16)
+    return lambda first: halves
+
+
 def merge(out: Any, first: Any, table: Any) -> None:
-    scratch = _scratch(out)
+    if not _rounds(first) and table.size and table[0] != out.ctypes.data:
+        for start in range(0, out.size, BLOCK):
+            _add_up(first, table, start, out[start : min(out.size, start + BLOCK)])
+        return
+    scratch = _scratch(out)  # also for a sum in place: loops whose arrays overlap do not become vector instructions
     for start in range(0, out.size, BLOCK):
         stop = min(out.size, start + BLOCK)
         total = scratch[: stop - start]

@@ -57,7 +57,7 @@ class Line:
         sizes = [memoryview(frame).nbytes for frame in frames]
         if len(sizes) > FRAMES_MAX or sum(sizes) > PACKET_BYTES_MAX - 2 * ALIGNMENT * FRAMES_MAX:
             return False
-        packet = [_head(sizes)]
+        packet = [_HEADS[len(sizes)].pack(len(sizes), *sizes)]
         for frame, size in zip(frames[1:], sizes[1:], strict=True):
             packet.append(frame)
             if size % ALIGNMENT:
@@ -84,26 +84,26 @@ class Line:
         return _frames(packet)
 
 
-def _head(sizes: Sequence[int]) -> bytes:
-    form = f"<{1 + len(sizes)}I{_head_bytes(len(sizes)) - 4 - 4 * len(sizes)}x"
-    return struct.pack(form, len(sizes), *sizes)
-
-
-def _head_bytes(frames: int) -> int:
-    return _padded(4 + 4 * frames)
-
-
 def _padded(size: int) -> int:
     return size + -size % ALIGNMENT
 
 
+def _head(frames: int) -> struct.Struct:
+    """The form of the number of frames and their sizes."""
+    filled = 4 + 4 * frames
+    return struct.Struct(f"<{1 + frames}I{_padded(filled) - filled}x")
+
+
+_HEADS = [_head(frames) for frames in range(FRAMES_MAX + 1)]
+
+
 def _frames(packet: bytes) -> Frames:
     """What :meth:`Line.send` was given."""
-    (count,) = struct.unpack_from("<I", packet.ljust(4))
-    start = _head_bytes(count)
-    if not 1 <= count <= FRAMES_MAX or len(packet) < start:
+    count = int.from_bytes(packet[:4], "little")
+    if not 1 <= count <= FRAMES_MAX or len(packet) < _HEADS[count].size:
         raise ConnectionError(f"a line's packet: expected 1 to {FRAMES_MAX} frames, got {len(packet)} other bytes")
-    header_bytes, *sizes = struct.unpack_from(f"<{count}I", packet, 4)
+    start = _HEADS[count].size
+    _, header_bytes, *sizes = _HEADS[count].unpack_from(packet)
     if start + sum(map(_padded, sizes)) + header_bytes != len(packet):
         raise ConnectionError(
             f"a line's packet: expected frames of {sizes} and {header_bytes}, got {len(packet)} bytes"
