@@ -172,6 +172,9 @@ class Home(Protocol):
     def pushpull(self, key: Key, gradient: Gradient, ended: Ended) -> tuple[Reading, Source]:
         """A push and the pull right after it."""
 
+    def gathering(self) -> AbstractContextManager[None]:
+        """This thread's pushes and pulls within the block belong together: each may wait for more to go with it."""
+
     def bundle(self, keys: Sequence[Key], timeout_s: float) -> list[HomeBundle]:
         """Those of ``keys`` that could be moved together, because it pays; may ask whoever has to agree."""
 

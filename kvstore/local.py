@@ -13,6 +13,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -226,6 +227,9 @@ class LocalHome(Home):
 
             former, stored.names, value.memory = stored.names, [stored.var, _mark(device)], device
             self._engine.push(move, reads=former, writes=stored.names, name="place")
+
+    def gathering(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def bundle(self, keys: Sequence[Key], timeout_s: float) -> list[HomeBundle]:
         return bundles_of([self._values[key] for key in keys], self) if self._bundling else []

@@ -129,10 +129,11 @@ class Operations:
     ) -> list[Handle]:
         """Key by key."""
         handles, all_reading = [], []
-        for (entry, pushed), target in zip(pushes, targets, strict=True):
-            handle, reading = self._move(what, entry, pushed, target, priority, device, samples)
-            handles.append(handle)
-            all_reading += reading
+        with self._home.gathering():
+            for (entry, pushed), target in zip(pushes, targets, strict=True):
+                handle, reading = self._move(what, entry, pushed, target, priority, device, samples)
+                handles.append(handle)
+                all_reading += reading
         _wait_for(all_reading)
         return handles
 

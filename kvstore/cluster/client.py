@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -188,6 +189,10 @@ class ClusterHome(Home):
     def pushpull(self, key: Key, gradient: Gradient, ended: Ended) -> tuple[Reading, Source]:
         return self.pushpull_remote(self._remotes[key], gradient, ended)
 
+    def gathering(self) -> AbstractContextManager[None]:
+        near = bool(self._session.near)  # through sockets the rest is staged while the first is under way
+        return self._session.gathering(_chunk_bytes(near)) if near else contextlib.nullcontext()
+
     def push_remote(self, remote: Remote, gradient: Gradient, ended: Ended) -> Reading:
         """:meth:`push` of a key or a bundle."""
         self._push(Exchange(self._session, remote, None, ended), gradient, None)
@@ -323,7 +328,7 @@ class ClusterHome(Home):
         cut, near = remote.cut, remote.is_near
         parts = [range(remote.pieces)]
         if gradient is not None and remote.pieces > 1:
-            parts = _parts(cut, remote.dtype, CROWDED_CHUNK_BYTES if CROWDED and near else CHUNK_BYTES)
+            parts = _parts(cut, remote.dtype, _chunk_bytes(near))
         large = self._large and near  # else it is sent at once, from the caches
         sources: list[Array] = []
         if gradient is not None:
@@ -593,6 +598,10 @@ def _may_be_clock(remote: Remote) -> bool:
 
 def _clamped(priority: int) -> int:
     return max(-PRIORITY_MAX, min(PRIORITY_MAX, priority))
+
+
+def _chunk_bytes(near: bool) -> int:
+    return CROWDED_CHUNK_BYTES if CROWDED and near else CHUNK_BYTES
 
 
 def _parts(cut: Cut, dtype: np.dtype[Any], chunk_bytes: int) -> list[range]:

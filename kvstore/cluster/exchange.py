@@ -52,6 +52,7 @@ class Remote:
     order: engine.Var  # ops that hand requests of this key to the session
     cut: Cut = field(init=False)
     pieces: int = field(init=False)
+    piece_bytes: int = field(init=False)  # of all but the last
     is_near: bool = field(init=False)  # may any of them be read in place?
     bundle: Remote | None = None  # that it is a member of
     former: Remote | None = None  # that it was a member of; its rounds have not been taken over yet
@@ -71,6 +72,7 @@ class Remote:
     def __post_init__(self) -> None:
         self.cut = self.spec.cut
         self.pieces = len(self.cut)
+        self.piece_bytes = self.cut.piece_items * self.dtype.itemsize
         self.is_near = any(self.near)
 
     @property
@@ -433,7 +435,9 @@ class Exchange:
             for request in requests:
                 counted.open[request.request_id] = request.server
         try:
-            self._session.submit([(request, self) for request in requests], pulls_first=counted.pulls_first)
+            nbytes = len(requests) * self.remote.piece_bytes
+            mine = [(request, self) for request in requests]
+            self._session.submit(mine, pulls_first=counted.pulls_first, nbytes=nbytes)
         except BaseException:
             with self._lock:
                 self._sent -= len(requests)

@@ -12,7 +12,7 @@ import os
 import secrets
 import socket
 import threading
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
@@ -131,6 +131,8 @@ class Session:
         self._ids = 0
         self._lock = threading.Lock()
         self._inbox: list[tuple[Request, bool]] = []
+        self._announced = False  # the loop will look into it
+        self._gathering: dict[int, tuple[int, int]] = {}  # threads that do: up to how many bytes, and what they have
         self._closed: KVStoreError | None = None
         self._network = network
         self._reactor = network.loop(f"kvstore-{role}", self._tick, lambda: bool(self._requests.open))
@@ -276,8 +278,13 @@ class Session:
             self._ids += 1
             return self._ids
 
-    def submit(self, requests: Sequence[tuple[Request, OnOutcome]], *, pulls_first: bool = False) -> None:
+    def submit(
+        self, requests: Sequence[tuple[Request, OnOutcome]], *, pulls_first: bool = False, nbytes: int | None = None
+    ) -> None:
         """Send these when their turn comes. Thread-safe.
+
+        Args:
+            nbytes: of their payloads; they need not be sent at once, see :meth:`gathering`.
 
         Raises:
             ClosedError or the error that ended the session.
@@ -285,12 +292,44 @@ class Session:
         with self._lock:
             if self._closed is not None:
                 raise self._closed
-            announced = bool(self._inbox)  # and not taken yet
             for request, on_outcome in requests:
                 self._unanswered[request.request_id] = request, on_outcome
                 self._inbox.append((request, pulls_first))
+            if nbytes is not None and self._gathering and self._gathers(nbytes):
+                return
+            announced, self._announced = self._announced, True
         if not announced:
             self._reactor.post(self._take_inbox)
+
+    @contextlib.contextmanager
+    def gathering(self, nbytes: int) -> Iterator[None]:
+        """What this thread submits meanwhile is sent together, whenever there are so many bytes.
+
+        For each time the loop's thread is woken it may take the core from this one.
+        """
+        me = threading.get_ident()
+        with self._lock:
+            self._gathering[me] = nbytes, 0
+        try:
+            yield
+        finally:
+            with self._lock:
+                del self._gathering[me]
+                announced, self._announced = self._announced, True
+            if not announced:
+                self._reactor.post(self._take_inbox)
+
+    def _gathers(self, nbytes: int) -> bool:
+        """Does the calling thread wait for more than these bytes? With the lock held."""
+        me = threading.get_ident()
+        limit, gathered = self._gathering.get(me, (0, 0))
+        gathered += nbytes
+        if gathered < limit:
+            self._gathering[me] = limit, gathered
+            return True
+        if limit:
+            self._gathering[me] = limit, 0
+        return False
 
     def divide(self, channel: Hashable, patience_s: float) -> None:
         """After so many seconds, withdraw the requests of a channel that are still open, to be divided."""
@@ -383,6 +422,7 @@ class Session:
     def _take_inbox(self) -> None:
         with self._lock:
             inbox, self._inbox = self._inbox, []
+            self._announced = False
         for request, pulls_first in inbox:
             gone = self._server_gone(request.server)
             if request.server in self._strange:
