@@ -50,10 +50,7 @@ def test_a_list_is_sent_in_parts(at_a_time, sent, monkeypatch):
 
         assert running.run(work) == [list(range(KEYS))]
     assert sum(sent) == KEYS
-    if at_a_time == 100:
-        assert sent == [KEYS]
-    else:  # the loop may take several at once when it comes to it
-        assert all(count % at_a_time == 0 for count in sent)
+    assert len(sent) <= KEYS // at_a_time + 1  # the loop takes all that is there when it comes to it
 
 
 def test_what_another_thread_sends_meanwhile_takes_the_rest_with_it():
