@@ -19,7 +19,7 @@ import numpy as np
 import engine
 from kvstore import comm
 from kvstore.arrays import HOST, Array, gpu, memory_of
-from kvstore.handle import Ended, when_ended
+from kvstore.handle import Ended, all_ended
 
 UNPINNED_BYTES = 64 << 10  # up to this size CUDA itself puts by what it is to copy
 BLOCK_BYTES = 4 << 20  # of pinned memory
@@ -50,21 +50,22 @@ class Delivery:
         self._begin = begin
         self._tell = ended
         self._read: deque[_Read] = deque()  # by devices, as they go on
-        self._error: BaseException | None = None
         self._lock = threading.Lock()
         self._on_devices = [out for out in outs if memory_of(out) != HOST]
         on_host = [out for out in outs if memory_of(out) == HOST] if self._on_devices else outs
         groups = [(some, lane) for some, lane in ((self._on_devices, "copy"), (on_host, None)) if some or some is outs]
-        self._to_begin = self._to_end = len(groups)
-        for some, lane in groups:
-            op = runtime.push_async(
+        self._to_begin = len(groups)
+        ops = [
+            runtime.push_async(
                 partial(self._begun, some), writes=some, priority=priority, lane=lane, name="pull", inline=True,
                 lent=True,
-            )  # fmt: skip
-            when_ended(op, self._ended)
+            )
+            for some, lane in groups
+        ]  # fmt: skip
+        all_ended(ops, self._ended)
 
     def __repr__(self) -> str:
-        return f"<Delivery: {self._to_begin} ops have to begin, {self._to_end} to end>"
+        return f"<Delivery: {self._to_begin} ops have to begin, {len(self._read)} copies under way>"
 
     @property
     def by_devices(self) -> int:
@@ -135,14 +136,10 @@ class Delivery:
 
     def _ended(self, error: BaseException | None) -> None:
         with self._lock:
-            self._error = self._error or error
-            self._to_end -= 1
-            if self._to_end:
-                return
             read, self._read = self._read, deque()
         for one in read:
             one.over()
-        self._tell(self._error)
+        self._tell(error)
 
     def _hold(self, source: Array, mark: Callable[[], bool], over: Callable[[], None]) -> None:
         """Until a device has come to the mark; and let go of what is held in vain."""

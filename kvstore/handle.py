@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures._base import FINISHED, PENDING
+from functools import partial
 from typing import Any, NoReturn
 
 from kvstore.errors import DeadlineError
@@ -178,22 +179,27 @@ class Handle(Future[Any]):
                 log.exception("%r: a callback failed", self)
 
 
-def countdown(handle: Handle, parts: int) -> Ended:
-    """To be called with the outcome of each of ``parts``; when all are done, so is ``handle``, with the first error."""
+def last_of(parts: int, ended: Ended) -> Ended:
+    """To be called with the outcome of each of ``parts``; the last one calls ``ended`` with the first error."""
     left = parts
     first: BaseException | None = None
     lock = threading.Lock()
 
-    def ended(error: BaseException | None) -> None:
+    def one_ended(error: BaseException | None) -> None:
         nonlocal left, first
         with lock:
             first = first or error
             left -= 1
             if left:
                 return
-        handle.finish(None, first)
+        ended(first)
 
-    return ended
+    return one_ended
+
+
+def countdown(handle: Handle, parts: int) -> Ended:
+    """To be called with the outcome of each of ``parts``; when all are done, so is ``handle``, with the first error."""
+    return last_of(parts, partial(handle.finish, None))
 
 
 def gather(
@@ -250,17 +256,7 @@ def _largest(staleness: list[Staleness]) -> Staleness | None:
 
 def all_ended(ops: Sequence[Future[Any]], ended: Ended) -> None:
     """Call ``ended`` when all these engine ops have ended, with the first error."""
-    left, first, lock = len(ops), None, threading.Lock()
-
-    def one_ended(error: BaseException | None) -> None:
-        nonlocal left, first
-        with lock:
-            first = first or error
-            left -= 1
-            if left:
-                return
-        ended(first)
-
+    one_ended = last_of(len(ops), ended)
     for op in ops:
         when_ended(op, one_ended)
 
