@@ -21,6 +21,7 @@ import ml_dtypes
 import numpy as np
 
 import engine
+from engine.groups import owner_of
 from kvstore.arrays import host
 from kvstore.arrays.host import Array
 from kvstore.errors import DtypeError
@@ -159,7 +160,7 @@ def callers(values: Any) -> Iterator[None]:
         with ExitStack() as inside:
             for device in apart:
                 inside.enter_context(cuda.on(own[device]))
-            inside.enter_context(module().cuda.Device(here))
+            inside.enter_context(at(here))
             yield
     finally:
         for device in apart if others else ():
@@ -253,9 +254,8 @@ def milliseconds(work: Callable[[], None]) -> float:
 
 def empty(shape: int | tuple[int, ...], dtype: np.dtype[Any], device: int) -> Array:
     """A new array on the device. Its memory is given back in the order of the stream that is current there now."""
-    cupy = module()
-    with cupy.cuda.Device(device):
-        array: Array = cupy.empty(shape, dtype)
+    with at(device):
+        array: Array = module().empty(shape, dtype)
     return array
 
 
@@ -278,9 +278,8 @@ def found_on(value: Any) -> int:
 
 def to_host(array: Any) -> Array:
     """A copy in host memory. Waits for the device's current stream."""
-    cupy = module()
-    with cupy.cuda.Device(device_of(array)):
-        copied: Array = cupy.asnumpy(array)
+    with at(device_of(array)):
+        copied: Array = module().asnumpy(array)
     return copied
 
 
@@ -319,10 +318,7 @@ def pin(array: Array, *, read_only: bool = False) -> bool:
         runtime.hostRegister(address, array.nbytes, flags)
     except runtime.CUDARuntimeError:
         return False
-    owner: Any = array
-    while isinstance(owner.base, np.ndarray):
-        owner = owner.base
-    weakref.finalize(owner, _unpin, runtime, address).atexit = False
+    weakref.finalize(owner_of(array), _unpin, runtime, address).atexit = False
     return True
 
 

@@ -53,15 +53,9 @@ def near(arrays: Sequence[Array], way: str = AUTO) -> Iterator[list[Array]]:
     target, memories = current_device(), set(map(memory_of, arrays))
     if memories == {target}:
         yield list(arrays)
-    elif (
-        way in (TREE, NCCL)
-        and target in memories
-        and len(memories - {HOST}) > 1
-        and (way == TREE or nccl.takes(arrays[0].dtype))
-    ):
+    elif target in memories and (summed := _in_another_order(way, arrays, memories)) is not None:
         with Fork() as fork:
-            partial = _partial(arrays, target, fork)
-            yield [(tree if way == TREE else nccl).summed(partial, target, fork)]
+            yield [summed(_partial(arrays, target, fork), target, fork)]
     else:
         yield _brought(arrays, target, _chosen(arrays, target) if way == AUTO else way)
 
