@@ -382,41 +382,45 @@ def dequantize_2bit(codes: Array, threshold: float, out: Array) -> None:
 @by_memory(2)
 def quantize_1bit(gradient: Array, residual: Array, out: Array) -> None:
     """See :func:`kvstore.kernels.reference.quantize_1bit`."""
-    kernel = _quantizer("quantize_1bit", gradient, residual, out)
-    if kernel is not None:
-        kernel(_flat_gradient(gradient), _flat(residual, _FLOAT32), out.view(_UINT32), out.view(_FLOAT32))
-    else:
-        reference.quantize_1bit(gradient, residual, out)
+    _quantize(reference.quantize_1bit, _UINT32, gradient, residual, out)
 
 
 @by_memory(1)
 def dequantize_1bit(codes: Array, out: Array) -> None:
     """See :func:`kvstore.kernels.reference.dequantize_1bit`."""
-    kernel = _dequantizer("dequantize_1bit", codes, out)
-    if kernel is not None:
-        kernel(codes.view(_UINT32), codes.view(_FLOAT32), _flat(out, _FLOAT32))
-    else:
-        reference.dequantize_1bit(codes, out)
+    _dequantize(reference.dequantize_1bit, _UINT32, codes, out)
 
 
 @by_memory(2)
 def quantize_int8(gradient: Array, residual: Array, out: Array) -> None:
     """See :func:`kvstore.kernels.reference.quantize_int8`."""
-    kernel = _quantizer("quantize_int8", gradient, residual, out)
-    if kernel is not None:
-        kernel(_flat_gradient(gradient), _flat(residual, _FLOAT32), out.view(_INT8), out.view(_FLOAT32))
-    else:
-        reference.quantize_int8(gradient, residual, out)
+    _quantize(reference.quantize_int8, _INT8, gradient, residual, out)
 
 
 @by_memory(1)
 def dequantize_int8(codes: Array, out: Array) -> None:
     """See :func:`kvstore.kernels.reference.dequantize_int8`."""
-    kernel = _dequantizer("dequantize_int8", codes, out)
+    _dequantize(reference.dequantize_int8, _INT8, codes, out)
+
+
+def _quantize(
+    plain: Callable[[Array, Array, Array], None], seen: np.dtype[Any], gradient: Array, residual: Array, out: Array
+) -> None:
+    """To codes that are seen as ``seen``, with a scale for each block among them."""
+    kernel = _quantizer(plain.__name__, gradient, residual, out)
     if kernel is not None:
-        kernel(codes.view(_INT8), codes.view(_FLOAT32), _flat(out, _FLOAT32))
+        kernel(_flat_gradient(gradient), _flat(residual, _FLOAT32), out.view(seen), out.view(_FLOAT32))
     else:
-        reference.dequantize_int8(codes, out)
+        plain(gradient, residual, out)
+
+
+def _dequantize(plain: Callable[[Array, Array], None], seen: np.dtype[Any], codes: Array, out: Array) -> None:
+    """The inverse of :func:`_quantize`."""
+    kernel = _dequantizer(plain.__name__, codes, out)
+    if kernel is not None:
+        kernel(codes.view(seen), codes.view(_FLOAT32), _flat(out, _FLOAT32))
+    else:
+        plain(codes, out)
 
 
 def _quantizer(name: str, gradient: Array, residual: Array, out: Array) -> Callable[..., Any] | None:
