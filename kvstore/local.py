@@ -117,8 +117,11 @@ class LocalHome(Home):
 
     def push_value(self, value: Value, gradient: Gradient, ended: Ended) -> Reading:
         """:meth:`push` of a key or a bundle."""
+        return self._push(value, self._prepared(value, gradient), ended)
+
+    def _push(self, value: Value, gradient: Gradient, ended: Ended) -> Reading:
+        """:meth:`push` of what is :meth:`_prepared`."""
         value.rounds, value.version = value.rounds + 1, value.version + 1
-        gradient = self._prepared(value, gradient)
         applied = self._apply(value, gradient, ())
         if applied is not None:
             when_ended(applied, ended)
@@ -143,7 +146,7 @@ class LocalHome(Home):
         gradient = self._prepared(value, gradient)
         applied = self._apply(value, gradient, gradient.outs) if gradient.outs else None
         if applied is None:
-            return self.push_value(value, gradient, ended), self.pull_value(value, gradient.priority)
+            return self._push(value, gradient, ended), self.pull_value(value, gradient.priority)
         value.rounds, value.version = value.rounds + 1, value.version + 1
         when_ended(applied, ended)
         return _still_reading(value, applied), _Delivered(applied, value.version)
