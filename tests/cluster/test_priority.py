@@ -28,9 +28,8 @@ class Frame:
     nbytes: int
 
 
-@pytest.mark.parametrize("shared", [False, True], ids=["sockets", "shared memory"])
-def test_an_urgent_key_overtakes_256_megabytes(shared, monkeypatch):
-    """Merges wait until the server has got the urgent push; then it comes after those that had begun, no later."""
+def merges_after_urgent(monkeypatch) -> list[str]:
+    """No merge of the key ``large`` begins before the server has got a push of ``urgent``; the merges, in order."""
     merged: list[str] = []
     urgent_is_there = threading.Event()
     assign, apply = Stored.assign, Work.apply
@@ -48,6 +47,13 @@ def test_an_urgent_key_overtakes_256_megabytes(shared, monkeypatch):
 
     monkeypatch.setattr(Stored, "assign", assign_when_urgent_is_there)
     monkeypatch.setattr(Work, "apply", apply_and_tell)
+    return merged
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["sockets", "shared memory"])
+def test_an_urgent_key_overtakes_256_megabytes(shared, monkeypatch):
+    """Merges wait until the server has got the urgent push; then it comes after those that had begun, no later."""
+    merged = merges_after_urgent(monkeypatch)
     with cluster(1) as running:
 
         def work(kv):

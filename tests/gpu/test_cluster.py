@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import os
 import threading
 import time
 from collections import Counter
@@ -23,10 +22,9 @@ from kvstore import comm
 from kvstore.arrays import gpu
 from kvstore.cluster import client, near
 from kvstore.cluster.exchange import Exchange
-from kvstore.cluster.work import Work
 from kvstore.delivery import Delivery
-from kvstore.stored import Stored
 from kvstore.testing import Cluster as Laboratory
+from tests.cluster.test_priority import THREADS, merges_after_urgent
 from tests.clusters import cluster
 from tests.gpu import simulated
 
@@ -370,23 +368,7 @@ def test_a_caller_whose_arrays_are_lent_does_not_wait_for_copies(cupy, monkeypat
 @BOTH
 def test_an_urgent_key_overtakes_a_large_one(cupy, monkeypatch, shared):
     """As on the host: no merge begins before the urgent push is there, and then it comes after those under way."""
-    merged: list[str] = []
-    urgent_is_there = threading.Event()
-    assign, apply = Stored.assign, Work.apply
-
-    def assign_when_urgent_is_there(stored, *args, **options):
-        if stored.var.name.startswith("'large'"):
-            assert urgent_is_there.wait(LIMIT_S)
-        merged.append(stored.var.name)
-        assign(stored, *args, **options)
-
-    def apply_and_tell(work, action, *args):
-        apply(work, action, *args)
-        if action.piece[0] == "urgent":
-            urgent_is_there.set()
-
-    monkeypatch.setattr(Stored, "assign", assign_when_urgent_is_there)
-    monkeypatch.setattr(Work, "apply", apply_and_tell)
+    merged = merges_after_urgent(monkeypatch)
     place = Gpus(cupy)
 
     def work(kv):
@@ -397,7 +379,7 @@ def test_an_urgent_key_overtakes_a_large_one(cupy, monkeypatch, shared):
 
     with cluster(1) as running:
         running.run(work, shared_memory=shared)
-    assert merged.index("'urgent'[0]") <= (os.cpu_count() or 1)
+    assert merged.index("'urgent'[0]") <= THREADS
 
 
 # --- what must not be early ---------------------------------------------------------------------------
@@ -484,20 +466,24 @@ def test_what_a_device_has_not_read_is_not_given_back(cupy, monkeypatch, shared,
 # --- errors and memory --------------------------------------------------------------------------------
 
 
-def test_an_error_before_anything_is_sent_costs_that_push_only(cupy, monkeypatch):
-    merge, failures = comm.merge, [MemoryError("no room to merge")]
+def fail_next_merge(monkeypatch, error):
+    merge, errors = comm.merge, [error]
 
     def merge_or_fail(arrays, out, *how, **options):
-        if failures:
-            raise failures.pop()
+        if errors:
+            raise errors.pop()
         merge(arrays, out, *how, **options)
 
+    monkeypatch.setattr(comm, "merge", merge_or_fail)
+
+
+def test_an_error_before_anything_is_sent_costs_that_push_only(cupy, monkeypatch):
     place = Gpus(cupy)
 
     def work(kv):
         kv.init("w", np.zeros(PARTS, np.float32))
         given = place.array(np.ones(PARTS, np.float32), 0)
-        monkeypatch.setattr(comm, "merge", merge_or_fail)
+        fail_next_merge(monkeypatch, MemoryError("no room to merge"))
         failed = kv.pushpull("w", given, out=place.array(np.zeros(PARTS, np.float32), 0))
         with pytest.raises(MemoryError, match="no room"):
             failed.result()
@@ -533,19 +519,12 @@ def test_an_error_of_the_device_reaches_the_handle():
 
 
 def test_an_interrupted_push_costs_that_push_only(cupy, monkeypatch):
-    merge, interrupts = comm.merge, [KeyboardInterrupt()]
-
-    def merge_or_stop(arrays, out, *how, **options):
-        if interrupts:
-            raise interrupts.pop()
-        merge(arrays, out, *how, **options)
-
     place = Gpus(cupy)
 
     def work(kv):
         kv.init("w", np.zeros(PARTS, np.float32))
         given = place.array(np.ones(PARTS, np.float32), 0)
-        monkeypatch.setattr(comm, "merge", merge_or_stop)
+        fail_next_merge(monkeypatch, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
             kv.pushpull("w", given)
         return float(place.numpy(kv.pushpull("w", given).result()).min())

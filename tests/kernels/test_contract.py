@@ -113,22 +113,26 @@ def dumb_sum(arrays):
         return total.astype(dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 9])
-def test_merge(form: Form, dtype, count):
+def check_sums(merge, shapes, dtype, count):
     rng = np.random.default_rng(count)
-    for shape in SHAPES:
+    for shape in shapes:
         arrays = [numbers(rng, shape, dtype) for _ in range(count)]
         expected = dumb_sum(arrays)
         for layout in LAYOUTS:
             out = np.zeros(shape, dtype)
-            kernels.merge([layout(array) for array in arrays], out)
+            merge([layout(array) for array in arrays], out)
             same(out, expected)
         out = strided(np.zeros(shape, dtype))
-        kernels.merge(arrays, out)
+        merge(arrays, out)
         same(out, expected)
-        kernels.merge(arrays, arrays[0])
+        merge(arrays, arrays[0])
         same(arrays[0], expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 9])
+def test_merge(form: Form, dtype, count):
+    check_sums(kernels.merge, SHAPES, dtype, count)
     assert ("merge" in form.used) == (form.name == "numba" and count > 1 and dtype not in BY_NUMPY_ALWAYS)
 
 
@@ -254,19 +258,8 @@ def test_optimizers(form: Form, name, values, absent, dtype, pushed):
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_merge_nontemporal(form: Form, dtype, count, monkeypatch):
     monkeypatch.setattr(compiled, "NONTEMPORAL_BYTES", 1)
-    rng = np.random.default_rng(count)
-    for shape in (*SHAPES, (300_007,)):  # the last one is long enough for the kernels, too
-        arrays = [numbers(rng, shape, dtype) for _ in range(count)]
-        expected = dumb_sum(arrays)
-        for layout in LAYOUTS:
-            out = np.zeros(shape, dtype)
-            kernels.merge_nontemporal([layout(array) for array in arrays], out)
-            same(out, expected)
-        out = strided(np.zeros(shape, dtype))
-        kernels.merge_nontemporal(arrays, out)
-        same(out, expected)
-        kernels.merge_nontemporal(arrays, arrays[0])
-        same(arrays[0], expected)
+    shapes = (*SHAPES, (300_007,))  # the last one is long enough for the kernels, too
+    check_sums(kernels.merge_nontemporal, shapes, dtype, count)
     assert ("allreduce" in form.used) == (form.name == "numba" and count > 1 and dtype not in BY_NUMPY_ALWAYS)
 
 
