@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from kvstore import kernels
-from kvstore.arrays import HOST, Array, copy_to, empty, flat, memory_of
+from kvstore.arrays import HOST, Array, copy_to, empty, memory_of
 from kvstore.arrays.gpu import Fork, current_device, is_reachable
 from kvstore.comm import measured, nccl, tree
 from kvstore.comm.blocks import blocks
@@ -177,7 +177,7 @@ def _concatenated(arrays: Sequence[Array], fork: Fork) -> Array:
         out = empty(size, dtype, current_device())
         start = 0
         for array in arrays:
-            copy_to(flat(array), out[start : start + array.size])
+            copy_to(array, out[start : start + array.size].reshape(array.shape))
             start += array.size
     return out
 

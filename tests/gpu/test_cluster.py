@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import random
 import threading
 import time
 from collections import Counter
@@ -30,16 +31,15 @@ from tests.gpu import simulated
 
 ROUNDS = 3
 LIMIT_S = 30
-PARTS = 2_600_000  # float32: two parts, of several pieces each
+PARTS = 1_300_000  # float32: two parts, if each is a piece
 SIZES = [1, 1000, 300_000, PARTS]  # float32: tiny, small, one piece, and that
 BOTH = pytest.mark.parametrize("shared", [True, False], ids=["shared memory", "sockets"])
 DTYPES = [np.float16, ml_dtypes.bfloat16, np.float64, np.int8, np.int64, np.complex64]
 
 
-@pytest.fixture
-def cupy(cupy):
-    engine.default().use(gpu.devices())
-    return cupy
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch):
+    monkeypatch.setattr(client, "CHUNK_BYTES", 1)
 
 
 def values(rank, round, device, shape, dtype=np.float32):
@@ -96,10 +96,10 @@ class Gpus:
 
 def train(kv, place, devices, shape, dtype, optimizer):
     """What a worker sees in some rounds, as arrays of the host."""
-    kv.init("w", values(7, 7, 7, shape, dtype))
+    first = place.array(values(7, 7, 7, shape, dtype), kv.rank)
+    seen = [place.numpy(kv.broadcast("w", first).result())]
     if optimizer is not None:
         kv.set_optimizer(optimizer)
-    seen = []
     for round in range(ROUNDS):
         given = [place.array(values(kv.rank, round, d, shape, dtype), d) for d in range(devices)]
         one = given if devices > 1 else given[0]
@@ -118,7 +118,9 @@ def train(kv, place, devices, shape, dtype, optimizer):
                 kv.pushpull("w", one, out=out).result()
         seen += [place.numpy(array) for array in outs]
     kv.barrier()
-    return seen
+    new = kv.pull("w").result()
+    assert type(new) is type(first)
+    return [*seen, place.numpy(new)]
 
 
 def both(place, devices=1, shape=(1000,), dtype=np.float32, optimizer=None, servers=1, **options):
@@ -209,6 +211,101 @@ def test_what_is_pulled_in_place_stays_with_the_host(cupy):
 
     with cluster(2) as running:
         assert running.run(work) == [(True, 2, 6), (True, 2, 6)]
+
+
+KEYS = {"tiny": 1, "small": 5, "some": 100, "near": 9000, "piece": 300_000, "two pieces": 1_100_000}
+
+
+def program(kv, place, seed, devices):
+    """Random pushes and pulls, alone and in lists, that are waited for now and then; what the worker sees."""
+    chance = random.Random(seed)
+    for key, size in KEYS.items():
+        kv.init(key, values(1, 2, 3, (size,)))
+    if chance.random() < 0.5:
+        kv.set_optimizer(kvstore.optim.SGD(lr=0.1, momentum=0.9))
+    seen, pending = [], []
+
+    def given(step, key):
+        return [place.array(values(kv.rank, step, d, (KEYS[key],)), d) for d in range(devices)]
+
+    def outs(key):
+        return [place.array(np.zeros(KEYS[key], np.float32), d) for d in range(devices)]
+
+    def of(arrays):
+        return arrays if devices > 1 else arrays[0]
+
+    for step in range(14):
+        key, priority = chance.choice(list(KEYS)), chance.randint(-2, 2)
+        what = chance.choice(["push", "pull", "pushpull", "in place", "list", "list", "wait"])
+        if what == "wait":
+            for handle, arrays in pending:
+                handle.result()
+                seen += [place.numpy(array) for array in arrays]
+            pending.clear()
+        elif what == "list":
+            lists = [given(step, one) for one in list(KEYS)[:5]]
+            handle = kv.pushpull(list(KEYS)[:5], [of(one) for one in lists], priority=priority)
+            pending.append((handle, [array for one in lists for array in one]))
+        elif what == "pull":
+            arrays = outs(key)
+            pending.append((kv.pull(key, out=of(arrays), priority=priority), arrays))
+        elif what == "in place":
+            arrays = given(step, key)
+            pending.append((kv.pushpull(key, of(arrays), priority=priority), arrays))
+        else:
+            pushed, arrays = given(step, key), outs(key)
+            if what == "push":
+                pending.append((kv.push(key, of(pushed), priority=priority), []))
+            else:
+                pending.append((kv.pushpull(key, of(pushed), out=of(arrays), priority=priority), arrays))
+            for array in pushed:
+                place.overwrite(array)
+    for handle, arrays in pending:
+        handle.result()
+        seen += [place.numpy(array) for array in arrays]
+    kv.barrier()
+    return seen
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_random_programs(cupy, seed, monkeypatch):
+    chance = random.Random(seed)
+    monkeypatch.setattr(client, "CHUNK_BYTES", chance.choice([1, 8 << 20]))
+    devices, shared, servers = chance.choice([1, 2, 4]), chance.random() < 0.5, chance.choice([1, 2])
+    place = Gpus(cupy, None, step=chance.choice([1, 1, 2]), every=chance.choice([0, 0, 3]))
+    results = []
+    for one in (Host(), place):
+        with cluster(2, servers) as running:
+            work = partial(program, place=one, seed=seed, devices=devices)
+            results.append(running.run(work, shared_memory=shared))
+    for expected, got in zip(*results, strict=True):
+        for one, other in zip(expected, got, strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_lists_of_small_arrays_in_all_memories(seed):
+    """Some of the host, the others of two GPUs with their elements apart."""
+    keys, devices = ["a", "b", "c"], 2
+
+    def work(kv, place):
+        kv.init(keys, [values(1, 2, 3, (5,))] * 3)
+        seen = []
+        for round in range(4):
+            given = [[place.array(values(kv.rank, round, d, (5,)), d) for d in range(devices)] for _ in keys]
+            kv.pushpull(keys, given).result()
+            seen += [place.numpy(array) for some in given for array in some]
+        return seen
+
+    with simulated.install(devices=2, seed=seed):
+        import cupy
+
+        results = []
+        for place in (Host(), Gpus(cupy, step=2, every=3)):
+            with cluster(1) as running:
+                results.append(running.run(partial(work, place=place))[0])
+    for one, other in zip(*results, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 # --- what is copied, and when -------------------------------------------------------------------------
@@ -320,7 +417,6 @@ def test_a_part_is_sent_while_the_next_one_is_copied(cupy, monkeypatch, planted)
             for exchange, send, _, *rest in held_up:
                 in_order(home, exchange, send, everything, *rest)
 
-    monkeypatch.setattr(client, "CHUNK_BYTES", 1)
     monkeypatch.setattr(comm, "merge", merge_behind)
     monkeypatch.setattr(Exchange, "submit", submit_and_tell)
     if planted:
@@ -499,7 +595,6 @@ def test_an_error_of_the_device_reaches_the_handle():
     with simulated.install(devices=1, seed=1) as machine:
         import cupy
 
-        engine.default().use(gpu.devices())
         place = Gpus(cupy)
 
         def work(kv):
@@ -548,7 +643,6 @@ def test_faults_of_the_cluster(fault, seed):
         import cupy
 
         def program(kv):
-            kv._engine.use(gpu.devices())
             place, pending = Gpus(cupy), []
             kv.init("w", np.zeros(size, np.float32))
             if fault != "loss" and kv.rank == 0:
