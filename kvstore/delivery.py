@@ -12,14 +12,15 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 import engine
 from kvstore import comm
-from kvstore.arrays import HOST, Array, gpu, memory_of
+from kvstore.arrays import HOST, Array, gpu, memory_of, to_host
 from kvstore.handle import Ended, all_ended
+from kvstore.home import Held
 
 UNPINNED_BYTES = 64 << 10  # up to this size CUDA itself puts by what it is to copy
 BLOCK_BYTES = 4 << 20  # of pinned memory
@@ -29,11 +30,30 @@ def _nothing() -> None:
     pass
 
 
+class Target(NamedTuple):
+    """Some of a value's outs: those of the host, or those of devices."""
+
+    writes: Sequence[Any]  # what an op on them writes: arrays, or a group
+    copy: Callable[[Array, int, bool], None]  # a flat source to them, from this element on; see `large` below
+    is_cut: bool = True  # may it be given to them in blocks?
+
+
+def apart(outs: Sequence[Array]) -> tuple[Target | None, Target | None]:
+    """Arrays of one shape, in any memory, as targets: those of the host, and those of devices."""
+    on_devices = [out for out in outs if memory_of(out) != HOST]
+    on_host = [out for out in outs if memory_of(out) == HOST] if on_devices else outs
+    return _target(on_host) if on_host or not on_devices else None, _target(on_devices) if on_devices else None
+
+
+def _target(outs: Sequence[Array]) -> Target:
+    return Target(outs, lambda source, start, large: comm.broadcast(source, outs, start, large=large))
+
+
 class Delivery:
     """One value's, all of it or piece by piece. Thread-safe.
 
     Args:
-        outs: of one shape, in any memory.
+        on_host, on_devices: where it goes; one of them at least.
         begin: called with this when they may be written.
         ended: called once, when they have been, by devices too.
     """
@@ -41,36 +61,30 @@ class Delivery:
     def __init__(
         self,
         runtime: engine.Engine,
-        outs: Sequence[Array],
+        on_host: Target | None,
+        on_devices: Target | None,
         priority: int,
         begin: Callable[[Delivery], None],
         ended: Ended,
     ) -> None:
-        self._parts: list[tuple[engine.Completion, Sequence[Array]]] = []
         self._begin = begin
         self._tell = ended
+        self._begun: list[tuple[engine.Completion, Target, bool]] = []  # and whether it is on devices
         self._read: deque[_Read] = deque()  # by devices, as they go on
         self._lock = threading.Lock()
-        self._on_devices = [out for out in outs if memory_of(out) != HOST]
-        on_host = [out for out in outs if memory_of(out) == HOST] if self._on_devices else outs
-        groups = [(some, lane) for some, lane in ((self._on_devices, "copy"), (on_host, None)) if some or some is outs]
-        self._to_begin = len(groups)
+        targets = [(target, target is on_devices) for target in (on_devices, on_host) if target is not None]
+        self._to_begin = len(targets)
         ops = [
             runtime.push_async(
-                partial(self._begun, some), writes=some, priority=priority, lane=lane, name="pull", inline=True,
-                lent=True,
+                partial(self._one_began, target, is_there), writes=target.writes, priority=priority,
+                lane="copy" if is_there else None, name="pull", inline=True, lent=True,
             )
-            for some, lane in groups
+            for target, is_there in targets
         ]  # fmt: skip
         all_ended(ops, self._ended)
 
     def __repr__(self) -> str:
         return f"<Delivery: {self._to_begin} ops have to begin, {len(self._read)} copies under way>"
-
-    @property
-    def by_devices(self) -> int:
-        """How many of the arrays are written by devices? They had better read pinned memory."""
-        return len(self._on_devices)
 
     def write(
         self,
@@ -81,50 +95,66 @@ class Delivery:
         pinned: bool = False,
         large: bool = False,
     ) -> None:
-        """Write the flat ``source``, of the host, to the arrays, from element ``start`` on in C order.
+        """Write the flat ``source`` to the targets, from element ``start`` on in C order.
 
-        A device copies from pinned memory while this thread goes on; what is not ``pinned`` is copied there before.
+        A device copies from its own or pinned memory while this thread goes on; other memory is copied to such before.
 
         Args:
             over: called when nobody reads ``source`` any more, which is held until then.
-            large: it is among more than stays in the caches.
+            pinned: it is.
+            large: it is among more than stays in the host's caches.
         """
-        pinned = pinned or source.nbytes <= UNPINNED_BYTES
+        pinned = pinned or source.nbytes <= UNPINNED_BYTES or memory_of(source) != HOST
         over_later = False
         try:
-            for completion, outs in self._parts:
-                if outs is not self._on_devices:
-                    comm.broadcast(source, outs, start, large=large)
+            for completion, target, is_there in self._begun:
+                if not is_there:
+                    target.copy(to_host(source), start, large)
                 elif pinned:
                     over_later = True
-                    self._write_up(completion, source, start, over)
+                    self._write_up(completion, target, source, start, over)
                 else:
-                    for at, block in _blocks(source):
-                        self._write_up(completion, _pinned_copy(block), start + at, _nothing)
+                    for at, block in _blocks(source, BLOCK_BYTES if target.is_cut else source.nbytes):
+                        self._write_up(completion, target, _pinned_copy(block), start + at, _nothing)
         finally:
             if not over_later:
                 over()
 
-    def _write_up(self, completion: engine.Completion, source: Array, start: int, over: Callable[[], None]) -> None:
+    def write_held(self, held: Held | BaseException) -> None:
+        """Write what has come, which is all, and give it back; or end with the error."""
+        if not isinstance(held, Held):
+            self.end(held)
+            return
+        try:
+            self.write(held.array.reshape(-1), over=held.give_back)
+        except Exception as error:
+            self.end(error)
+        else:
+            self.end()
+
+    def _write_up(
+        self, completion: engine.Completion, target: Target, source: Array, start: int, over: Callable[[], None]
+    ) -> None:
         mark = _never
         try:
             with completion.on():
-                comm.broadcast(source, self._on_devices, start)
+                target.copy(source, start, False)
                 mark = gpu.mark()
         finally:
             self._hold(source, mark, over)
 
     def end(self, error: BaseException | None = None) -> None:
         """All has been written that will be."""
-        for completion, _ in self._parts:
+        for completion, *_ in self._begun:
             if error is None:
                 completion.set_result(None)
             else:
                 completion.set_exception(error)
 
-    def _begun(self, outs: Sequence[Array], completion: engine.Completion) -> None:
+    def _one_began(self, target: Target, is_there: bool, completion: engine.Completion) -> None:
         with self._lock:
-            self._parts.append((completion, outs))
+            # The host's first, which are copied at once: from then on only a device reads.
+            self._begun.insert(len(self._begun) if is_there else 0, (completion, target, is_there))
             self._to_begin -= 1
             if self._to_begin:
                 return
@@ -160,9 +190,9 @@ class _Read(NamedTuple):
     over: Callable[[], None]
 
 
-def _blocks(source: Array) -> Iterator[tuple[int, Array]]:
-    """The source in blocks, and where each begins."""
-    items = max(1, BLOCK_BYTES // source.itemsize)
+def _blocks(source: Array, nbytes: int) -> Iterator[tuple[int, Array]]:
+    """The source in blocks of so many bytes, and where each begins."""
+    items = max(1, nbytes // source.itemsize)
     for at in range(0, source.size, items):
         yield at, source[at : at + items]
 

@@ -22,7 +22,7 @@ import engine
 from kvstore import comm
 from kvstore.arrays import HOST, Array, empty, memory_of
 from kvstore.consistency import Answer, Level, Model, Pull, Update
-from kvstore.delivery import Delivery
+from kvstore.delivery import Delivery, apart
 from kvstore.errors import CallerError, KVStoreError
 from kvstore.handle import Ended, Handle
 from kvstore.home import Gradient, Held, Home, Reading, Source
@@ -165,23 +165,13 @@ class _Delayed(Source):
             self.hold(lambda held: write(delivery, held))
 
         def write(delivery: Delivery, held: Held | BaseException) -> None:
-            if not isinstance(held, Held):
-                delivery.end(held)
-            elif held.array.nbytes * len(outs) <= INLINE_BYTES:
-                copy(delivery, held)
+            if not isinstance(held, Held) or held.array.nbytes * len(outs) <= INLINE_BYTES:
+                delivery.write_held(held)
             else:
                 info = {"key": self._key}
-                self._engine.push(lambda: copy(delivery, held), priority=priority, name="deliver", info=info)
+                self._engine.push(lambda: delivery.write_held(held), priority=priority, name="deliver", info=info)
 
-        def copy(delivery: Delivery, held: Held) -> None:
-            try:
-                delivery.write(held.array.reshape(-1), over=held.give_back)
-            except Exception as error:
-                delivery.end(error)
-            else:
-                delivery.end()
-
-        Delivery(self._engine, outs, priority, begin, ended)
+        Delivery(self._engine, *apart(outs), priority, begin, ended)
 
 
 class Devices:

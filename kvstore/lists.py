@@ -15,7 +15,6 @@ import threading
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from itertools import accumulate
 from typing import Any, TypeVar
 
@@ -25,8 +24,9 @@ import engine
 from kvstore import comm
 from kvstore.arrays import HOST, Array, memory_of
 from kvstore.consistency import Sequential
+from kvstore.delivery import Delivery, Target
 from kvstore.devices import Entry, translated
-from kvstore.handle import Ended, Handle, all_ended
+from kvstore.handle import Ended, Handle
 from kvstore.home import Gradient, Held, Home, HomeBundle, Reading, Source, settled
 from kvstore.protocol.pieces import Key
 
@@ -144,54 +144,37 @@ class EntryBundle:
         return known[1]
 
     def _deliver(self, source: Source, outs: list[Arrays], result: list[Any], priority: int, handle: Handle) -> None:
-        """By an op of the host or of a device; by one of each if there are arrays of both."""
         for entry in self.entries:
             if entry.view is not None:
                 entry.view_is_latest = False
-        parts = [outs]
-        if self._engine.devices is not None and len(set(map(_is_on_host, _flat(outs)))) > 1:
-            parts = [_those(outs, on_host) for on_host in (True, False)]
-        begun: list[tuple[list[Arrays], engine.Completion]] = []  # from when on they may be written
-        taken: list[Held] = []
-        lock = threading.Lock()
 
-        def start(some: list[Arrays], completion: engine.Completion) -> None:
-            with lock:
-                begun.append((some, completion))
-                if len(begun) < len(parts):
-                    return
-            source.hold(come)
+        def begin(delivery: Delivery) -> None:
+            source.hold(lambda held: come(delivery, held))
 
-        def come(held: Held | BaseException) -> None:
+        def come(delivery: Delivery, held: Held | BaseException) -> None:
             if isinstance(held, Held):
                 handle.version = held.version
                 handle.staleness = 0 if held.staleness is None else (0, held.staleness)
-                taken.append(held)
-            for some, completion in begun:
-                try:
-                    if not isinstance(held, Held):
-                        raise held
-                    with completion.on():
-                        self._copy(held.array, some)
-                    completion.set_result(None)
-                except Exception as raised:
-                    completion.set_exception(raised)
+            delivery.write_held(held)
 
         def done(error: BaseException | None) -> None:
-            for held in taken:
-                held.give_back()
             handle.finish(result, translated(error, f"{len(self.entries)} keys, {self.entries[0].key!r} ..."))
 
-        if len(parts) == 1:
+        Delivery(self._engine, *self._targets(outs), priority, begin, done)
+
+    def _targets(self, outs: list[Arrays]) -> tuple[Target | None, Target | None]:
+        """As :func:`kvstore.delivery.apart`, of the keys' arrays."""
+        there = {HOST} if self._engine.devices is None else set(map(memory_of, _flat(outs)))
+        if there == {HOST} or HOST not in there:
             self._written = _group(self._written, outs)
-        groups = [self._written] if len(parts) == 1 else [engine.ArrayGroup(_flat(some)) for some in parts]
-        ops = [
-            self._engine.push_async(
-                partial(start, some), writes=[group], priority=priority, name="pull", inline=True, lent=True
-            )
-            for some, group in zip(parts, groups, strict=True)
-        ]
-        all_ended(ops, done)
+            target = self._target(outs, self._written)
+            return (target, None) if HOST in there else (None, target)
+        parts = [_those(outs, on_host) for on_host in (True, False)]
+        on_host, on_devices = [self._target(some, engine.ArrayGroup(_flat(some))) for some in parts]
+        return on_host, on_devices
+
+    def _target(self, outs: list[Arrays], group: engine.ArrayGroup) -> Target:
+        return Target([group], lambda value, start, large: self._copy(value, outs), is_cut=False)
 
     def _copy(self, value: Array, outs: list[Arrays]) -> None:
         """The bundle's value to the keys' arrays."""

@@ -21,7 +21,7 @@ from kvstore.arrays import Array
 from kvstore.cluster.near import NEAR_BYTES, Arena, Neighbourhood
 from kvstore.cluster.session import OnOutcome, Session
 from kvstore.cluster.staging import Slot, Staging
-from kvstore.delivery import Delivery
+from kvstore.delivery import Delivery, apart
 from kvstore.errors import KVStoreError
 from kvstore.handle import Ended
 from kvstore.home import Held, Source
@@ -272,18 +272,21 @@ class Arrivals(Source):
                 ended(*outcome)
             return
 
+        on_host, on_devices = apart(outs)
+
         def begin(delivery: Delivery) -> None:
             def copy(piece: _Piece) -> None:
                 pinned = False
-                if delivery.by_devices and piece.place is not None:
+                if on_devices is not None and piece.place is not None:
                     pinned = self._neighbourhood.pin(self._remote.owners[piece.number], piece.place)
                 over = partial(self._remote.give_back, piece.number, piece.request_id)
                 start = self._remote.cut.span(piece.number)[0]
                 delivery.write(piece.array, start, over, pinned=pinned, large=self._large)
 
-            self._consume(self._each(copy, len(outs) - delivery.by_devices, priority), delivery.end)
+            times = 0 if on_host is None else len(on_host.writes)
+            self._consume(self._each(copy, times, priority), delivery.end)
 
-        Delivery(self._engine, outs, priority, begin, ended)
+        Delivery(self._engine, on_host, on_devices, priority, begin, ended)
 
     def _each(self, copy: Callable[[_Piece], None], times: int, priority: int) -> Callable[[_Piece], None]:
         """What copies each piece, in this thread so many times: at once, or by an engine op if it is large."""

@@ -367,6 +367,34 @@ def test_over_a_socket_all_goes_by_pinned_memory_too(cupy, devices):
     assert sum(times for (_, to, _), times in copied.items() if to == simulated.HOST) == 1
 
 
+@BOTH
+def test_what_is_moved_together_goes_by_pinned_memory_too(cupy, shared):
+    """And no thread waits for a device."""
+    if not hasattr(cupy, "machine"):
+        pytest.skip("counted by the simulated machine")
+    place, machine, keys = Gpus(cupy), cupy.machine, list(range(30))
+    pageable, waited = [], []
+
+    def work(kv):
+        kv.init(keys, [np.zeros(3000, np.float32)] * len(keys))
+        given = [place.array(np.ones(3000, np.float32), 0) for _ in keys]
+        outs = [place.array(np.zeros(3000, np.float32), 0) for _ in keys]
+        for round in range(6):
+            kv._home.meet(LIMIT_S)
+            if round in (2, 5) and kv.rank == 0:  # by then keys are in bundles
+                pageable.append({way: n for way, n in machine.copies.items() if way[2] == "pageable"})
+                waited.append(dict(machine.synchronised))
+            kv._home.meet(LIMIT_S)
+            kv.pushpull(keys, given, out=outs).result()
+        assert all((place.numpy(out) == 2).all() for out in outs)
+        return all(kv._entries[key].bundle is not None for key in keys)
+
+    with cluster(2) as running:
+        assert running.run(work, shared_memory=shared) == [True, True]
+    assert pageable[0] == pageable[1]
+    assert waited[0] == waited[1]
+
+
 @pytest.mark.parametrize("lacking", ["arena", "mappings"])
 def test_memory_that_is_not_registered_is_seen(cupy, lacking, monkeypatch):
     if not hasattr(cupy, "machine"):
