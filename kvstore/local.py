@@ -1,33 +1,30 @@
 """The values of a store of one process: the engine is all it takes.
 
-They lie in host memory; where the store's type says so, those that are pushed from GPUs lie on GPUs, which update them
-(:mod:`kvstore.placing` says on which). Then an op on a value is one of its device, and does nothing but put work into a
-stream. What is pushed from GPUs to a value in host memory is brought there by an op of its own.
+They lie in host memory, or, as :mod:`kvstore.places` says, on GPUs that push them. Then an op on a value is one of its
+GPU, and does nothing but put work into a stream. What GPUs push to a value in host memory is brought by another op.
 
 A small key that is moved in lists lies within the value of a bundle meanwhile: see :mod:`kvstore.together`.
 """
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any
 
 import numpy as np
 
 import engine
 from kvstore import comm, kernels
-from kvstore.arrays import HOST, Array, copy_to, empty, empty_like, gpu, host_copy, memory_of, read_only, to_host
+from kvstore.arrays import HOST, Array, copy_to, empty_like, host_copy, memory_of, read_only, to_host
 from kvstore.checkpoint.cut import VALUE, CutSource, KeyRecord, Part
 from kvstore.errors import DuplicateKeyError, OptimizerError, UpdateError
 from kvstore.handle import Ended, all_ended, when_ended
 from kvstore.home import Gradient, Held, Home, HomeBundle, Reading, Source, Updater
 from kvstore.optim import Optimizer
-from kvstore.placing import Placing
+from kvstore.places import Places
 from kvstore.protocol.messages import Spec
 from kvstore.protocol.pieces import Key
 from kvstore.protocol.sampling import factor
@@ -72,7 +69,7 @@ class LocalHome(Home):
 
     def __init__(self, runtime: engine.Engine, *, on_gpus: bool = False) -> None:
         self._engine = runtime
-        self._placing = Placing() if on_gpus else None
+        self._places = Places(runtime, on_gpus=on_gpus, unplaced=self._unplaced)
         self._values: dict[Key, Value] = {}
         self._optimizer: Optimizer | None = None
         self._updater: Updater | None = None
@@ -86,23 +83,12 @@ class LocalHome(Home):
     def init(self, key: Key, spec: Spec, value: Array) -> Future[Any]:
         if key in self._values:
             raise DuplicateKeyError(f"init of key {key!r}: expected a new key, it exists")
-        self._values[key] = self._first(key, spec, value.reshape(spec.shape))
+        first = self._places.first(key, spec, value.reshape(spec.shape))
+        with self._lock:
+            self._values[key] = first
         done: Future[Any] = Future()
         done.set_result(None)
         return done
-
-    def _first(self, key: Key, spec: Spec, value: Array) -> Value:
-        """A key with a copy of the value."""
-        memory = memory_of(value)
-        if memory == HOST:
-            return Value(key, spec, Stored(value.copy(), repr(key)))
-        if self._placing is None:
-            return Value(key, spec, Stored(to_host(value), repr(key)))
-        first = Value(key, spec, Stored(empty_like(value), repr(key)), memory)
-        first.own.names = [first.own.var, _mark(memory)]
-        copy = partial(copy_to, value, first.own.value)
-        self._engine.push(copy, reads=[value], writes=first.own.names, name="init")
-        return first
 
     # --- push and pull ------------------------------------------------------------------------------
 
@@ -117,23 +103,24 @@ class LocalHome(Home):
 
     def push_value(self, value: Value, gradient: Gradient, ended: Ended) -> Reading:
         """:meth:`push` of a key or a bundle."""
-        return self._push(value, self._prepared(value, gradient), ended)
+        return self._push(value, self._places.prepared(value, gradient), ended)
 
     def _push(self, value: Value, gradient: Gradient, ended: Ended) -> Reading:
-        """:meth:`push` of what is :meth:`_prepared`."""
+        """:meth:`push` of what has been prepared."""
         value.rounds, value.version = value.rounds + 1, value.version + 1
         applied = self._apply(value, gradient, ())
         if applied is not None:
             when_ended(applied, ended)
             return _still_reading(value, applied)
         # It will be applied later, but must be read now; unless an array has still to be written.
-        staged, var = _staged(value, gradient), engine.Var(f"staged {value.key!r}")
+        staged, var = self._places.room(value, gradient), engine.Var(f"staged {value.key!r}")
         self._engine.push(
             lambda: gradient.write(staged.reshape(-1)), reads=[*value.own.names[1:], *gradient.reads], writes=[var],
             name="stage", inline=True,
         )  # fmt: skip
         later = Gradient([staged], gradient.priority, lent=True, samples=gradient.samples)
-        when_ended(self._engine.push(**self._op(value, later, [var], ())), ended)
+        applied = self._engine.push(**self._op(value, later, [var], ()))
+        when_ended(applied, ended)
         return None
 
     def pull_value(self, value: Value, priority: int) -> Source:
@@ -143,7 +130,7 @@ class LocalHome(Home):
     def pushpull_value(self, value: Value, gradient: Gradient, ended: Ended) -> tuple[Reading, Source]:
         """:meth:`pushpull` of a key or a bundle."""
         # One op if that can be, so that what was just merged goes on from the processor's cache.
-        gradient = self._prepared(value, gradient)
+        gradient = self._places.prepared(value, gradient)
         applied = self._apply(value, gradient, gradient.outs) if gradient.outs else None
         if applied is None:
             return self._push(value, gradient, ended), self.pull_value(value, gradient.priority)
@@ -156,8 +143,7 @@ class LocalHome(Home):
 
         None: something else is under way there, or it takes ops of the host and of devices.
         """
-        is_mixed = gradient.on_devices or not comm.in_host_memory(*outs) if self._engine.devices is not None else False
-        if is_mixed and value.memory == HOST:
+        if not self._places.fit(value, gradient, outs):
             return None
         return self._engine.push_if_free(**self._op(value, gradient, gradient.reads, outs))
 
@@ -202,34 +188,10 @@ class LocalHome(Home):
             "lent": gradient.lent,
         }
 
-    def _prepared(self, value: Value, gradient: Gradient) -> Gradient:
-        """The gradient as an op on the value can read it, which lies where that can best be."""
-        if self._engine.devices is None:
-            return gradient
-        if not value.placed and gradient.on_devices:
-            self._place(value, gradient)
-        return gradient if value.memory == HOST else gradient.settled(self._engine)
-
-    def _place(self, value: Value, gradient: Gradient) -> None:
-        """From here on the value lies on a GPU that pushes it, or in memory of the host from which GPUs copy."""
-        stored, value.placed = value.own, True
-        if self._placing is None:
-            room = partial(_pinned, stored.value.shape, stored.value.dtype)
-            self._engine.push(lambda: stored.move(room(), room), reads=[stored.var], writes=[stored.var], name="place")
-            return
+    def _unplaced(self) -> dict[Key, int]:
         with self._lock:
-            owners = [one.whole or one for one in self._values.values()]
-            waiting = {one.key: one.own.value.nbytes for one in owners if not one.placed or one is value}
-            device = self._placing.place(value.key, gradient.devices, waiting)
-        if device != value.memory:
-            target = empty(stored.value.shape, stored.value.dtype, device)
-
-            def move() -> list[Array]:
-                stored.move(target)
-                return stored.shed()
-
-            former, stored.names, value.memory = stored.names, [stored.var, _mark(device)], device
-            self._engine.push(move, reads=former, writes=stored.names, name="place")
+            owners = [value.whole or value for value in self._values.values()]
+            return {one.key: one.own.value.nbytes for one in owners if not one.placed}
 
     def gathering(self) -> AbstractContextManager[None]:
         return nullcontext()
@@ -496,20 +458,3 @@ def _flat_copies(arrays: Mapping[str, Array], elements: slice) -> dict[str, Arra
 def _still_reading(value: Value, applied: engine.Handle) -> Reading:
     """What the caller has to wait for: not for an op of a device, which his streams have met as it was free."""
     return None if value.memory != HOST or applied.done() else applied
-
-
-def _mark(device: int) -> Array:
-    """An array without bytes, by which the engine knows whose device an op is on: it is in nobody's way."""
-    return empty(0, np.dtype(np.uint8), device)
-
-
-def _pinned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    return gpu.pinned(math.prod(shape) * dtype.itemsize).view(dtype).reshape(shape)
-
-
-def _staged(value: Value, gradient: Gradient) -> Array:
-    """Memory for the sum of the gradient: where the value is, or where it can be copied from."""
-    shape, dtype = value.spec.shape, value.own.value.dtype
-    if not gradient.on_devices:
-        return empty(shape, dtype)
-    return _pinned(shape, dtype) if value.memory == HOST else empty(shape, dtype, value.memory)

@@ -220,11 +220,14 @@ def multiply(array: Array, factor: float) -> None:
     """``array`` *= ``factor``, in place; half precision in float32, rounded once."""
     if factor == 1.0:
         return
-    if memory_of(array) != HOST and array.dtype in kernels.HALVES:  # which CuPy multiplies in half precision
-        wide = empty(array.shape, np.dtype(np.float32), memory_of(array))
+    real = np.float32(factor) if array.dtype.itemsize <= 4 else np.float64(factor)
+    memory = memory_of(array)
+    if memory == HOST:
+        np.multiply(array, real, out=array, casting="same_kind")
+    elif array.dtype in kernels.HALVES:  # which CuPy multiplies in half precision
+        wide = empty(array.shape, np.dtype(np.float32), memory)
         kernels.cast(array, wide)
-        multiply(wide, factor)
+        wide *= real
         kernels.cast(wide, array)
     else:
-        real = np.float32(factor) if array.dtype.itemsize <= 4 else np.float64(factor)
-        np.multiply(array, real, out=array, casting="same_kind")
+        array *= real

@@ -2,8 +2,8 @@
 
 Everything behind this package works on NumPy arrays and, where there are GPUs, on CuPy arrays, which share the
 caller's memory; both are called :data:`Array`. Arrays of other libraries come in through DLPack without a copy.
-``host.py`` knows the memory of the host, ``gpu.py`` that of GPUs; the latter is the only one to import CuPy, and only
-when the first array of a GPU comes.
+``host.py`` knows the memory of the host, ``gpu.py`` that of GPUs; ``copies.py`` copies between them, and ``foreign.py``
+knows other libraries' arrays of GPUs. Only ``gpu.py`` imports CuPy, and only when the first array of a GPU comes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from kvstore.arrays import gpu, host
+from kvstore.arrays import copies, foreign, gpu, host
 from kvstore.arrays.host import Array
 from kvstore.errors import DtypeError, ReadOnlyError
 
@@ -58,7 +58,7 @@ def dtype_named(name: str) -> np.dtype[Any]:
 
 def is_array(value: object) -> bool:
     """Is this one array (and not, say, a list of them)?"""
-    return isinstance(value, np.ndarray | np.generic) or hasattr(value, "__dlpack__") or gpu.is_there(value)
+    return isinstance(value, np.ndarray | np.generic) or hasattr(value, "__dlpack__") or foreign.is_there(value)
 
 
 def view(value: object, what: str) -> Array:
@@ -75,8 +75,8 @@ def view(value: object, what: str) -> Array:
         array: Array = value
     elif isinstance(value, np.generic):
         array = np.asarray(value)
-    elif gpu.is_there(value):
-        array = gpu.imported(value, what)
+    elif foreign.is_there(value):
+        array = foreign.imported(value, what)
     elif hasattr(value, "__dlpack__"):
         array = host.imported(value, what)
     else:
@@ -93,7 +93,7 @@ def writable_view(value: object, what: str) -> Array:
         ReadOnlyError: it cannot be written.
     """
     array = view(value, what)
-    if not may_write(array) or isinstance(value, np.generic) or gpu.is_immutable(value):
+    if not may_write(array) or isinstance(value, np.generic) or foreign.is_immutable(value):
         raise ReadOnlyError(f"{what}: expected an array that can be written, got a read-only {type(value).__name__}")
     if array.size and any(step == 0 and length > 1 for step, length in zip(array.strides, array.shape, strict=True)):
         raise ReadOnlyError(f"{what}: expected an array that can be written, got one that repeats its elements")
@@ -114,7 +114,7 @@ def callers(*values: Any) -> AbstractContextManager[Any]:
 
     They are anyway, but for tensors of PyTorch: it has current streams of its own.
     """
-    return _NOBODY if gpu.torch() is None else gpu.callers(values)
+    return _NOBODY if foreign.torch() is None else foreign.callers(values)
 
 
 # --- memory -------------------------------------------------------------------------------------
@@ -150,12 +150,12 @@ def empty(shape: int | tuple[int, ...], dtype: np.dtype[Any], memory: int = HOST
 
 def found_in(value: object) -> int:
     """:func:`memory_of` an array of any library."""
-    return gpu.found_on(value) if gpu.is_there(value) else HOST
+    return foreign.found_on(value) if foreign.is_there(value) else HOST
 
 
 def flat(array: Array) -> Array:
     """Its elements in C order, in one dimension and the same memory; a copy only if they do not lie so."""
-    return np.ascontiguousarray(array).reshape(-1) if memory_of(array) == HOST else gpu.flat(array)
+    return np.ascontiguousarray(array).reshape(-1) if memory_of(array) == HOST else copies.flat(array)
 
 
 def empty_like(array: Array) -> Array:
@@ -181,4 +181,4 @@ def copy_to(source: Array, target: Array) -> None:
     if memory_of(source) == memory_of(target) == HOST:
         np.copyto(target, source)
     else:
-        gpu.copy(source, target)
+        copies.copy(source, target)

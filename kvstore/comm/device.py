@@ -13,7 +13,8 @@ from contextlib import contextmanager
 
 from kvstore import kernels
 from kvstore.arrays import HOST, Array, copy_to, empty, memory_of
-from kvstore.arrays.gpu import Fork, current_device, is_reachable
+from kvstore.arrays.copies import Fork
+from kvstore.arrays.gpu import current_device, is_reachable
 from kvstore.comm import measured, nccl, tree
 from kvstore.comm.blocks import blocks
 

@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from kvstore.arrays import Array, empty_like, gpu
-from kvstore.arrays.gpu import Fork
+from kvstore.arrays.copies import Fork
 from kvstore.errors import OptionError
 
 _KINDS = {

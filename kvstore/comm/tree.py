@@ -12,7 +12,8 @@ import numpy as np
 
 from kvstore import kernels
 from kvstore.arrays import Array, copy_to, empty, empty_like
-from kvstore.arrays.gpu import Fork, peers
+from kvstore.arrays.copies import Fork
+from kvstore.arrays.gpu import peers
 from kvstore.kernels import HALVES
 
 Round = list[tuple[int, int]]  # of pairs: who sends, who adds what it gets to its own

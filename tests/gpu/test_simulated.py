@@ -12,7 +12,7 @@ import pytest
 
 import engine
 from kvstore import kernels
-from kvstore.arrays import gpu
+from kvstore.arrays import foreign, gpu
 from kvstore.kernels import reference
 from kvstore.kernels.cuda import launches
 from tests.engine import queues
@@ -556,8 +556,8 @@ def test_tensors_of_pytorch_are_seen_in_the_order_of_its_streams(version):
 
             with torch.cuda.stream(torch.cuda.Stream(1)):
                 tensor = torch.Tensor(np.zeros(8), device=1).fill_(3)
-                with gpu.callers([tensor]), cupy.cuda.Device(1):
-                    found.add(gpu.imported(tensor, "a tensor").get().tolist() == [3] * 8)
+                with foreign.callers([tensor]), cupy.cuda.Device(1):
+                    found.add(foreign.imported(tensor, "a tensor").get().tolist() == [3] * 8)
     assert found == {True}
 
 
@@ -573,9 +573,9 @@ def test_tensors_are_seen_too_early_without_the_order_of_the_streams():
 def test_arrays_of_jax_are_complete_for_the_stream_that_asks():
     def conversation(cupy, machine):
         array = others.JaxArray(np.arange(8), device=1)
-        assert gpu.is_immutable(array)
+        assert foreign.is_immutable(array)
         with cupy.cuda.Device(1), cupy.cuda.Stream(non_blocking=True):
-            return gpu.imported(array, "an array").get().tolist() == list(range(8))
+            return foreign.imported(array, "an array").get().tolist() == list(range(8))
 
     assert outcomes(conversation) == {True}
 

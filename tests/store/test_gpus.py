@@ -12,8 +12,8 @@ import pytest
 
 import engine
 import kvstore
-from kvstore import errors, local, optim
-from kvstore.arrays import gpu
+from kvstore import errors, optim, places
+from kvstore.arrays import copies, gpu
 from kvstore.home import Gradient
 from kvstore.placing import Placing
 from kvstore.stored import Stored
@@ -46,8 +46,8 @@ def test_random_programs_with_each_way_to_sum(way, seed):
 
 
 PLANTED = {
-    "a branch begins too early": lambda patch: patch.setattr(gpu.Fork, "_branch_off", lambda *_: None),
-    "a branch is not waited for": lambda patch: patch.setattr(gpu.Fork, "join", lambda self: None),
+    "a branch begins too early": lambda patch: patch.setattr(copies.Fork, "_branch_off", lambda *_: None),
+    "a branch is not waited for": lambda patch: patch.setattr(copies.Fork, "join", lambda self: None),
     "a value is lent, and changed": lambda patch: patch.setattr(Stored, "lend", lambda self, reader: self.value),
 }
 
@@ -171,14 +171,14 @@ class Watching:
     def __init__(self, monkeypatch) -> None:
         self.pushed: list[int] = []
         self.outs: list[int] = []
-        prepared = local.LocalHome._prepared
+        prepared = places.Places.prepared
 
-        def look(home, value, gradient: Gradient) -> Gradient:
+        def look(self_, value, gradient: Gradient) -> Gradient:
             self.pushed += [array.data.ptr for array in gradient.arrays]
             self.outs += [array.data.ptr for array in gradient.outs or ()]
-            return prepared(home, value, gradient)
+            return prepared(self_, value, gradient)
 
-        monkeypatch.setattr(local.LocalHome, "_prepared", look)
+        monkeypatch.setattr(places.Places, "prepared", look)
 
 
 @pytest.mark.parametrize("seed", range(5))
