@@ -15,12 +15,12 @@ import engine
 import kvstore
 from kvstore import errors, optim
 from tests.clusters import Cluster, at_once
+from tests.store.conftest import GPUS
 from tests.store.on_gpus import OnGpus
 
 DTYPES = ["float16", "float32", "float64", "int8", "int32", "int64", "uint8", "bool", ml_dtypes.bfloat16]
 
 
-GPUS = ["local, arrays on 2 GPUs", "device, arrays on 1 GPU", "device, arrays on 2 GPUs"]
 PLACES = ["local", "cluster of 1 server", "cluster of 3 servers", "cluster of 2 servers through sockets", *GPUS]
 
 
@@ -34,7 +34,7 @@ def make(place: str, simulated_cupy) -> Iterator[object]:
     """Makes a store; closes it and its cluster afterwards."""
     clusters: list[Cluster] = []
     stores: list[kvstore.KVStore] = []
-    cupy = simulated_cupy(devices=int(place.split()[-2]), seed=5) if place in GPUS else None
+    cupy = simulated_cupy(devices=GPUS[place], seed=5) if place in GPUS else None
 
     def create(**options: object) -> kvstore.KVStore:
         if place == "local":

@@ -11,14 +11,18 @@ from kvstore import errors, optim
 ONE = np.ones(1, np.float32)
 
 
-def store(model: str, devices: int = 2) -> kvstore.KVStore:
-    kv = kvstore.create("local", devices=devices, device_consistency=model, timeout=30)
-    kv.init("w", np.zeros(1, np.float32))
-    kv.set_optimizer(optim.Accumulate())
-    return kv
+@pytest.fixture
+def store(create):
+    def make(model: str, devices: int = 2) -> kvstore.KVStore:
+        kv = create(devices=devices, device_consistency=model)
+        kv.init("w", np.zeros(1, np.float32))
+        kv.set_optimizer(optim.Accumulate())
+        return kv
+
+    return make
 
 
-def test_sequential_takes_effect_when_every_device_has_pushed():
+def test_sequential_takes_effect_when_every_device_has_pushed(store):
     with store("sequential") as kv:
         first = kv.push("w", ONE, device=0)
         early = kv.pull("w", device=0)
@@ -31,7 +35,7 @@ def test_sequential_takes_effect_when_every_device_has_pushed():
         assert early.staleness == 0
 
 
-def test_bounded_blocks_the_pulls_of_who_is_too_far_ahead():
+def test_bounded_blocks_the_pulls_of_who_is_too_far_ahead(store):
     with store("bounded(2)") as kv:
         for _ in range(2):
             kv.push("w", ONE, device=0).result()  # pushes are never blocked
@@ -47,7 +51,7 @@ def test_bounded_blocks_the_pulls_of_who_is_too_far_ahead():
         assert blocked.staleness == 2
 
 
-def test_bounded_by_zero_is_not_sequential():
+def test_bounded_by_zero_is_not_sequential(store):
     with store("bounded(0)") as kv:
         kv.push("w", ONE, device=0)
         waits = kv.pull("w", device=0)
@@ -58,7 +62,7 @@ def test_bounded_by_zero_is_not_sequential():
         assert kv.pull("w", device=0).result().tolist() == [3]  # newer pushes are visible
 
 
-def test_eventual_answers_at_once_with_the_pushers_own_writes():
+def test_eventual_answers_at_once_with_the_pushers_own_writes(store):
     with store("eventual") as kv:
         for n in range(5):
             kv.push("w", ONE, device=0)
@@ -67,7 +71,7 @@ def test_eventual_answers_at_once_with_the_pushers_own_writes():
             assert pull.staleness == n + 1
 
 
-def test_a_deadline_says_which_device_is_awaited():
+def test_a_deadline_says_which_device_is_awaited(store):
     with store("sequential", devices=3) as kv:
         handle = kv.push("w", ONE, device=1)
         with pytest.raises(errors.DeadlineError, match=r"'w'.*round 1.*devices \[0, 2\]") as caught:
@@ -78,14 +82,14 @@ def test_a_deadline_says_which_device_is_awaited():
         handle.result()
 
 
-def test_a_key_may_have_its_own_model():
-    with kvstore.create("local", devices=2, timeout=30) as kv:
+def test_a_key_may_have_its_own_model(create):
+    with create(devices=2) as kv:
         kv.init("a", np.zeros(1, np.float32), device_consistency="eventual")
         kv.push("a", 5 * ONE, device=1).result()
         assert kv.pull("a", device=1).result().tolist() == [5]
 
 
-def test_the_pushed_array_may_be_overwritten_while_the_round_waits():
+def test_the_pushed_array_may_be_overwritten_while_the_round_waits(store):
     with store("sequential") as kv:
         gradient = ONE.copy()
         kv.push("w", gradient, device=0)

@@ -48,11 +48,11 @@ OPTIMIZERS = [None, optim.SGD(lr=0.5, momentum=0.9), optim.Adam(lr=0.1), optim.L
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=str)
 @pytest.mark.parametrize("devices", [1, 3])
-@pytest.mark.parametrize("seed", range(4))
-def test_random_programs_end_as_one_by_one(optimizer, devices, seed):
+@pytest.mark.parametrize("seed", range(2))
+def test_random_programs_end_as_one_by_one(create, optimizer, devices, seed):
     """Lists, parts of lists and single keys, pushed and pulled in any order."""
     rng = np.random.default_rng(seed)
-    with kvstore.create("local", devices=devices) as kv, kvstore.create("local", devices=devices) as plain:
+    with create(devices=devices) as kv, kvstore.create("local", devices=devices) as plain:
         keys = keys_of(kv)
         keys_of(plain)
         one_by_one, together = OneByOne(plain), 0
@@ -89,8 +89,8 @@ def test_random_programs_end_as_one_by_one(optimizer, devices, seed):
         assert (together > 0) == (optimizer is None or not optimizer.whole_tensor)
 
 
-def test_large_keys_and_keys_of_another_type_are_not_in_it():
-    with kvstore.create("local") as kv:
+def test_large_keys_and_keys_of_another_type_are_not_in_it(create):
+    with create() as kv:
         keys = ["a", "b", "large", "half", "other half"]
         arrays = [np.ones(3, np.float32), np.ones(2, np.float32), np.ones(1 << 20, np.float32)]
         arrays += [np.ones(4, np.float16), np.ones(1, np.float16)]
@@ -102,9 +102,9 @@ def test_large_keys_and_keys_of_another_type_are_not_in_it():
         assert bundles[3] is bundles[4] not in (None, bundles[0])
 
 
-def test_states_snapshots_and_checkpoints_see_each_key(tmp_path):
+def test_states_snapshots_and_checkpoints_see_each_key(create, tmp_path):
     rng = np.random.default_rng(0)
-    with kvstore.create("local") as kv:
+    with create() as kv:
         keys = keys_of(kv)
         kv.set_optimizer(optim.Adam(lr=0.1))
         for _ in range(3):
@@ -119,26 +119,30 @@ def test_states_snapshots_and_checkpoints_see_each_key(tmp_path):
         expected = {key: kv.pull(key).result() for key in keys}
         kv.load_checkpoint(tmp_path / "checkpoints")
         for key in keys:
-            np.testing.assert_array_equal(kv.pull(key).result(), values[key])
-            assert kv.pull(key).version == 3
+            pulled = kv.pull(key)
+            np.testing.assert_array_equal(pulled.result(), values[key])
+            assert pulled.version == 3
         kv.push(keys, more)
         for key in keys:
-            np.testing.assert_array_equal(kv.pull(key).result(), expected[key])
-            assert kv.pull(key).version == 4
+            pulled = kv.pull(key)
+            np.testing.assert_array_equal(pulled.result(), expected[key])
+            assert pulled.version == 4
         assert in_bundles(kv, keys) == 6  # again
         kv.load_optimizer_states(tmp_path / "states")
         kv.push(keys, more)
-        assert kv.pull(keys).version == 5
+        pulled = kv.pull(keys)
+        pulled.result()
+        assert pulled.version == 5
 
 
-def test_an_updater_sees_each_key_by_itself():
+def test_an_updater_sees_each_key_by_itself(create):
     seen = set()
 
     def updater(key, merged, stored):
         seen.add((key, merged.shape))
         stored += merged
 
-    with kvstore.create("local") as kv:
+    with create() as kv:
         keys = keys_of(kv)
         values = gradients(np.random.default_rng(1))
         kv.push(keys, values)
@@ -152,8 +156,8 @@ def test_an_updater_sees_each_key_by_itself():
             np.testing.assert_array_equal(mine, value + value)
 
 
-def test_a_failed_key_does_not_spoil_others():
-    with kvstore.create("local") as kv:
+def test_a_failed_key_does_not_spoil_others(create):
+    with create() as kv:
         keys = keys_of(kv)
 
         def updater(key, merged, stored):
@@ -175,9 +179,9 @@ def test_a_failed_key_does_not_spoil_others():
             kv.push(keys, values).result()
 
 
-def test_from_several_threads():
+def test_from_several_threads(create):
     """One moves the list, others one key each; every push counts once."""
-    with kvstore.create("local") as kv:
+    with create() as kv:
         keys = keys_of(kv)
         kv.set_updater(lambda key, merged, stored: np.add(stored, merged, out=stored))
         kv.set_optimizer(optim.SGD(lr=1.0), replace=True)
@@ -206,8 +210,8 @@ def test_from_several_threads():
             assert kv.rounds(keys[number]) == pushes
 
 
-def test_what_is_pushed_may_be_overwritten_at_once():
-    with kvstore.create("local") as kv:
+def test_what_is_pushed_may_be_overwritten_at_once(create):
+    with create() as kv:
         keys = keys_of(kv)
         kv.set_optimizer(optim.SGD(lr=1.0))
         values = [np.ones((5, n + 1), np.float32) for n in range(6)]
