@@ -2,6 +2,7 @@
 
     python examples/digits.py                                         # one process
     python examples/digits.py --devices 2                             # one process, two devices
+    python examples/digits.py --devices 2 --array cupy                # one process, two devices on GPUs
     kvstore run -w 2 -s 1 -- python examples/digits.py --devices 2    # a cluster, two devices in each worker
 
 It is the same program each time, and under the default consistency each time the same training: the
@@ -16,11 +17,14 @@ those of later layers are still on their way.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import time
 from collections import deque
 from collections.abc import Sequence
 from itertools import pairwise
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import threadpoolctl
@@ -45,25 +49,42 @@ def load(dtype: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     return images[HELD_OUT:], labels[HELD_OUT:], images[:HELD_OUT], labels[:HELD_OUT]
 
 
-class Replica:
-    """One device: its copy of the weights, and memory for one step.
+def place(array: str, device: int) -> tuple[ModuleType, int]:
+    """The array library, and the GPU on which this device is; -1: it is on the host."""
+    if array == "numpy":
+        return np, -1
+    import cupy
 
-    The last row of a layer's weights is the bias. Every method pushes ops to the engine and returns at once.
+    return cupy, device % cupy.cuda.runtime.getDeviceCount()
+
+
+def on_host(array: Any) -> np.ndarray:
+    return array if isinstance(array, np.ndarray) else array.get()
+
+
+class Replica:
+    """One device: its copy of the weights, and memory for one step, in the memory of the host or of a GPU.
+
+    The last row of a layer's weights is the bias. Every method pushes ops to the engine and returns at once: on a
+    GPU an op does no more than put work into a stream, and the engine sees to the order.
     """
 
-    def __init__(self, widths: Sequence[int], images: int, dtype: str, seed: int) -> None:
+    def __init__(
+        self, widths: Sequence[int], images: int, dtype: str, seed: int, xp: ModuleType = np, gpu: int = -1
+    ) -> None:
+        self.xp = xp
         rng = np.random.default_rng(seed)
-        self.weights = [
-            np.vstack([rng.normal(0, np.sqrt(2 / m), (m, n)), np.zeros(n)]).astype(dtype) for m, n in pairwise(widths)
-        ]
-        self.grads = [np.zeros_like(w) for w in self.weights]
-        self.inputs = [np.ones((images, n + 1), dtype) for n in widths[:-1]]  # the last column stays one
-        self.deltas = [np.zeros((images, n), dtype) for n in widths[1:]]  # the loss by each layer's output
-        self.labels = np.zeros(images, int)
+        weights = [np.vstack([rng.normal(0, np.sqrt(2 / m), (m, n)), np.zeros(n)]) for m, n in pairwise(widths)]
+        with contextlib.nullcontext() if gpu < 0 else xp.cuda.Device(gpu):
+            self.weights = [xp.asarray(w.astype(dtype)) for w in weights]
+            self.grads = [xp.zeros_like(w) for w in self.weights]
+            self.inputs = [xp.ones((images, n + 1), dtype) for n in widths[:-1]]  # the last column stays one
+            self.deltas = [xp.zeros((images, n), dtype) for n in widths[1:]]  # the loss by each layer's output
+            self.labels = xp.zeros(images, int)
 
     def load(self, images: np.ndarray, labels: np.ndarray) -> None:
         def op() -> None:
-            self.inputs[0][:], self.labels[:] = images, labels
+            self.inputs[0][:], self.labels[:] = self.xp.asarray(images), self.xp.asarray(labels)
 
         engine.push(op, writes=[self.inputs[0], self.labels], name="load")
 
@@ -71,24 +92,27 @@ class Replica:
         x, w, y = self.inputs[layer], self.weights[layer], self.inputs[layer + 1]
 
         def op() -> None:
-            np.maximum(x @ w, 0, out=y[:, :-1])
+            self.xp.maximum(x @ w, 0, out=y[:, :-1])
 
         engine.push(op, reads=[x, w], writes=[y], name=f"forward {layer}")
 
     def loss(self, batch: int) -> engine.Handle:
-        """The last layer and the cross-entropy of its softmax; the handle's result is this device's share."""
-        x, w, delta, labels = self.inputs[-1], self.weights[-1], self.deltas[-1], self.labels
+        """The last layer and the cross-entropy of its softmax; the handle's result is this device's share.
 
-        def op() -> float:
+        On a GPU that is an array there: to make it a number is to wait for it.
+        """
+        x, w, delta, labels, xp = self.inputs[-1], self.weights[-1], self.deltas[-1], self.labels, self.xp
+
+        def op() -> Any:
             scores = x @ w
             scores -= scores.max(axis=1, keepdims=True)
-            odds = np.exp(scores)
+            odds = xp.exp(scores)
             total = odds.sum(axis=1, keepdims=True)
-            right = np.arange(len(labels)), labels
+            right = xp.arange(len(labels)), labels
             delta[:] = odds / total
             delta[right] -= 1
             delta[:] /= batch
-            return float((np.log(total[:, 0]) - scores[right]).sum() / batch)
+            return (xp.log(total[:, 0]) - scores[right]).sum() / batch
 
         return engine.push(op, reads=[x, w, labels], writes=[delta], name="loss")
 
@@ -96,14 +120,14 @@ class Replica:
         x, w, grad, delta = self.inputs[layer], self.weights[layer], self.grads[layer], self.deltas[layer]
 
         def gradient() -> None:
-            np.matmul(x.T, delta, out=grad)
+            self.xp.matmul(x.T, delta, out=grad)
 
         engine.push(gradient, reads=[x, delta], writes=[grad], name=f"gradient {layer}")
         if layer:
             before = self.deltas[layer - 1]
 
             def op() -> None:
-                np.multiply(delta @ w[:-1].T, x[:, :-1] > 0, out=before)
+                self.xp.multiply(delta @ w[:-1].T, x[:, :-1] > 0, out=before)
 
             engine.push(op, reads=[x, w, delta], writes=[before], name=f"backward {layer}")
 
@@ -152,7 +176,9 @@ def train(kv: kvstore.KVStore, args: argparse.Namespace) -> float:
     share = args.batch // parts
 
     widths = [64, *args.hidden, CLASSES]
-    replicas = [Replica(widths, share, args.dtype, args.seed) for _ in range(kv.num_devices)]
+    replicas = [
+        Replica(widths, share, args.dtype, args.seed, *place(args.array, device)) for device in range(kv.num_devices)
+    ]
     layers = range(len(widths) - 1)
     keys = [f"layer {layer}" for layer in layers]
     weights = [[r.weights[layer] for r in replicas] for layer in layers]  # per layer, one array per device
@@ -170,7 +196,7 @@ def train(kv: kvstore.KVStore, args: argparse.Namespace) -> float:
         step, losses, exchanges = in_flight.popleft()
         for exchange in exchanges:
             exchange.result()
-        loss = kv.num_workers * sum(handle.result() for handle in losses)  # as far as this worker can tell
+        loss = kv.num_workers * sum(float(handle.result()) for handle in losses)  # as far as this worker can tell
         bar.update(step, loss, max(exchange.staleness for exchange in exchanges))
 
     for step in range(steps):
@@ -199,7 +225,7 @@ def train(kv: kvstore.KVStore, args: argparse.Namespace) -> float:
     bar.stop()
 
     kv.barrier()  # now the values hold what every worker has pushed
-    final = kv.pull(keys).result()
+    final = [on_host(w) for w in kv.pull(keys).result()]
     result = accuracy(final, *held_out)
     if kv.rank == 0:
         if args.save_weights:
@@ -208,10 +234,13 @@ def train(kv: kvstore.KVStore, args: argparse.Namespace) -> float:
     return result
 
 
-def main(argv: Sequence[str] | None = None) -> float:
+def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     option = parser.add_argument
     option("--devices", type=int, default=1)
+    option(
+        "--array", choices=["numpy", "cupy"], default="numpy", help="cupy: devices are GPUs, several to one if need be"
+    )
     option("--epochs", type=int, default=20)
     option("--steps", type=int, help="instead of --epochs")
     option("--batch", type=int, default=64, help="of all workers and devices together")
@@ -224,9 +253,12 @@ def main(argv: Sequence[str] | None = None) -> float:
     option("--seed", type=int, default=1)
     option("--save-weights", metavar="FILE.npz")
     option("--quiet", action="store_true", help="print the accuracy alone")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
 
-    where = {"type": "local"}
+
+def main(argv: Sequence[str] | None = None) -> float:
+    args = options(argv)
+    where = {"type": "device"}
     if environment.read().address is not None:  # a worker of a cluster
         where = {"type": "dist", "cluster_consistency": args.cluster_consistency}
     with (

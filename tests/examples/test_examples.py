@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
+
+from tests import clusters
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -32,6 +38,16 @@ def run(*command: str) -> str:
     )
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     return done.stdout
+
+
+def example(name: str) -> ModuleType:
+    """One of them in this process."""
+    specification = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
 
 
 def cluster(workers: int, servers: int, *command: str) -> str:
@@ -110,6 +126,36 @@ def test_digits_of_a_cluster_in_float32_repeats_its_bits(tmp_path: Path) -> None
 def test_digits_learns_with_stale_weights(device: str, between: str) -> None:
     options = ("--devices", "2", "--device-consistency", device, "--cluster-consistency", between, "--momentum", "0.5")
     assert accuracy(cluster(2, 1, *digits(*options))) >= 0.95
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_convolution_learns(workers: str) -> None:
+    command = [*PYTHON, str(EXAMPLES / "convolution.py"), "--epochs", "4"]
+    assert accuracy(run(*command) if workers == "1" else cluster(2, 1, *command)) >= 0.93
+
+
+def test_digits_on_gpus_is_the_training_of_the_host(
+    simulated_cupy: Callable[..., Any], tmp_path: Path, reference: dict[str, np.ndarray]
+) -> None:
+    simulated_cupy(devices=2, seed=1)
+    program, file = example("digits"), tmp_path / "weights.npz"
+    arguments = ["--array", "cupy", "--steps", "50", "--dtype", "float64", "--quiet", "--save-weights", str(file)]
+    for devices in ("1", "2", "4"):
+        program.main([*arguments, "--devices", devices])
+        agrees(file, reference)
+    with clusters.cluster(2) as running:  # two workers, a GPU of each for each
+        running.run(lambda kv: program.train(kv, program.options([*arguments, "--devices", "2"])), devices=2)
+    agrees(file, reference)
+
+
+def test_convolution_on_a_gpu_is_the_training_of_the_host(simulated_cupy: Callable[..., Any]) -> None:
+    program, arguments = example("convolution"), ["--epochs", "1", "--quiet", "--dtype", "float64"]
+    there = [*arguments, "--array", "cupy"]
+    expected = program.main(arguments)
+    simulated_cupy(devices=1, seed=2)
+    assert program.main(there) == expected
+    with clusters.cluster(2) as running:  # both workers on one GPU
+        assert running.run(lambda kv: program.work(kv, program.options(there))) == [expected] * 2
 
 
 def test_digits_refuses_a_batch_that_cannot_be_divided() -> None:

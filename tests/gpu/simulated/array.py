@@ -627,7 +627,7 @@ def _operators() -> None:
     for name, function in {
         "add": "add", "sub": "subtract", "mul": "multiply", "truediv": "true_divide", "floordiv": "floor_divide",
         "mod": "remainder", "pow": "power", "and": "bitwise_and", "or": "bitwise_or", "xor": "bitwise_xor",
-        "lshift": "left_shift", "rshift": "right_shift",
+        "lshift": "left_shift", "rshift": "right_shift", "matmul": "matmul",
     }.items():  # fmt: skip
         setattr(ndarray, f"__{name}__", plain(function))
         setattr(ndarray, f"__r{name}__", turned(function))

@@ -340,6 +340,11 @@ def dot(a: ndarray, b: ndarray, out: Any = None) -> ndarray:
 
 
 @_export
+def matmul(x1: ndarray, x2: ndarray, out: Any = None) -> ndarray:
+    return _made("matmul", lambda given: np.matmul(given[0], given[1]), [x1, x2], out)
+
+
+@_export
 def where(condition: Any, x: Any, y: Any) -> ndarray:
     operands, arrays = split([_operand(one) for one in (condition, x, y)])
     return _made("where", lambda given: np.where(*arranged(operands, given)), arrays)
