@@ -1,12 +1,14 @@
 """Measures groups of cases, interleaved.
 
 A group's cases are measured one after the other, once per repeat, while all their systems stay up, so that
-a slow minute of the machine falls on all of them. One sample is the median of some rounds.
+a slow minute of the machine falls on all of them; each time in another order, for what ran before leaves its traces.
+One sample is the median of some rounds.
 """
 
 from __future__ import annotations
 
 import contextlib
+import random
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -73,8 +75,9 @@ class Driver:
                 times = running.rounds(name, case, WARM_UP).times
                 running.check(name)
                 counts[name] = self._count(min(times))
+        chance = random.Random(self._groups)
         for _ in range(self.repeats):
-            for name, count in counts.items():
+            for name in chance.sample(list(counts), len(counts)):
                 case = group.cases[name]
                 if name in errors:
                     continue
@@ -84,7 +87,7 @@ class Driver:
                 with self._errors_of(name, case, errors):
                     self.tell(f"{suite}: {name}")
                     _check_memory(0)
-                    times = systems[name].rounds(name, case, count).times
+                    times = systems[name].rounds(name, case, counts[name]).times
                     samples.setdefault(name, []).append(statistics.median(times) * 1e3)
         for name in counts:
             case = group.cases[name]
