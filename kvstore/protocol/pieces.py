@@ -20,8 +20,10 @@ BundleId = bytes  # of keys that travel together as one piece, see kvstore.proto
 PieceId = tuple[Key | BundleId, int]
 Span = tuple[int, int]  # the first element, and the one after the last
 
-PIECE_BYTES = 4 << 20  # the most that a piece has
-WHOLE_BYTES = 2 * PIECE_BYTES  # divided by the number of shards: up to this size a value stays whole, with one shard
+PIECE_BYTES = 8 << 20  # the most that a piece has
+FEW = 8  # pieces of a value on each shard: more of them cost more than they gain, so that from there on they grow
+SMALL_PIECE_BYTES = 4 << 20  # the most that a piece has before: one is merged while others travel
+WHOLE_BYTES = 8 << 20  # divided by the number of shards: up to this size a value stays whole, with one shard
 SHARE_BYTES = 256 << 10  # a larger one is spread over as many shards as get so much of it, or over all
 PAGE_BYTES = 4096  # pieces begin at a multiple of it, counted from the value's beginning
 BUNDLE_ID_BYTES = 16
@@ -38,7 +40,7 @@ class Cut:
     def of(cls, items: int, itemsize: int, *, shards: int = 1, whole: bool = False) -> Cut:
         """As many pieces as shards, or a multiple, if the value is large; one if ``whole``. An empty value is one."""
         nbytes = items * itemsize
-        pieces = -(-nbytes // PIECE_BYTES)
+        pieces = max(-(-nbytes // PIECE_BYTES), min(FEW * shards, -(-nbytes // SMALL_PIECE_BYTES)))
         if nbytes * shards > WHOLE_BYTES:
             pieces = max(pieces, min(shards, nbytes // SHARE_BYTES))
         if whole or pieces <= 1:

@@ -9,7 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvstore.bench.models import MODELS
-from kvstore.protocol.pieces import PAGE_BYTES, PIECE_BYTES, SHARE_BYTES, WHOLE_BYTES, Cut, owner
+from kvstore.protocol.pieces import (
+    FEW,
+    PAGE_BYTES,
+    PIECE_BYTES,
+    SHARE_BYTES,
+    SMALL_PIECE_BYTES,
+    WHOLE_BYTES,
+    Cut,
+    owner,
+)
 
 SHARDS = (2, 3, 4, 8)
 
@@ -60,10 +69,18 @@ def test_every_cut(items: int, itemsize: int, shards: int) -> None:
     if len(cut) > 1:
         assert min(sizes) > 0
         assert cut.piece_items * itemsize % PAGE_BYTES == 0
-    if nbytes * shards <= WHOLE_BYTES and nbytes <= PIECE_BYTES:
+    if nbytes * shards <= WHOLE_BYTES and nbytes <= SMALL_PIECE_BYTES:
         assert len(cut) == 1
     elif nbytes >= SHARE_BYTES * shards:  # each shard gets one, but for what it costs to begin at a page
         assert len({owner("w", piece, shards) for piece in range(len(cut))}) >= shards - 1
+
+
+@pytest.mark.parametrize("shards", [1, 2, 3])
+def test_pieces_grow_once_there_are_enough_to_overlap(shards: int) -> None:
+    pieces = {
+        mb: len(Cut.of(mb << 18, 4, shards=shards)) for mb in (4 * shards, 16 * shards, 64 * shards, 256 * shards)
+    }
+    assert list(pieces.values()) == [shards, 4 * shards, FEW * shards, 32 * shards]
 
 
 def test_a_whole_value_is_one_piece() -> None:
