@@ -348,7 +348,8 @@ class Shard:
         refusal = self.serving.refuses(sender.rank, sender.incarnation)
         if refusal is None:
             self._replies.heard(sender.rank, peer)
-        if len(messages) > 1:
+        self._work.alone = len(messages) == 1
+        if not self._work.alone:
             with self._engine.bulk():  # the threads that are woken for ops would want the GIL at once
                 self._handle_each(peer, sender, refusal, messages, frames)
         else:

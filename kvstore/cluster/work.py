@@ -25,7 +25,7 @@ from kvstore.stored import Stored
 from kvstore.transport.network import Loop
 
 INLINE_BYTES = 64 << 10  # up to this much, work is done on the thread of the socket: a hand-over costs more
-FAR_INLINE_BYTES = 1 << 20  # the same for what came through the socket and lies in this core's caches
+AT_ONCE_BYTES = 1 << 20  # the same for what came through the socket and lies in this core's caches, or came alone
 
 
 class Work:
@@ -42,6 +42,7 @@ class Work:
         self._engine = runtime
         self._on_logged = on_logged
         self.stored: dict[PieceId, Stored] = {}
+        self.alone = False  # is what is being handled all that has come, and nothing to be shared out among threads?
 
     def __repr__(self) -> str:
         return f"<Work on {len(self.stored)} pieces>"
@@ -177,7 +178,7 @@ class Work:
         ``far``: it concerns no shared memory. Small work is done at once if the piece is free, and it stays so:
         no other thread submits ops on it.
         """
-        inline = stored.value.nbytes <= (FAR_INLINE_BYTES if far else INLINE_BYTES)
+        inline = stored.value.nbytes <= (AT_ONCE_BYTES if far or self.alone else INLINE_BYTES)
         if inline and self._engine.free(stored.var):
             try:
                 work()

@@ -1,4 +1,4 @@
-"""Values that travel through sockets: on which threads they are worked on, and what the sockets are told."""
+"""On which threads of a server values are worked on, and what sockets are told."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import zmq
 
-from kvstore.cluster.work import FAR_INLINE_BYTES
+from kvstore.cluster.work import AT_ONCE_BYTES
 from kvstore.stored import Stored
 from kvstore.transport.reactor import Reactor
 from kvstore.transport.zeromq import LOOPBACK_SNDBUF, Connection, Endpoint
@@ -16,8 +16,8 @@ from tests.clusters import cluster
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["sockets", "shared memory"])
-@pytest.mark.parametrize("nbytes", [FAR_INLINE_BYTES, 2 * FAR_INLINE_BYTES], ids=["small", "large"])
-def test_what_came_through_a_socket_is_merged_there_unless_it_is_large(nbytes, shared, monkeypatch):
+@pytest.mark.parametrize("nbytes", [AT_ONCE_BYTES, 2 * AT_ONCE_BYTES], ids=["small", "large"])
+def test_what_came_alone_is_merged_where_it_came_unless_it_is_large(nbytes, shared, monkeypatch):
     threads: set[str] = set()
     assign = Stored.assign
 
@@ -35,9 +35,9 @@ def test_what_came_through_a_socket_is_merged_there_unless_it_is_large(nbytes, s
 
         results = running.run(work, shared_memory=shared)
     assert results == [[3.0 * (nbytes // 4)] * 3] * 2
-    at_the_socket = nbytes <= FAR_INLINE_BYTES and not shared
-    assert (threads == {"kvstore-server"}) is at_the_socket
-    assert ("kvstore-server" in threads) is at_the_socket
+    small = nbytes <= AT_ONCE_BYTES
+    assert ("kvstore-server" in threads) is small
+    assert (threads == {"kvstore-server"}) is small
 
 
 @pytest.mark.parametrize(
