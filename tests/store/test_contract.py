@@ -218,8 +218,8 @@ def test_optimizer_states_are_saved_and_loaded(make, tmp_path):
         np.testing.assert_array_equal(mine, theirs)
 
 
-def test_a_push_waits_for_the_engine_op_that_writes_the_gradient(kv, place):
-    if place in GPUS:
+def test_a_push_waits_for_the_engine_op_that_writes_the_gradient(kv):
+    if isinstance(kv, OnGpus):
         pytest.skip("the op would have to write the array of the GPU")
     kv.init("w", np.zeros(3, np.float32))
     gradient = np.zeros(3, np.float32)
@@ -285,8 +285,8 @@ def test_the_engine_fills_staging(kv):
     np.testing.assert_array_equal(pushed.result(), 7)
 
 
-def test_an_engine_op_that_reads_out_waits_for_the_pull(kv, place):
-    if place in GPUS:
+def test_an_engine_op_that_reads_out_waits_for_the_pull(kv):
+    if isinstance(kv, OnGpus):
         pytest.skip("the op would have to read the array of the GPU")
     kv.init("w", np.full(3, 4, np.float32))
     out = np.zeros(3, np.float32)
