@@ -5,8 +5,8 @@
     kvstore run -w 2 -s 1 -- python examples/convolution.py --array cupy        # two workers, on one GPU if need be
 
 The arrays are the program's own, and so are the streams that it works on: the store takes the gradients from where
-they are, and writes the new weights there. The gradients of a layer are pushed as soon as they have been enqueued, so
-that they travel while the layers before it are differentiated.
+they are, and writes the new weights there. The gradients of a layer are pushed as soon as they have been enqueued: what
+the servers and the network do with them goes on while the layers before it are differentiated.
 """
 
 from __future__ import annotations

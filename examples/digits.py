@@ -177,7 +177,8 @@ def train(kv: kvstore.KVStore, args: argparse.Namespace) -> float:
 
     widths = [64, *args.hidden, CLASSES]
     replicas = [
-        Replica(widths, share, args.dtype, args.seed, *place(args.array, device)) for device in range(kv.num_devices)
+        Replica(widths, share, args.dtype, args.seed, *place(args.array, kv.rank * kv.num_devices + device))
+        for device in range(kv.num_devices)
     ]
     layers = range(len(widths) - 1)
     keys = [f"layer {layer}" for layer in layers]

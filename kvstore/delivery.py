@@ -19,7 +19,7 @@ import numpy as np
 import engine
 from kvstore import comm
 from kvstore.arrays import HOST, Array, gpu, memory_of, to_host
-from kvstore.handle import Ended, all_ended
+from kvstore.handle import Ended, last_of, when_ended
 from kvstore.home import Held
 
 UNPINNED_BYTES = 64 << 10  # up to this size CUDA itself puts by what it is to copy
@@ -74,14 +74,13 @@ class Delivery:
         self._lock = threading.Lock()
         targets = [(target, target is on_devices) for target in (on_devices, on_host) if target is not None]
         self._to_begin = len(targets)
-        ops = [
-            runtime.push_async(
+        one_ended = last_of(len(targets), self._ended)
+        for target, is_there in targets:
+            op = runtime.push_async(
                 partial(self._one_began, target, is_there), writes=target.writes, priority=priority,
                 lane="copy" if is_there else None, name="pull", inline=True, lent=True,
-            )
-            for target, is_there in targets
-        ]  # fmt: skip
-        all_ended(ops, self._ended)
+            )  # fmt: skip
+            when_ended(op, one_ended)
 
     def __repr__(self) -> str:
         return f"<Delivery: {self._to_begin} ops have to begin, {len(self._read)} copies under way>"
@@ -126,7 +125,8 @@ class Delivery:
             self.end(held)
             return
         try:
-            self.write(held.array.reshape(-1), over=held.give_back)
+            pinned = any(is_there for *_, is_there in self._begun) and held.pin()
+            self.write(held.array.reshape(-1), over=held.give_back, pinned=pinned)
         except Exception as error:
             self.end(error)
         else:

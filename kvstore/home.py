@@ -94,6 +94,7 @@ class Held:
     version: int | None  # how many updates it has seen
     staleness: int | None  # of the cluster level; None where there is none
     give_back: Callable[[], None]
+    pin: Callable[[], bool] = lambda: False  # make its memory such as GPUs copy from by themselves; is it, now?
 
 
 class Source(ABC):

@@ -20,6 +20,7 @@ import engine
 from kvstore import comm, kernels
 from kvstore.arrays import HOST, Array, copy_to, empty_like, host_copy, memory_of, read_only, to_host
 from kvstore.checkpoint.cut import VALUE, CutSource, KeyRecord, Part
+from kvstore.delivery import apart
 from kvstore.errors import DuplicateKeyError, OptimizerError, UpdateError
 from kvstore.handle import Ended, all_ended, when_ended
 from kvstore.home import Gradient, Held, Home, HomeBundle, Reading, Source, Updater
@@ -69,13 +70,13 @@ class LocalHome(Home):
 
     def __init__(self, runtime: engine.Engine, *, on_gpus: bool = False) -> None:
         self._engine = runtime
-        self._places = Places(runtime, on_gpus=on_gpus, unplaced=self._unplaced)
         self._values: dict[Key, Value] = {}
         self._optimizer: Optimizer | None = None
         self._updater: Updater | None = None
         self._generation = 0
         self._bundling = True  # may keys be moved together?
         self._lock = threading.RLock()  # held while values come into bundles, leave them, or are looked for
+        self._places = Places(runtime, self._lock, on_gpus=on_gpus, unplaced=self._unplaced)
 
     def __repr__(self) -> str:
         return f"<LocalHome: {len(self._values)} keys>"
@@ -189,9 +190,8 @@ class LocalHome(Home):
         }
 
     def _unplaced(self) -> dict[Key, int]:
-        with self._lock:
-            owners = [value.whole or value for value in self._values.values()]
-            return {one.key: one.own.value.nbytes for one in owners if not one.placed}
+        owners = [value.whole or value for value in self._values.values()]
+        return {one.key: one.own.value.nbytes for one in owners if not one.placed}
 
     def gathering(self) -> AbstractContextManager[None]:
         return nullcontext()
@@ -405,9 +405,8 @@ class _LocalSource(Source):
         if self._engine.devices is None or self._value.memory != HOST or comm.in_host_memory(*outs):
             when_ended(self._copy(outs, priority), ended)
             return
-        on_host = [out for out in outs if memory_of(out) == HOST]  # where an op of the host copies, and no device
-        on_devices = [out for out in outs if memory_of(out) != HOST]
-        all_ended([self._copy(some, priority) for some in (on_host, on_devices) if some], ended)
+        parts = [part.writes for part in apart(outs) if part is not None]  # for an op of the host, and of a device
+        all_ended([self._copy(part, priority) for part in parts], ended)
 
     def _copy(self, outs: Sequence[Array], priority: int) -> engine.Handle:
         stored, elements, nbytes = self._stored, self._elements, self._value.own.value.nbytes
@@ -423,7 +422,8 @@ class _LocalSource(Source):
 
         def lend() -> Held:
             array = read_only(stored.lend(reader).reshape(-1)[elements].reshape(shape))
-            return Held(array, self.version, None, lambda: stored.give_back(reader))
+            pinned = stored.allocate is not None  # as such memory of the host is, and on a GPU nobody asks
+            return Held(array, self.version, None, lambda: stored.give_back(reader), lambda: pinned)
 
         held = self._engine.push(lend, reads=[stored.var], name="hold", inline=True)
         when_ended(held, lambda error: ended(held.result() if error is None else error))

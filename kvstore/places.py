@@ -7,14 +7,15 @@ which. Ops on a value on a GPU are ops of that GPU. What they do is not known he
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 import engine
+from kvstore import comm
 from kvstore.arrays import HOST, Array, copy_to, empty, empty_like, gpu, memory_of, to_host
 from kvstore.home import Gradient
 from kvstore.placing import Placing
@@ -28,15 +29,23 @@ class Places:
     """The places of one store's values. Calls for one value come one after another.
 
     Args:
+        lock: of the store's values.
         on_gpus: values that are pushed from GPUs live there.
-        unplaced: the bytes of the values that no GPU has pushed yet.
+        unplaced: the bytes of the values that no GPU has pushed yet; called with the lock held.
     """
 
-    def __init__(self, runtime: engine.Engine, *, on_gpus: bool, unplaced: Callable[[], Mapping[Key, int]]) -> None:
+    def __init__(
+        self,
+        runtime: engine.Engine,
+        lock: AbstractContextManager[Any],
+        *,
+        on_gpus: bool,
+        unplaced: Callable[[], Mapping[Key, int]],
+    ) -> None:
         self._engine = runtime
         self._placing = Placing() if on_gpus else None
         self._unplaced = unplaced
-        self._lock = threading.Lock()
+        self._lock = lock
 
     def __repr__(self) -> str:
         return f"<Places: {self._placing or 'the host'}>"
@@ -62,11 +71,11 @@ class Places:
             self._place(value, gradient)
         return gradient if value.memory == HOST else gradient.settled(self._engine)
 
-    def fit(self, value: Value, gradient: Gradient, outs: Any) -> bool:
+    def fit(self, value: Value, gradient: Gradient, outs: Sequence[Array]) -> bool:
         """Can one op add the gradient to the value, and copy that to ``outs``? On the host, if all is there."""
         if self._engine.devices is None or value.memory != HOST:
             return True
-        return not gradient.on_devices and all(memory_of(out) == HOST for out in outs)
+        return not gradient.on_devices and comm.in_host_memory(*outs)
 
     def room(self, value: Value, gradient: Gradient) -> Array:
         """Memory for the sum of the gradient: where the value is, or where it can be copied from."""
@@ -85,10 +94,10 @@ class Places:
             return
         with self._lock:
             device = self._placing.place(value.key, gradient.devices, self._unplaced())
+            target = None if device == value.memory else empty(stored.value.shape, stored.value.dtype, device)
             value.placed = True
-        if device == value.memory:
+        if target is None:
             return
-        target = empty(stored.value.shape, stored.value.dtype, device)
 
         def move() -> list[Array]:
             stored.move(target)

@@ -16,14 +16,13 @@ from kvstore.handle import Ended
 from kvstore.home import BLAMED_MAX, Gradient, HomeBundle, Reading, Source
 from kvstore.protocol.bundles import alike
 from kvstore.protocol.messages import Spec
-from kvstore.protocol.pieces import Key
+from kvstore.protocol.pieces import SMALL_PIECE_BYTES, Key
 from kvstore.stored import Stored
 
 if TYPE_CHECKING:
     from kvstore.local import LocalHome
 
 MEMBER_BYTES = 64 << 10  # larger values are not worth two more copies
-BUNDLE_BYTES = 4 << 20
 
 _ALL = slice(None)
 _numbers = itertools.count()
@@ -111,7 +110,7 @@ class LocalBundle(HomeBundle):
 
 def bundles_of(values: Iterable[Value], home: LocalHome) -> list[HomeBundle]:
     """Bundles of those that are small, and alike: an optimizer's next update is the same for all of a bundle."""
-    groups = alike(filter(_joins, values), _kind, _nbytes, BUNDLE_BYTES)
+    groups = alike(filter(_joins, values), _kind, _nbytes, SMALL_PIECE_BYTES)
     return [LocalBundle(members, home) for members in groups]
 
 

@@ -23,7 +23,7 @@ from kvstore.handle import Ended
 from kvstore.home import BLAMED_MAX, Gradient, HomeBundle, Reading, Source
 from kvstore.protocol.bundles import alike
 from kvstore.protocol.messages import Bind
-from kvstore.protocol.pieces import PIECE_BYTES, Key, bundle_id
+from kvstore.protocol.pieces import SMALL_PIECE_BYTES, Key, bundle_id
 
 if TYPE_CHECKING:
     from kvstore.cluster.client import ClusterHome
@@ -97,7 +97,7 @@ class Bundles:
             return []
         groups = {
             tuple(map(key_of, members)): members
-            for members in alike(filter(_joins, remotes), _kind, _nbytes, PIECE_BYTES)
+            for members in alike(filter(_joins, remotes), _kind, _nbytes, SMALL_PIECE_BYTES)
         }
         asked = {keys: self._bind(keys, members[0]) for keys, members in groups.items() if keys not in self._wholes}
         for keys, answer in asked.items():

@@ -28,12 +28,14 @@ from kvstore.home import Held, Source
 from kvstore.protocol.dividing import Division
 from kvstore.protocol.leases import Holding
 from kvstore.protocol.messages import Place, Spec, Value
-from kvstore.protocol.pieces import PIECE_BYTES, WHOLE_BYTES, BundleId, Cut, Key, Span
+from kvstore.protocol.pieces import PIECE_BYTES, SMALL_PIECE_BYTES, WHOLE_BYTES, BundleId, Cut, Key, Span
 from kvstore.protocol.requesting import Answered, Divide, Outcome, Request
 
 CROWDED = (os.cpu_count() or 1) <= 2  # a worker and a server have all cores: a thread more takes one from the other
 INLINE_BYTES = 64 << 10  # smaller pieces are copied where they arrive: a hand-over costs more
-ALONE_INLINE_BYTES = PIECE_BYTES  # the same for a value in one piece: there is nothing to be shared out among threads
+ALONE_INLINE_BYTES = (
+    SMALL_PIECE_BYTES  # the same for a value in one piece: there is nothing to be shared out among threads
+)
 CROWDED_INLINE_BYTES = WHOLE_BYTES  # the same for all values, where there is no core for another thread
 FAR_INLINE_BYTES = PIECE_BYTES  # the same for those from a socket, which come no faster than one thread copies
 
@@ -335,7 +337,8 @@ class Arrivals(Source):
         if first is not None and _side_by_side(pieces):
             nbytes = sum(piece.array.nbytes for piece in pieces)
             array = self._neighbourhood.array(remote.owners[0], first, nbytes).view(remote.dtype)
-            return Held(array.reshape(remote.spec.shape), self.version, self.staleness, give_back)
+            pin = partial(self._neighbourhood.pin, remote.owners[0], first)
+            return Held(array.reshape(remote.spec.shape), self.version, self.staleness, give_back, pin)
         copied = remote.take_spare()
         flat = copied.reshape(-1)
         for piece in pieces:

@@ -348,12 +348,15 @@ class Shard:
         refusal = self.serving.refuses(sender.rank, sender.incarnation)
         if refusal is None:
             self._replies.heard(sender.rank, peer)
-        self._work.alone = len(messages) == 1
-        if not self._work.alone:
+        if len(messages) == 1:
+            self._work.alone = isinstance(messages[0][0], Push | Fetch) and not self.serving.cutting.open
+            try:
+                self._handle_each(peer, sender, refusal, messages, frames)
+            finally:
+                self._work.alone = False
+        else:
             with self._engine.bulk():  # the threads that are woken for ops would want the GIL at once
                 self._handle_each(peer, sender, refusal, messages, frames)
-        else:
-            self._handle_each(peer, sender, refusal, messages, frames)
         self._replies.flush()
 
     def _handle_each(

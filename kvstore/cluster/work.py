@@ -42,7 +42,7 @@ class Work:
         self._engine = runtime
         self._on_logged = on_logged
         self.stored: dict[PieceId, Stored] = {}
-        self.alone = False  # is what is being handled all that has come, and nothing to be shared out among threads?
+        self.alone = False  # is this what follows from a push or pull that came as an envelope of its own?
 
     def __repr__(self) -> str:
         return f"<Work on {len(self.stored)} pieces>"

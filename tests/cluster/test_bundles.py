@@ -807,7 +807,7 @@ def test_the_server_counts_a_bundle_as_one_piece():
 
 
 def test_groups_of_keys_fit_into_a_piece(monkeypatch, binds):
-    monkeypatch.setattr(bundles, "PIECE_BYTES", 40)
+    monkeypatch.setattr(bundles, "SMALL_PIECE_BYTES", 40)
 
     def work(kv):
         keys = names(10)  # 12 bytes each
