@@ -17,8 +17,9 @@ One ``pushpull``, file by file:
 13. ``cluster/work.py``, ``stored.py``, ``optim/`` and ``kernels/``: the update, as an op of the server's engine.
 14. back the same way; ``delivery.py`` and ``comm/`` copy the new weights to the devices.
 
-In a ``local`` store ``local.py`` stands in for 6 to 12. The small keys of a list call take the same way together, as
-one value: ``lists.py``, ``cluster/bundles.py`` (``together.py`` in a local store) and ``protocol/binding.py``.
+In a ``local`` store ``local.py`` stands in for 6 to 12, and ``places.py`` says in which memory a value lies; what that
+is, of the host or of GPUs, ``arrays/`` knows. The small keys of a list call take the same way together, as one value:
+``lists.py``, ``cluster/bundles.py`` (``together.py`` in a local store) and ``protocol/binding.py``.
 """
 
 from kvstore import errors, optim

@@ -17,7 +17,7 @@ from kvstore import plain
 from kvstore.arrays import HOST, Array, empty, found_in, gpu, is_array, is_writable, memory_of, view, writable_view
 from kvstore.devices import Entry
 from kvstore.errors import DeviceCountError, DtypeError, KeyKindError, ShapeError, UnknownKeyError
-from kvstore.lists import Arrays
+from kvstore.lists import Arrays, listed
 from kvstore.protocol import wire
 from kvstore.protocol.pieces import Key
 
@@ -268,7 +268,3 @@ def _is_exactly(array: Any, entry: Entry) -> bool:
 def type_of(key: Key) -> str:
     """The kind of a key."""
     return "str" if isinstance(key, str) else "int"
-
-
-def listed(arrays: Arrays) -> list[Array]:
-    return arrays if isinstance(arrays, list) else [arrays]

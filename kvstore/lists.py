@@ -257,6 +257,11 @@ def _by_device(arrays: list[Arrays]) -> list[list[Array]]:
     return [list(some) for some in zip(*arrays, strict=True)]
 
 
+def listed(arrays: Arrays) -> list[Array]:
+    """Those of one key, of however many devices."""
+    return arrays if isinstance(arrays, list) else [arrays]
+
+
 def _flat(arrays: list[Arrays]) -> list[Array]:
     flat: list[Array] = []
     for some in arrays:
@@ -269,14 +274,7 @@ def _flat(arrays: list[Arrays]) -> list[Array]:
 
 def _those(arrays: list[Arrays], on_host: bool) -> list[Arrays]:
     """For each key those of its arrays that lie in the memory of the host, or those that do not."""
-    return [
-        [array for array in (some if isinstance(some, list) else [some]) if _is_on_host(array) is on_host]
-        for some in arrays
-    ]
-
-
-def _is_on_host(array: Array) -> bool:
-    return memory_of(array) == HOST
+    return [[array for array in listed(some) if (memory_of(array) == HOST) is on_host] for some in arrays]
 
 
 def _is_other(one: object, other: object) -> bool:

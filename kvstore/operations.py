@@ -16,11 +16,11 @@ from typing import Any, TypeVar
 import engine
 from kvstore.arrays import Array, callers
 from kvstore.devices import Devices, Entry, Request
-from kvstore.entries import IN_PLACE, ITSELF, Entries, Keys, Push, Target, as_many, listed, own_out
+from kvstore.entries import IN_PLACE, ITSELF, Entries, Keys, Push, Target, as_many, own_out
 from kvstore.errors import DuplicateKeyError
 from kvstore.handle import Handle, countdown, gather
 from kvstore.home import Home, Reading
-from kvstore.lists import Arrays, EntryBundle, Lists, Plan
+from kvstore.lists import Arrays, EntryBundle, Lists, Plan, listed
 from kvstore.protocol.pieces import Key
 
 _T = TypeVar("_T")

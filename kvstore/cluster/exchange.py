@@ -33,9 +33,7 @@ from kvstore.protocol.requesting import Answered, Divide, Outcome, Request
 
 CROWDED = (os.cpu_count() or 1) <= 2  # a worker and a server have all cores: a thread more takes one from the other
 INLINE_BYTES = 64 << 10  # smaller pieces are copied where they arrive: a hand-over costs more
-ALONE_INLINE_BYTES = (
-    SMALL_PIECE_BYTES  # the same for a value in one piece: there is nothing to be shared out among threads
-)
+ALONE_INLINE_BYTES = SMALL_PIECE_BYTES  # the same for a value in one piece: nothing is to be shared out among threads
 CROWDED_INLINE_BYTES = WHOLE_BYTES  # the same for all values, where there is no core for another thread
 FAR_INLINE_BYTES = PIECE_BYTES  # the same for those from a socket, which come no faster than one thread copies
 
