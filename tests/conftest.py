@@ -25,6 +25,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--simulation-seeds", type=int, default=20, help="seeds for the simulation of a cluster")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests start hundreds of processes: they keep the bytecode of our modules for each other."""
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+
 def threads() -> set[threading.Thread]:
     return {t for t in threading.enumerate() if t.name.startswith(OURS)}
 
