@@ -23,6 +23,7 @@ for module in (test_contract, test_compression):
 def form(request, monkeypatch, cupy):
     if hasattr(cupy, "kvstore_simulated"):
         monkeypatch.setattr(test_contract, "SHAPES", SMALL)
+        monkeypatch.setattr(test_contract, "LARGE_BYTES", 100)
     for name in kernels.NAMES:
         monkeypatch.setattr(kernels, name, mirrored(getattr(kernels, name), cupy))
     if request.param == "current stream":

@@ -29,6 +29,7 @@ def test_the_source_compiles(tmp_path):
     code, target = tmp_path / "kernels.cu", tmp_path / "kernels.fatbin"
     code.write_text(source())
     command = [NVCC, *OPTIONS, "-gencode", f"arch=compute_80,code=[{codes}]", "-fatbin", "-o", target, code]
+    command += ["--threads", "0"]  # as many as there are cores
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert target.stat().st_size
