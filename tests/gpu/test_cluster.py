@@ -267,7 +267,7 @@ def program(kv, place, seed, devices):
     return seen
 
 
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", range(16))
 def test_random_programs(cupy, seed, monkeypatch):
     chance = random.Random(seed)
     monkeypatch.setattr(client, "CHUNK_BYTES", chance.choice([1, 8 << 20]))

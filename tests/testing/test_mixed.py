@@ -9,7 +9,7 @@ import pytest
 from tests.testing.mixed import Run, main
 from tests.testing.plans import MODELS, PROFILES, Plan
 
-SEEDS = {"mixed": 60, "network": 40, "workers": 40, "servers": 40}
+SEEDS = {"mixed": 40, "network": 25, "workers": 25, "servers": 25}
 MUST_HAPPEN = {
     "mixed": (
         "crash of a worker", "crash of a server", "crash of a scheduler", "drain of a server", "join of a worker",
