@@ -55,7 +55,7 @@ def mixed(runtime, machine, seed):
             bulk.enter_context(runtime.bulk())
         elif rng.random() < 0.15:
             bulk.close()
-        pool = [(array[view], n < 4) for n, array in enumerate((*device, *host)) for view in VIEWS]
+        pool = [((array, view), n < 4) for n, array in enumerate((*device, *host)) for view in VIEWS]
         pool += [(variable, False) for variable in variables]
         groups = [group for group in groups if rng.random() < 0.8]
         if len(groups) < 2:  # of one memory each: errors are shared as far as that
@@ -64,7 +64,7 @@ def mixed(runtime, machine, seed):
             group = engine.ArrayGroup(rng.sample(views, rng.randrange(4)))
             groups.append((group, together is not host and len(group.arrays) > 0))
         pool += groups * 3
-        picked = rng.sample(pool, rng.randrange(0, 5))
+        picked = [(viewed(item), there) for item, there in rng.sample(pool, rng.randrange(0, 5))]
         cut = rng.randrange(len(picked) + 1)
         reads, writes = [item for item, _ in picked[:cut]], [item for item, _ in picked[cut:]]
         modify = rng.random() < 0.4
@@ -126,6 +126,11 @@ def mixed(runtime, machine, seed):
     return outcome
 
 
+def viewed(item):
+    """Of an array and a slice the view: few are chosen, and to make all of them first takes long."""
+    return item[0][item[1]] if isinstance(item, tuple) else item
+
+
 def waited(runtime, item, cell=None):
     try:
         runtime.wait(item)
@@ -148,7 +153,7 @@ def with_streams(runtime, machine, seed):
 
     with machine.callers(rng):
         for number in range(rng.randrange(2, 20)):
-            views = [(array[view], n % 2) for n, array in enumerate(arrays) for view in VIEWS]
+            views = [((array, view), n % 2) for n, array in enumerate(arrays) for view in VIEWS]
             luck = rng.random()
             if luck < 0.2:
                 bulk.enter_context(runtime.bulk())
@@ -156,7 +161,8 @@ def with_streams(runtime, machine, seed):
                 bulk.close()
                 follow()
                 device = rng.randrange(2)
-                picked = rng.sample([view for view, where in views if where == device], rng.randrange(1, 4))
+                chosen = rng.sample([view for view, where in views if where == device], rng.randrange(1, 4))
+                picked = [viewed(one) for one in chosen]
                 machine.enqueue(lambda n=number, p=picked: mix(n, p[1:], p[:1], False), device)
             elif luck < 0.45:
                 item = rng.choice(arrays)
@@ -164,7 +170,7 @@ def with_streams(runtime, machine, seed):
                 outcome.append(values(item).tolist())
             else:
                 in_pieces = rng.random() < 0.15
-                picked = [view for view, _ in rng.sample(views, rng.randrange(1, 5))]
+                picked = [viewed(view) for view, _ in rng.sample(views, rng.randrange(1, 5))]
                 cut, modify = rng.randrange(len(picked)), rng.random() < 0.5
                 if rng.random() < 0.3:  # a group, as a rule over both devices
                     picked = [*picked[:cut], engine.ArrayGroup(picked[cut:])]
