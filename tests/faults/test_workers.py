@@ -282,6 +282,7 @@ def test_who_was_lost_comes_back_as_a_joiner():
             pass
         again = cluster.worker(steady(), 1)
         begun = int(again.line("begun 1").split()[2])
-        first = again.line("step ")
-        assert int(first.split()[1]) == begun
-        assert first == f"step {begun} {(begun + 1) * 11.0} 2"
+        first, second = again.line("step "), again.line("step ")
+        alone = 1.0  # it may join between the two keys of the other's step: then that one's push of "w" was all
+        assert first in [f"step {begun} {(begun + 1) * pushed} 2" for pushed in (11.0, alone)]
+        assert second == f"step {begun + 1} {(begun + 2) * 11.0} 2"
