@@ -29,7 +29,8 @@ from numba.extending import intrinsic, overload, register_jitable
 from numba.np.numpy_support import from_dtype
 
 BLOCK = 1024  # elements: measured, with larger ones the processor is less far ahead of the loops
-LANES = 1024  # as in the reference
+UPDATE = 8 << 10  # the same where optimizers are at work, whose blocks cost more to begin
+LANES = 1024  # as in the reference; divides both
 
 LINE = 64  # bytes that the caches handle as one
 STEPS = 256  # elements of a block of int8, as in formats.py; that of 1bit is BLOCK
@@ -345,31 +346,31 @@ def norm(first: Any, table: Any) -> Any:
 # --- optimizers ---------------------------------------------------------------------------------
 
 
-def _pick(first: Any, scratch: Any, start: Any, size: Any, as_it_came: Any) -> Any:
-    """The gradient: a block of the only push, if it can be used as it came, or what was made in the scratch."""
-
-
-@overload(_pick, strict=False)
-def _pick_from(first: Any, scratch: Any, start: Any, size: Any, as_it_came: Any) -> Any:
-    if first.dtype != scratch.dtype:
-        return lambda first, scratch, start, size, as_it_came: scratch[:size]
-    return lambda first, scratch, start, size, as_it_came: first[start : start + size] if as_it_came else scratch[:size]
+@inlined
+def _is_ready(target: Any, value: Any, first: Any, table: Any, scale: Any, clip: Any, decay: Any) -> Any:
+    """Is the gradient the only push, as it came, and the value where it is to be?"""
+    return (
+        table.size == 0 and first.itemsize == target.itemsize and value.ctypes.data == target.ctypes.data
+        and scale == 1.0 and clip == math.inf and decay == 0.0
+    )  # fmt: skip
 
 
 @inlined
 def _begin(
-    target: Any, value: Any, first: Any, table: Any, scale: Any, clip: Any, decay: Any, scratch: Any, start: Any
-) -> Any:
+    target: Any, value: Any, first: Any, table: Any, scale: Any, clip: Any, decay: Any, scratch: Any, start: Any,
+    ready: Any,
+) -> Any:  # fmt: skip
     """A block of the target, which holds the value, and the gradient there, to be read only."""
     real = target.dtype.type
-    size = min(BLOCK, target.size - start)
-    w, old, g = target[start : start + size], value[start : start + size], scratch[:size]
+    size = min(UPDATE, target.size - start)
+    w, old = target[start : start + size], value[start : start + size]
+    if ready:
+        return w, _block(first.ctypes.data, scratch, start, size)
     if old.ctypes.data != w.ctypes.data:
         for i in range(size):
             w[i] = old[i]
-    as_it_came = table.size == 0 and scale == 1.0 and clip == math.inf and decay == 0.0
-    if not (as_it_came and first.itemsize == target.itemsize):
-        _merged(first, table, start, g)
+    g = _block(scratch.ctypes.data, scratch, 0, size)
+    _merged(first, table, start, g)
     if scale != 1.0:
         factor = real(scale)
         for i in range(size):
@@ -383,13 +384,14 @@ def _begin(
         share = real(decay)
         for i in range(size):
             g[i] += share * w[i]
-    return w, _pick(first, scratch, start, size, as_it_came)
+    return w, g
 
 
 def accumulate(target: Any, value: Any, first: Any, table: Any, scale: Any, clip: Any) -> None:
-    scratch = _scratch(target)
-    for start in range(0, target.size, BLOCK):
-        w, g = _begin(target, value, first, table, scale, clip, 0.0, scratch, start)
+    scratch = np.empty(UPDATE, target.dtype)
+    ready = _is_ready(target, value, first, table, scale, clip, 0.0)
+    for start in range(0, target.size, UPDATE):
+        w, g = _begin(target, value, first, table, scale, clip, 0.0, scratch, start, ready)
         for i in range(w.size):
             w[i] += g[i]
 
@@ -398,10 +400,11 @@ def sgd(
     target: Any, value: Any, first: Any, table: Any, scale: Any, clip: Any,
     state: Any, lr: Any, decay: Any, momentum: Any, gain: Any, nesterov: Any, begin: Any,
 ) -> None:  # fmt: skip
-    real, scratch = target.dtype.type, _scratch(target)
+    real, scratch = target.dtype.type, np.empty(UPDATE, target.dtype)
     rate, keep, share = real(lr), real(momentum), real(gain)
-    for start in range(0, target.size, BLOCK):
-        w, g = _begin(target, value, first, table, scale, clip, decay, scratch, start)
+    ready = _is_ready(target, value, first, table, scale, clip, decay)
+    for start in range(0, target.size, UPDATE):
+        w, g = _begin(target, value, first, table, scale, clip, decay, scratch, start, ready)
         if state.size == 0:
             for i in range(w.size):
                 w[i] -= rate * g[i]
@@ -430,11 +433,12 @@ def adam(
     mean: Any, square: Any, square_max: Any,
     rate: Any, root: Any, beta1: Any, beta2: Any, eps: Any, decay: Any, shrink: Any,
 ) -> None:  # fmt: skip
-    real, scratch = target.dtype.type, _scratch(target)
+    real, scratch = target.dtype.type, np.empty(UPDATE, target.dtype)
     lr, divisor, small, kept = real(rate), real(root), real(eps), real(shrink)
     b1, b2, c1, c2 = real(beta1), real(beta2), real(1 - beta1), real(1 - beta2)
-    for start in range(0, target.size, BLOCK):
-        w, g = _begin(target, value, first, table, scale, clip, decay, scratch, start)
+    ready = _is_ready(target, value, first, table, scale, clip, decay)
+    for start in range(0, target.size, UPDATE):
+        w, g = _begin(target, value, first, table, scale, clip, decay, scratch, start, ready)
         m, v = mean[start : start + w.size], square[start : start + w.size]
         if square_max.size == 0:
             for i in range(w.size):
@@ -455,10 +459,11 @@ def adagrad(
     target: Any, value: Any, first: Any, table: Any, scale: Any, clip: Any,
     total: Any, rate: Any, eps: Any, decay: Any,
 ) -> None:  # fmt: skip
-    real, scratch = target.dtype.type, _scratch(target)
+    real, scratch = target.dtype.type, np.empty(UPDATE, target.dtype)
     lr, small = real(rate), real(eps)
-    for start in range(0, target.size, BLOCK):
-        w, g = _begin(target, value, first, table, scale, clip, decay, scratch, start)
+    ready = _is_ready(target, value, first, table, scale, clip, decay)
+    for start in range(0, target.size, UPDATE):
+        w, g = _begin(target, value, first, table, scale, clip, decay, scratch, start, ready)
         s = total[start : start + w.size]
         for i in range(w.size):
             s[i] += g[i] * g[i]
@@ -469,11 +474,12 @@ def rmsprop(
     target: Any, value: Any, first: Any, table: Any, scale: Any, clip: Any,
     square: Any, momentum: Any, mean: Any, lr: Any, alpha: Any, eps: Any, decay: Any, keep: Any,
 ) -> None:  # fmt: skip
-    real, scratch = target.dtype.type, _scratch(target)
+    real, scratch = target.dtype.type, np.empty(UPDATE, target.dtype)
     rate, small, mu, a, b = real(lr), real(eps), real(keep), real(alpha), real(1 - alpha)
-    ways = _scratch(target)
-    for start in range(0, target.size, BLOCK):
-        w, g = _begin(target, value, first, table, scale, clip, decay, scratch, start)
+    ways = np.empty(UPDATE, target.dtype)
+    ready = _is_ready(target, value, first, table, scale, clip, decay)
+    for start in range(0, target.size, UPDATE):
+        w, g = _begin(target, value, first, table, scale, clip, decay, scratch, start, ready)
         s, way = square[start : start + w.size], ways[: w.size]
         if mean.size == 0:
             for i in range(w.size):
@@ -499,10 +505,11 @@ def adadelta(
     target: Any, value: Any, first: Any, table: Any, scale: Any, clip: Any,
     square: Any, delta: Any, lr: Any, rho: Any, eps: Any, decay: Any,
 ) -> None:  # fmt: skip
-    real, scratch = target.dtype.type, _scratch(target)
+    real, scratch = target.dtype.type, np.empty(UPDATE, target.dtype)
     rate, small, a, b = real(lr), real(eps), real(rho), real(1 - rho)
-    for start in range(0, target.size, BLOCK):
-        w, g = _begin(target, value, first, table, scale, clip, decay, scratch, start)
+    ready = _is_ready(target, value, first, table, scale, clip, decay)
+    for start in range(0, target.size, UPDATE):
+        w, g = _begin(target, value, first, table, scale, clip, decay, scratch, start, ready)
         s, d = square[start : start + w.size], delta[start : start + w.size]
         for i in range(w.size):
             s[i] = s[i] * a + b * g[i] * g[i]
@@ -515,10 +522,11 @@ def ftrl(
     target: Any, value: Any, first: Any, table: Any, scale: Any, clip: Any,
     zs: Any, ns: Any, lr: Any, beta: Any, l1: Any, l2: Any,
 ) -> None:  # fmt: skip
-    real, scratch = target.dtype.type, _scratch(target)
+    real, scratch = target.dtype.type, np.empty(UPDATE, target.dtype)
     rate, smooth, bar, ridge, nothing, one = real(lr), real(beta), real(l1), real(l2), real(0), real(1)
-    for start in range(0, target.size, BLOCK):
-        w, g = _begin(target, value, first, table, scale, clip, 0.0, scratch, start)
+    ready = _is_ready(target, value, first, table, scale, clip, 0.0)
+    for start in range(0, target.size, UPDATE):
+        w, g = _begin(target, value, first, table, scale, clip, 0.0, scratch, start, ready)
         z, n = zs[start : start + w.size], ns[start : start + w.size]
         for i in range(w.size):
             before = math.sqrt(n[i])
@@ -534,18 +542,20 @@ def lars(
     target: Any, value: Any, first: Any, table: Any, scale: Any, clip: Any,
     state: Any, lr: Any, trust: Any, eps: Any, decay: Any, momentum: Any,
 ) -> None:  # fmt: skip
-    real, scratch = target.dtype.type, _scratch(target)
+    real, scratch = target.dtype.type, np.empty(UPDATE, target.dtype)
     weights, slopes = np.zeros(LANES), np.zeros(LANES)
-    for start in range(0, target.size, BLOCK):
-        w, g = _begin(target, value, first, table, scale, clip, 0.0, scratch, start)
+    ready = _is_ready(target, value, first, table, scale, clip, 0.0)
+    for start in range(0, target.size, UPDATE):
+        w, g = _begin(target, value, first, table, scale, clip, 0.0, scratch, start, ready)
         _add_squares(weights, w)
         _add_squares(slopes, g)
     length, slope = _root(weights, target.size), _root(slopes, target.size)
     if length > 0 and slope > 0:
         lr = lr * (trust * length / (slope + decay * length + eps))
     rate, keep = real(lr), real(momentum)
-    for start in range(0, target.size, BLOCK):
-        w, g = _begin(target, value, first, table, scale, clip, decay, scratch, start)
+    ready = _is_ready(target, value, first, table, scale, clip, decay)
+    for start in range(0, target.size, UPDATE):
+        w, g = _begin(target, value, first, table, scale, clip, decay, scratch, start, ready)
         m = state[start : start + w.size]
         for i in range(w.size):
             m[i] = m[i] * keep + rate * g[i]
@@ -557,12 +567,13 @@ def lamb(
     mean: Any, square: Any,
     lr: Any, unbias: Any, root: Any, beta1: Any, beta2: Any, eps: Any, decay: Any,
 ) -> None:  # fmt: skip
-    real, scratch = target.dtype.type, _scratch(target)
+    real, scratch = target.dtype.type, np.empty(UPDATE, target.dtype)
     bias, divisor, small, share = real(unbias), real(root), real(eps), real(decay)
     b1, b2, c1, c2 = real(beta1), real(beta2), real(1 - beta1), real(1 - beta2)
-    weights, steps, ways = np.zeros(LANES), np.zeros(LANES), _scratch(target)
-    for start in range(0, target.size, BLOCK):
-        w, g = _begin(target, value, first, table, scale, clip, 0.0, scratch, start)
+    weights, steps, ways = np.zeros(LANES), np.zeros(LANES), np.empty(UPDATE, target.dtype)
+    ready = _is_ready(target, value, first, table, scale, clip, 0.0)
+    for start in range(0, target.size, UPDATE):
+        w, g = _begin(target, value, first, table, scale, clip, 0.0, scratch, start, ready)
         m, v, u = mean[start : start + w.size], square[start : start + w.size], ways[: w.size]
         for i in range(w.size):
             m[i] = m[i] * b1 + c1 * g[i]
@@ -574,8 +585,8 @@ def lamb(
     if length > 0 and way > 0:
         lr = lr * (length / way)
     rate = real(lr)
-    for start in range(0, target.size, BLOCK):
-        stop = min(target.size, start + BLOCK)
+    for start in range(0, target.size, UPDATE):
+        stop = min(target.size, start + UPDATE)
         w, m, v = target[start:stop], mean[start:stop], square[start:stop]
         for i in range(w.size):
             w[i] -= rate * (m[i] / bias / (math.sqrt(v[i]) / divisor + small) + share * w[i])
