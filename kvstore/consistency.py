@@ -20,9 +20,10 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from kvstore.errors import OptionError
+from kvstore.records import record
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Update:
     """These pushes take effect now, together, merged in this order."""
 
@@ -30,7 +31,7 @@ class Update:
     contributions: tuple[tuple[int, int], ...]  # (participant, round)
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Pull:
     """A wish to read. ``needs``: the participants it reads for, each with its own round."""
 
@@ -38,7 +39,7 @@ class Pull:
     needs: tuple[tuple[int, int], ...]
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Answer:
     """The pull with this ticket may be answered with the value as it is after the updates so far."""
 
@@ -70,7 +71,7 @@ class Model(Protocol):
         """Must a pull be answered before its participant's next push is counted?"""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Sequential:
     """A round takes effect when every participant has pushed it; all read the same values."""
 
@@ -126,7 +127,7 @@ class _AtOnce:
         return participants
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Bounded(_AtOnce):
     """A pull waits until nobody is more than ``staleness`` rounds behind the one who pulls."""
 
@@ -143,7 +144,7 @@ class Bounded(_AtOnce):
         return f"bounded({self.staleness})"
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Eventual(_AtOnce):
     """A pull waits for nothing but the puller's own pushes."""
 

@@ -27,6 +27,7 @@ from kvstore.errors import CallerError, KVStoreError
 from kvstore.handle import Ended, Handle
 from kvstore.home import Gradient, Held, Home, Reading, Source
 from kvstore.protocol.pieces import Key
+from kvstore.records import record
 
 INLINE_BYTES = 64 << 10
 
@@ -43,7 +44,7 @@ class _Contribution:
     samples: int | None  # that it holds, if the key's rounds are of so many
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Request:
     """A pull: who wants the value, and where."""
 

@@ -21,6 +21,7 @@ from kvstore.handle import Ended
 from kvstore.optim import Optimizer
 from kvstore.protocol.messages import Spec
 from kvstore.protocol.pieces import Key
+from kvstore.records import record
 
 Reading = engine.Handle | None  # an engine op that is still reading what the caller gave
 Updater = Callable[[Key, Array, Array], object]
@@ -86,7 +87,7 @@ def settled(array: Array, runtime: engine.Engine) -> Array:
     return array.copy() if memory_of(array) == HOST and not runtime.pending(array) else array
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Held:
     """A value that stays as it is until it is given back."""
 

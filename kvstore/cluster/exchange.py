@@ -30,6 +30,7 @@ from kvstore.protocol.leases import Holding
 from kvstore.protocol.messages import Place, Spec, Value
 from kvstore.protocol.pieces import PIECE_BYTES, SMALL_PIECE_BYTES, WHOLE_BYTES, BundleId, Cut, Key, Span
 from kvstore.protocol.requesting import Answered, Divide, Outcome, Request
+from kvstore.records import record
 
 CROWDED = (os.cpu_count() or 1) <= 2  # a worker and a server have all cores: a thread more takes one from the other
 INLINE_BYTES = 64 << 10  # smaller pieces are copied where they arrive: a hand-over costs more
@@ -149,7 +150,7 @@ class Remote:
                 self._spares.append(array)
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class _Piece:
     """A piece of a value that has come."""
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from kvstore.protocol.messages import Message
 from kvstore.protocol.pieces import PIECE_BYTES
+from kvstore.records import record
 
 WINDOW_BYTES = 2 * PIECE_BYTES  # of large replies that the socket has
 WINDOW_BYTES_MAX = 2 * WINDOW_BYTES  # of all that it is asked about
@@ -32,7 +33,7 @@ class _Waiting:
     on_sent: OnSent | None = field(compare=False)
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Batch:
     """What goes to the socket as one ZeroMQ message."""
 

@@ -6,7 +6,6 @@ their order, those on one piece one after another.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
 
 from kvstore.errors import KVStoreError, to_wire
@@ -14,6 +13,7 @@ from kvstore.protocol.bundles import Bundle
 from kvstore.protocol.messages import Failed, Message, PieceRecord, Restore, Spec, WriteState
 from kvstore.protocol.pieces import PieceId, Span
 from kvstore.protocol.settings import Rule
+from kvstore.records import record
 
 
 class Restored(Protocol):
@@ -29,7 +29,7 @@ class Restored(Protocol):
     def dtypes(self) -> tuple[str, ...]: ...
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Create:
     """Store this payload as the first value of the piece; or what a checkpoint has of it."""
 
@@ -39,7 +39,7 @@ class Create:
     restored: Restored | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Apply:
     """Merge these payloads in this order and apply them to the piece as one update; without any, change nothing."""
 
@@ -53,7 +53,7 @@ class Apply:
     factor: float = 1.0  # what their sum is multiplied by for that
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Reply:
     """Send this message now."""
 
@@ -61,7 +61,7 @@ class Reply:
     message: Message
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class ReplyAfter:
     """Send this message when all earlier actions on the piece are done; or their failure."""
 
@@ -70,7 +70,7 @@ class ReplyAfter:
     piece: PieceId
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class ReplyValue:
     """Send the piece's value (or these elements of it) as the earlier actions leave it; or their failure."""
 
@@ -83,7 +83,7 @@ class ReplyValue:
     span: Span | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class SendState:
     """Send the optimizer's state of the piece (or of these elements of it)."""
 
@@ -93,7 +93,7 @@ class SendState:
     span: Span | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class StoreState:
     """Replace the optimizer's state of the piece (for Restore: the value too), then say Done."""
 
@@ -103,28 +103,28 @@ class StoreState:
     generation: int  # of the optimizer whose state it is
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Forget:
     """Free the piece."""
 
     piece: PieceId
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Unite:
     """From here on the bundle is one piece, with the values and optimizer states of its members, which are no more."""
 
     bundle: Bundle
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Split:
     """From here on the bundle's members are pieces, each with its part of the value and of the optimizer's state."""
 
     bundle: Bundle
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class TakeCut:
     """Copy these pieces as the earlier actions leave them: each with what is to be recorded of it, or of its parts."""
 
@@ -133,7 +133,7 @@ class TakeCut:
     places: tuple[tuple[PieceId, tuple[tuple[PieceRecord, Span | None], ...]], ...]
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class LoseCut:
     """The cut will not be taken: tell who asks for it."""
 

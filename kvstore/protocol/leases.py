@@ -7,13 +7,12 @@ does no harm: it speaks only of requests that were made before it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from kvstore.protocol.messages import HELD_MAX
 from kvstore.protocol.pieces import PieceId
+from kvstore.records import record
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Reader:
     """A worker that reads the place by which one of its requests was answered."""
 

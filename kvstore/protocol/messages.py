@@ -6,10 +6,10 @@ Their form on the wire is in :mod:`kvstore.protocol.wire`.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 from kvstore.protocol.pieces import BundleId, Cut, Key
+from kvstore.records import record
 
 PROTOCOL = 1
 HEADER_BYTES_MAX = 8 << 20
@@ -37,7 +37,7 @@ SMALL_HEADER_BYTES = 64 << 10  # up to this size its lists and maps need not be 
 NOBODY = -1  # rank and incarnation of a sender that has none (yet)
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Message:
     """Root of all messages. A reply carries the ``request_id`` of its request."""
 
@@ -47,7 +47,7 @@ class Message:
 # --- worker to server ---------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Spec:
     """All that worker and server must agree on about a key."""
 
@@ -73,7 +73,7 @@ class Spec:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Place:
     """Bytes in memory that processes of one host share: a segment's address, and the first byte there."""
 
@@ -81,7 +81,7 @@ class Place:
     offset: int
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Init(Message):
     """Create a piece. The first worker's carries the value; the others check and wait for it.
 
@@ -93,7 +93,7 @@ class Init(Message):
     spec: Spec
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Bind(Message):
     """These keys of the server, in this order, will be pushed and pulled together under the id of the bundle."""
 
@@ -101,7 +101,7 @@ class Bind(Message):
     keys: tuple[Key, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Push(Message):
     """A worker's ``round``-th push of a piece, in a frame or at a place; without either it asks what became of it."""
 
@@ -117,7 +117,7 @@ class Push(Message):
     samples: int | None = None  # that it holds, if the key's rounds are of so many samples
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Fetch(Message):
     """A pull of a piece, made after the worker's ``round``-th push of the key."""
 
@@ -129,7 +129,7 @@ class Fetch(Message):
     held: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class SetOptimizer(Message):
     """In effect for a key from the round after ``since[key]`` (0 where not named)."""
 
@@ -138,7 +138,7 @@ class SetOptimizer(Message):
     since: dict[Key, int]
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class SetHyperparameters(Message):
     """Change named numbers of the optimizer, from the round after ``since[key]``."""
 
@@ -146,14 +146,14 @@ class SetHyperparameters(Message):
     since: dict[Key, int]
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Drop(Message):
     """Forget a key on this server (before it is initialised anew in another cut)."""
 
     key: Key
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class ReadState(Message):
     """Ask for the optimizer's state of a piece."""
 
@@ -161,7 +161,7 @@ class ReadState(Message):
     piece: int
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class WriteState(Message):
     """Replace the optimizer's state of a piece: one frame per array."""
 
@@ -172,7 +172,7 @@ class WriteState(Message):
     dtypes: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Restore(Message):
     """Replace a piece by what a checkpoint has: its value in a frame, then one frame per array of the state."""
 
@@ -184,7 +184,7 @@ class Restore(Message):
     dtypes: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Mark(Message):
     """The sender's marker of a cut: its pushes up to ``rounds[key]`` belong to it. ``awaited``: whose markers do."""
 
@@ -193,7 +193,7 @@ class Mark(Message):
     rounds: dict[Key, int]
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class ReadCut(Message):
     """What pieces does the cut have, from the ``first`` on? Answered when it has been taken."""
 
@@ -202,7 +202,7 @@ class ReadCut(Message):
     first: int
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class ReadCopy(Message):
     """Send a piece as the cut has it."""
 
@@ -211,28 +211,28 @@ class ReadCopy(Message):
     piece: int
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class EndCut(Message):
     """The cut is not needed any more."""
 
     cut: int
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Meet(Message):
     """Are we on one host? ``probe`` is a place in the sender's memory."""
 
     probe: Place
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Explain(Message):
     """Why has my request ``about`` no answer yet?"""
 
     about: int
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Leave(Message):
     """The sender leaves the rounds: in order when ``reason`` is empty, else because it failed.
 
@@ -243,12 +243,12 @@ class Leave(Message):
     stays: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Freeze(Message):
     """The sender wants to join: say which rounds have begun, and let none begin until it has, or is gone."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Admit(Message):
     """The sender joins each of these keys from the round after this one, and those that will be created."""
 
@@ -258,24 +258,24 @@ class Admit(Message):
 # --- server to worker ---------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Initialized(Message):
     """The piece exists; ``round`` is the sender's last accepted push of it."""
 
     round: int
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Accepted(Message):
     """The server has the piece; it waits for its round."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Committed(Message):
     """The push is merged and applied."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Value(Message):
     """The piece's value: one frame, or a place that stays as it is until the worker no longer holds it."""
 
@@ -284,7 +284,7 @@ class Value(Message):
     place: Place | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class State(Message):
     """The optimizer's state of a piece: one frame per name."""
 
@@ -293,19 +293,19 @@ class State(Message):
     dtypes: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Missing(Message):
     """The push asked about never came: send it with its frame."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Divided(Message):
     """The bundle is not one piece now: its keys have to be asked for one by one. ``taken``: its push is here."""
 
     taken: bool
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Met(Message):
     """The answer to :class:`Meet`: if the server could read the worker's memory, a place in its own, and a line
     (see :mod:`kvstore.transport.lines`) that the worker may open; "" for none.
@@ -315,19 +315,19 @@ class Met(Message):
     line: str
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Done(Message):
     """The request has been carried out."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Explanation(Message):
     """The answer to :class:`Explain`."""
 
     text: str
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Failed(Message):
     """The request failed: a class name of :mod:`kvstore.errors` and its message."""
 
@@ -335,14 +335,14 @@ class Failed(Message):
     text: str
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Frozen(Message):
     """The answer to :class:`Freeze`: for each key the largest round that anybody has begun on this server."""
 
     rounds: dict[Key, int]
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class PieceRecord:
     """A piece in a cut, but for its bytes."""
 
@@ -356,7 +356,7 @@ class PieceRecord:
     dtypes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class CutPieces(Message):
     """The answer to :class:`ReadCut`: some of the cut's ``total`` pieces."""
 
@@ -365,7 +365,7 @@ class CutPieces(Message):
     pieces: tuple[PieceRecord, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Copied(Message):
     """The answer to :class:`ReadCopy`: a frame with the value, and one per array of the optimizer's state."""
 
@@ -375,7 +375,7 @@ class Copied(Message):
 ON_LOSS = ("fail", "wait", "continue")  # what is to happen when a worker is lost
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Register(Message):
     """A worker or server presents itself. ``rank`` -1: any. ``address``: a server's own.
 
@@ -394,7 +394,7 @@ class Register(Message):
     on_loss: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Roster(Message):
     """The answer to :class:`Register` once everybody is here."""
 
@@ -406,14 +406,14 @@ class Roster(Message):
     joins: bool = False  # the worker is new to a running job: it has to be admitted by the servers, then Enter
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Barrier(Message):
     """The sender's ``number``-th barrier."""
 
     number: int
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Departed(Message):
     """From the scheduler to all: a member is gone (or, with ``stays``, a worker only left the rounds).
 
@@ -428,7 +428,7 @@ class Departed(Message):
     stays: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Joined(Message):
     """From the scheduler to all: this worker takes part now, or is back."""
 
@@ -436,26 +436,26 @@ class Joined(Message):
     incarnation: int
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Enter(Message):
     """The sender has been admitted by all servers."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class AskCut(Message):
     """Let all workers mark a cut, which the asker has given this number, at a cut point to come."""
 
     cut: int
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Halt(Message):
     """From the scheduler to workers: say how many cut points you have passed, and pass none until you are told more."""
 
     cut: int
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Passed(Message):
     """A worker has passed ``count`` cut points. ``coupled``: it may have to wait for others' pushes.
 
@@ -472,7 +472,7 @@ class Passed(Message):
     history: tuple[tuple[int, int, int], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Named(Message):
     """The answer to :class:`Passed` and :class:`AskCut`: at which cut point these workers mark the cut.
 
@@ -485,19 +485,19 @@ class Named(Message):
     awaited: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class ReadStatus(Message):
     """Ask a scheduler or server about itself."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Status(Message):
     """The answer to :class:`ReadStatus`."""
 
     report: dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Replica:
     """A server that follows a shard's log, as it gets it from the one before it."""
 
@@ -507,7 +507,7 @@ class Replica:
     in_step: bool  # it has all that anybody was told of: it may take over
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Shard:
     """Which servers have one shard: a chain. No ``primary`` (-1): it is lost; no ``replicas``: its primary is alone."""
 
@@ -523,7 +523,7 @@ class Shard:
         return bool(self.replicas) and all(replica.in_step for replica in self.replicas)
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Placement(Message):
     """From the scheduler to all, whenever it changes: who has which shard, by number."""
 
@@ -531,12 +531,12 @@ class Placement(Message):
     shards: tuple[Shard, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class ReadPlacement(Message):
     """Ask the scheduler for the placement, which may have been missed."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Standby(Message):
     """From a replica to the scheduler: the shard's log of this epoch may be sent to this address."""
 
@@ -545,7 +545,7 @@ class Standby(Message):
     address: str
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class InStep(Message):
     """From a server to the scheduler: nothing is told any more that the replica after it has not, and all behind."""
 
@@ -553,7 +553,7 @@ class InStep(Message):
     epoch: int
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class HandedOver(Message):
     """From a primary to the scheduler: its replicas have everything, and it takes in nothing more."""
 
@@ -561,7 +561,7 @@ class HandedOver(Message):
     epoch: int
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Drain(Message):
     """To the scheduler, from anybody: this server's shards are to go to others. Answered when it has none."""
 
@@ -571,7 +571,7 @@ class Drain(Message):
 # --- from a server to the replica after it ----------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Entry(Message):
     """The log's entry of this number (its ``request_id``): what a worker, or nobody (-1), has brought about.
 
@@ -585,14 +585,14 @@ class Entry(Message):
     message: Message
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Taken(Message):
     """All entries up to this number (its ``request_id``) have been taken, by the replicas behind the sender, too."""
 
     epoch: int
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Updated(Message):
     """In an entry: these pushes (rank, round) have taken effect as one update.
 
@@ -607,21 +607,21 @@ class Updated(Message):
     samples: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class UniteBundle(Message):
     """In an entry: from here on the bundle is one piece."""
 
     bundle: BundleId
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class SplitBundle(Message):
     """In an entry: from here on its members are counted one by one."""
 
     bundle: BundleId
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class RestorePiece(Message):
     """In an entry: a piece as it is. Its frames are the value, and one per name of the optimizer's state."""
 
@@ -639,7 +639,7 @@ class RestorePiece(Message):
     dtypes: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class RestoreSetting(Message):
     """In an entry: one of the optimizers that were set, in their order."""
 
@@ -649,7 +649,7 @@ class RestoreSetting(Message):
     asked: dict[str, Any]  # the one that was set, before its numbers were changed
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class RestoreWorkers(Message):
     """In an entry: what the primary knows of the workers, see :class:`kvstore.protocol.workers.Workers`."""
 
@@ -662,6 +662,6 @@ class RestoreWorkers(Message):
     joining: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Arrived(Message):
     """In an entry: the rank's messages are of this incarnation."""

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+from kvstore.records import record
 
 Key = str | int
 BundleId = bytes  # of keys that travel together as one piece, see kvstore.protocol.bundles
@@ -29,7 +30,7 @@ PAGE_BYTES = 4096  # pieces begin at a multiple of it, counted from the value's 
 BUNDLE_ID_BYTES = 16
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Cut:
     """A flat value of ``items`` elements in pieces of ``piece_items`` (the last may be shorter)."""
 

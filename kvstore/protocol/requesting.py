@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from kvstore.errors import KVStoreError, from_wire
 from kvstore.protocol.messages import Accepted, Committed, Divided, Failed, Init, Message, Missing, Push, Register
 from kvstore.protocol.pieces import PIECE_BYTES
+from kvstore.records import record
 
 CREDIT_BYTES = 2 * PIECE_BYTES  # what an urgent piece may have to wait for
 CREDIT_FREE_BYTES = 64 << 10  # requests up to this size need no credit
@@ -62,7 +63,7 @@ class Request:
         return None if isinstance(self.message, Push) and self.message.place is not None else self.payload
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Answered:
     """The request got its final reply."""
 
@@ -71,7 +72,7 @@ class Answered:
     payload: object
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Refused:
     """The request failed."""
 
@@ -82,7 +83,7 @@ class Refused:
 Outcome = Answered | Refused
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Divide:
     """These requests are withdrawn; they go on as others, for the keys of their bundle. In their order."""
 

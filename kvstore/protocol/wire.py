@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from operator import attrgetter
 from typing import Any
@@ -111,6 +110,7 @@ from kvstore.protocol.messages import (
     WriteState,
 )
 from kvstore.protocol.pieces import BUNDLE_ID_BYTES, BundleId, Key
+from kvstore.records import record
 
 Check = Callable[[Any], Any]  # returns the value in its Python form or raises ValueError
 
@@ -403,7 +403,7 @@ def _fields_of(kind: type[Message]) -> Callable[[Message], Iterable[Any]]:
 _FIELDS = {form[0]: _fields_of(form[0]) for form in FORMS.values()}
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Sender:
     """Who sends: the first fields of every header."""
 
