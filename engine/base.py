@@ -139,10 +139,11 @@ class Engine(Core):
         self._check_process()
         arrays = tuple(arrays)
         places = self._operands.places(arrays)
-        if any(device is not None for device in self._operands.memories(places)):
-            return None
+        for device in self._operands.memories(places):
+            if device is not None:
+                return None
         with self._lock:
-            if self._claimed is not None or self._operands.in_use() or self.profiling or self._closed:
+            if self._claimed is not None or self._operands.in_use() or self._trace is not None or self._closed:
                 return None
             claim = self._claimed = Claim(self, arrays, name, _getframe(1))
         return claim

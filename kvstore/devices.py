@@ -44,6 +44,9 @@ class _Contribution:
     samples: int | None  # that it holds, if the key's rounds are of so many
 
 
+AT_ONCE = Answer(None, 0, 0)  # to a pull of the only device, which waits for nobody
+
+
 @record
 class Request:
     """A pull: who wants the value, and where."""
@@ -95,8 +98,7 @@ class Entry:
 
     def answer(self, ticket: Hashable, device: int | None) -> Answer | None:
         """What the device level says to a pull: when it must wait, None, and the ticket is answered later."""
-        if self.level is None or self.single:
-            return Answer(ticket, 0, 0)
+        assert self.level is not None  # else there is one device only, which is answered AT_ONCE
         rounds = self.level.rounds
         needs = tuple(rounds.items()) if device is None else ((device, rounds[device]),)
         return self.level.pull(Pull(ticket, needs))
@@ -175,6 +177,40 @@ class _Delayed(Source):
         Delivery(self._engine, *apart(outs), priority, begin, ended)
 
 
+class _Answering:
+    """A pull whose value is on its way: told when it is there, it ends the handle."""
+
+    __slots__ = ("_answer", "_entry", "_request", "_source")
+
+    def __init__(self, entry: Entry, request: Request, source: Source, answer: Answer | _Delayed | None) -> None:
+        self._entry, self._request, self._source, self._answer = entry, request, source, answer
+
+    def delivered(self, error: BaseException | None) -> None:
+        """To where it was to be copied."""
+        self._end(error, self._request.result)
+
+    def come(self, held: Held | BaseException) -> None:
+        """It stays where it is."""
+        if isinstance(held, Held):
+            self._end(None, self._entry.show(held))
+        else:
+            self._end(held, None)
+
+    def _end(self, error: BaseException | None, result: Any) -> None:
+        handle = self._request.handle
+        if error is None:
+            answer = self._answer
+            if isinstance(answer, _Delayed):
+                answer = answer.answer
+            assert answer is not None
+            handle.version = self._source.version
+            behind = self._source.staleness
+            handle.staleness = answer.staleness if behind is None else (answer.staleness, behind)
+            handle.finish(result)
+        else:
+            handle.finish(result, translated(error, f"key {self._entry.key!r}"))
+
+
 class Devices:
     """The devices' side of a store: turns pushes and pulls into calls of its home.
 
@@ -216,7 +252,7 @@ class Devices:
         """Answer the request once the device level allows it."""
         with entry.lock:
             if entry.single:
-                self._deliver(entry, request, self._home.pull(entry.key, request.priority), entry.answer(None, None))
+                self._deliver(entry, request, self._home.pull(entry.key, request.priority), AT_ONCE)
                 return
             delayed = _Delayed(entry.key, request.priority, self._engine)
             answer = entry.answer(delayed, request.device)
@@ -237,8 +273,7 @@ class Devices:
         with entry.alone():
             if entry.single:
                 gradient = self._counted(entry, per_device, request.priority, samples)
-                answer = entry.answer(None, None)
-                return self._exchange(entry, gradient, ended, request, answer)
+                return self._exchange(entry, gradient, ended, request, AT_ONCE)
             contributions, steps = self._count(entry, per_device, request.priority, ended, samples)
             updates = [update for some, _ in steps for update in some]
             answered_others = any(answers for _, answers in steps)
@@ -336,28 +371,12 @@ class Devices:
 
     def _deliver(self, entry: Entry, request: Request, source: Source, answer: Answer | _Delayed | None) -> None:
         """When the source's value has come to where it was asked for, the request's handle is done."""
-
-        def done(error: BaseException | None, result: Any) -> None:
-            handle = request.handle
-            if error is None:
-                answered = answer.answer if isinstance(answer, _Delayed) else answer
-                assert answered is not None
-                handle.version = source.version
-                behind = source.staleness
-                handle.staleness = answered.staleness if behind is None else (answered.staleness, behind)
-            handle.finish(result, translated(error, f"key {entry.key!r}"))
-
-        def shown(held: Held | BaseException) -> None:
-            if isinstance(held, Held):
-                done(None, entry.show(held))
-            else:
-                done(held, None)
-
+        answering = _Answering(entry, request, source, answer)
         if request.outs is None:
-            source.hold(shown)
+            source.hold(answering.come)
         else:
             entry.view_is_latest = False
-            source.deliver(request.outs, request.priority, lambda error: done(error, request.result))
+            source.deliver(request.outs, request.priority, answering.delivered)
 
 
 def _all(parts: list[_Contribution]) -> Ended:

@@ -157,6 +157,16 @@ class Entries(dict[Key, Entry]):
             raise DeviceCountError(f"device={device!r}: expected 0..{self.devices - 1}")
         return number
 
+    def push(self, key: Key, value: Any, device: int | None) -> Push:
+        """:meth:`pushes` of one key."""
+        entry = self.get(key)
+        if (
+            device is None and self.devices == 1 and entry is not None and entry.level is not None
+            and not entry.failed and _is_exactly(value, entry)
+        ):  # fmt: skip
+            return entry, {0: [value]}
+        return self.pushes([key], [value], device)[0]
+
     def pushes(self, keys: list[Key], values: list[Any], device: int | None) -> list[Push]:
         """The whole call, checked: per entry and device the arrays to be summed."""
         entries = self.known(keys)

@@ -38,6 +38,10 @@ class Handle(Future[Any]):
     _result: Any = None
     _exception: BaseException | None = None
     _observed = False
+    _explain: Callable[[], str] | None = None
+    _parts: Sequence[Handle] = ()
+    _drive: Drive | None = None
+    _on_end: Callable[[Any], object] | None = None
     _watched: threading.Condition | None = None
     _waiters: list[Any]
     _callbacks: list[Callable[[Future[Any]], object]] | None = None
@@ -52,12 +56,17 @@ class Handle(Future[Any]):
         drive: Drive | None = None,
         on_end: Callable[[Handle], object] | None = None,
     ) -> None:  # in place of Future's
-        self.what = what
+        self._what = what
         self._timeout_s = timeout_s
         self._explain = explain
         self._parts = parts
         self._drive = drive
         self._on_end = on_end
+
+    @property
+    def what(self) -> str:
+        """The operation, for people."""
+        return self._what
 
     def __repr__(self) -> str:
         state = "pending" if not self.done() else "failed" if self.exception_now() else "done"
@@ -181,6 +190,8 @@ class Handle(Future[Any]):
 
 def last_of(parts: int, ended: Ended) -> Ended:
     """To be called with the outcome of each of ``parts``; the last one calls ``ended`` with the first error."""
+    if parts == 1:
+        return ended
     left = parts
     first: BaseException | None = None
     lock = threading.Lock()

@@ -10,7 +10,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from functools import partial
 from typing import Any, TypeVar
 
 import engine
@@ -28,6 +27,31 @@ _T = TypeVar("_T")
 _NOTHING: dict[int, list[Array]] = {}  # is pushed
 
 
+class OperationHandle(Handle):
+    """Of an operation on keys. What is only said when something is amiss is put into words then."""
+
+    def __init__(
+        self, operations: Operations, entries: Sequence[Entry], verb: str, explain: Callable[[], str] | None
+    ) -> None:
+        self.entries = entries
+        self._verb = verb
+        self._operations = operations
+        self._timeout_s = operations.timeout_s
+        self._drive = operations.drive
+        self._on_end = operations.on_end
+        self._explain = explain
+
+    @property
+    def what(self) -> str:
+        first, last = self.entries[0].key, self.entries[-1].key
+        if len(self.entries) == 1:
+            return f"{self._verb} of key {first!r}"
+        return f"{self._verb} of {len(self.entries)} keys, {first!r} ... {last!r}"
+
+    def why(self) -> str:
+        return self._operations.explain(self.entries[0]) if self._explain is None else self._explain()
+
+
 class Operations:
     """The pushes and pulls of one store. Thread-safe.
 
@@ -43,6 +67,8 @@ class Operations:
         self._engine = runtime
         self._level = Devices(home, runtime, way)
         self._lists = Lists(home, runtime, way)
+        self.drive = home.drive
+        self.on_end = self._ended  # of every handle
         self._pushes: set[Handle] = set()  # not committed yet
         self._lock = threading.Lock()
 
@@ -65,7 +91,7 @@ class Operations:
             else:
                 if out is None and what == "pushpull":
                     out = own_out(self.entries.get(keys[0]), value)
-                entry, pushed = self.entries.pushes(keys, [value], device)[0]
+                entry, pushed = self.entries.push(keys[0], value, device)
             target = None if what == "push" else self._target(entry, out, device, value, pushed)
             handle, reading = self._move(what, entry, pushed, target, priority, device, samples)
             _wait_for(reading)
@@ -148,7 +174,7 @@ class Operations:
         samples: int | None,
     ) -> tuple[Handle, list[Reading]]:
         """Push ``pushed``, if there is any, pull to ``target``, if there is one, or both."""
-        handle = of_push = self._handle_of(entry, what)
+        handle = of_push = self._handle((entry,), what)
         reading: list[Reading] = []
         try:
             if target is None:
@@ -157,7 +183,7 @@ class Operations:
             elif not pushed:
                 self._level.pull(entry, Request(handle, *target, priority, device))
             else:
-                of_push = self._handle_of(entry, "push")
+                of_push = self._handle((entry,), "push")
                 of_push.observed = True  # the pull's handle fails with it
                 request = Request(handle, *target, priority, device)
                 ended = countdown(of_push, len(pushed))
@@ -302,33 +328,28 @@ class Operations:
 
     # --- handles ------------------------------------------------------------------------------------
 
-    def _handle(self, entries: Sequence[Entry], what: str, explain: Callable[[], str]) -> Handle:
-        named = f"key {entries[0].key!r}"
-        if len(entries) > 1:
-            named = f"{len(entries)} keys, {entries[0].key!r} ... {entries[-1].key!r}"
-        ended = partial(self._ended, entries)
-        handle = Handle(f"{what} of {named}", self.timeout_s, explain, drive=self._home.drive, on_end=ended)
+    def _handle(
+        self, entries: Sequence[Entry], what: str, explain: Callable[[], str] | None = None
+    ) -> OperationHandle:
+        handle = OperationHandle(self, entries, what, explain)
         if what == "push":
             with self._lock:
                 self._pushes.add(handle)
         return handle
 
-    def _ended(self, entries: Sequence[Entry], handle: Handle) -> None:
+    def _ended(self, handle: OperationHandle) -> None:
         if handle in self._pushes:
             with self._lock:
                 self._pushes.discard(handle)
         if handle.exception_now() is not None and not handle.observed:
-            for entry in entries:
+            for entry in handle.entries:
                 with entry.lock:
                     entry.failed.append(handle)
-
-    def _handle_of(self, entry: Entry, what: str) -> Handle:
-        return self._handle((entry,), what, lambda: self._explain(entry))
 
     def _gathered(self, what: str, handles: list[Handle]) -> Handle:
         return gather(f"{what} of {len(handles)} keys", self.timeout_s, handles, self._home.drive)
 
-    def _explain(self, entry: Entry) -> str:
+    def explain(self, entry: Entry) -> str:
         """Why an operation on this key is not done."""
         with entry.lock:
             level = entry.level

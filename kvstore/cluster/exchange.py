@@ -172,7 +172,8 @@ class Arrivals(Source):
         self._waiting: list[_Piece] = []  # come before anybody takes them
         self._take: Callable[[_Piece], None] | None = None
         self._end: Callable[[BaseException | None], None] | None = None
-        self._begun = False  # to copy to where it will be asked for
+        self._claim: engine.Claim | None = None  # of where it will be asked for: it is copied to there already
+        self._outs: Sequence[Array] = ()  # that is
         self._outcome: tuple[BaseException | None] | None = None  # of that
         self._tell: Ended | None = None  # who asked
         self._taken = 0
@@ -210,10 +211,9 @@ class Arrivals(Source):
         with self._lock:
             self._error = error
             self._expected = came
-            ended = self._taken == came
-            end = self._end
-        if ended and end is not None:
-            end(error)
+            ended = self._taken == came and self._end is not None
+        if ended:
+            self._over()
 
     # --- consuming ----------------------------------------------------------------------------
 
@@ -226,7 +226,7 @@ class Arrivals(Source):
         for piece in waiting:
             take(piece)
         if over:
-            end(self._error)
+            self._over()
 
     def _took(self, error: BaseException | None = None) -> None:
         with self._lock:
@@ -234,39 +234,45 @@ class Arrivals(Source):
             self._taken += 1
             ended = self._taken == self._expected
         if ended:
-            assert self._end is not None
-            self._end(self._error)
+            self._over()
+
+    def _over(self) -> None:
+        """No piece will come any more."""
+        end, self._take, self._end = self._end, None, None  # so that this is no cycle, and is freed at once
+        assert end is not None
+        end(self._error)
 
     def begin(self, outs: Sequence[Array], priority: int) -> bool:
         """Copy the pieces to ``outs`` as they come, ahead of :meth:`deliver` if need be.
 
         False: an op is in the way, or they are arrays of a device.
         """
-        claim = self._engine.claim(outs, "pull")
+        self._claim = claim = self._engine.claim(outs, "pull")
         if claim is None:
             return False
-
-        def copy(piece: _Piece) -> None:
-            comm.broadcast(piece.array, outs, self._remote.cut.span(piece.number)[0], large=self._large)
-            self._remote.give_back(piece.number, piece.request_id)
-
-        def over(error: BaseException | None) -> None:
-            claim.end(error)
-            with self._lock:
-                self._outcome, tell = (error,), self._tell
-            if tell is not None:
-                tell(error)
-
-        self._begun = True
+        self._outs = outs
         try:
-            self._consume(self._each(copy, len(outs), priority), over)
+            self._consume(self._each(self._copy, len(outs), priority), self._copied)
         except BaseException as error:
             claim.end(error)
             raise
         return True
 
+    def _copy(self, piece: _Piece) -> None:
+        comm.broadcast(piece.array, self._outs, self._remote.cut.span(piece.number)[0], large=self._large)
+        self._remote.give_back(piece.number, piece.request_id)
+
+    def _copied(self, error: BaseException | None) -> None:
+        """All that was begun."""
+        assert self._claim is not None
+        self._claim.end(error)
+        with self._lock:
+            self._outcome, tell = (error,), self._tell
+        if tell is not None:
+            tell(error)
+
     def deliver(self, outs: Sequence[Array], priority: int, ended: Ended) -> None:
-        if self._begun or self.begin(outs, priority):
+        if self._claim is not None or self.begin(outs, priority):
             with self._lock:
                 self._tell, outcome = ended, self._outcome
             if outcome is not None:
@@ -296,21 +302,18 @@ class Arrivals(Source):
         if CROWDED:
             inline_bytes = CROWDED_INLINE_BYTES
 
-        def copied(piece: _Piece) -> None:
-            try:
-                copy(piece)
-            except Exception as error:
+        def take(piece: _Piece, inline: bool = False) -> None:
+            nbytes = piece.array.nbytes * times
+            if inline or nbytes <= inline_bytes or (piece.place is None and nbytes <= FAR_INLINE_BYTES):
+                error = None
+                try:
+                    copy(piece)
+                except Exception as raised:
+                    error = raised
                 self._took(error)
             else:
-                self._took()
-
-        def take(piece: _Piece) -> None:
-            nbytes = piece.array.nbytes * times
-            if nbytes <= inline_bytes or (piece.place is None and nbytes <= FAR_INLINE_BYTES):
-                copied(piece)
-            else:
                 info = {"key": remote.key, "bytes": nbytes, "piece": piece.number}
-                self._engine.push(lambda: copied(piece), priority=priority, name="deliver", info=info)
+                self._engine.push(partial(take, piece, True), priority=priority, name="deliver", info=info)
 
         return take
 

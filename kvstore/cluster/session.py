@@ -446,7 +446,7 @@ class Session:
             size = 0
             for message, payload in self._requests.outgoing(server, now):
                 frames = () if payload is None else payload if isinstance(payload, tuple) else (payload,)
-                nbytes = sum(memoryview(frame).nbytes for frame in frames)
+                nbytes = sum([memoryview(frame).nbytes for frame in frames])
                 if batch and (size + nbytes > BATCH_BYTES or len(batch) >= 4096):
                     connection.send(envelope(self.sender, batch))
                     batch, size = [], 0

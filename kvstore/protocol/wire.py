@@ -461,7 +461,7 @@ def decode(header: bytes | memoryview, frames: int) -> tuple[Sender, list[tuple[
         messages = [_decode_one(row) for row in fields[5]]
     except (ValueError, TypeError) as error:
         raise ProtocolError(f"a header field: expected {error}") from error
-    expected = sum(count for _, count in messages)
+    expected = sum([count for _, count in messages])
     if frames > FRAMES_MAX or expected != frames:
         raise ProtocolError(f"value frames: the header announces {expected}, {frames} came")
     return sender, messages
@@ -506,7 +506,7 @@ def _decode_one(row: Any) -> tuple[Message, int]:
 def envelope(sender: Sender, messages: Sequence[tuple[Message, Sequence[Any]]]) -> list[Any]:
     """All frames of one ZeroMQ message: the header, then every message's value frames in order."""
     header = encode(sender, [(message, len(payload)) for message, payload in messages])
-    return [header, *(frame for _, payload in messages for frame in payload)]
+    return [header, *[frame for _, payload in messages for frame in payload]]
 
 
 def paired(messages: Iterable[tuple[Message, int]], frames: Sequence[Any]) -> Iterator[tuple[Message, Any]]:
