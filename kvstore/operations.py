@@ -328,9 +328,7 @@ class Operations:
 
     # --- handles ------------------------------------------------------------------------------------
 
-    def _handle(
-        self, entries: Sequence[Entry], what: str, explain: Callable[[], str] | None = None
-    ) -> OperationHandle:
+    def _handle(self, entries: Sequence[Entry], what: str, explain: Callable[[], str] | None = None) -> OperationHandle:
         handle = OperationHandle(self, entries, what, explain)
         if what == "push":
             with self._lock:

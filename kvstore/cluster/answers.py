@@ -29,6 +29,7 @@ from kvstore.protocol.wire import Sender
 from kvstore.stored import Stored
 from kvstore.transport.network import Loop
 
+COPIED_BYTES = 16 << 10  # smaller values are copied into their reply: to lend costs more
 LENT_MAX = 32  # places of a piece that one worker may hold; beyond that it gets frames
 
 
@@ -64,10 +65,20 @@ class Answers:
     def value(self, action: ReplyValue, priority: int, mark: Mark | None) -> None:
         """Send a value, or the place where it lies."""
         stored, request_id = self._work.stored[action.piece], action.request_id
-        with self._lending_lock:
-            near = action.near and self._lending.count(action.piece, action.rank) < LENT_MAX
+        near = action.near
+        if near:
+            with self._lending_lock:
+                near = self._lending.count(action.piece, action.rank) < LENT_MAX
         if near and action.piece not in self._shared:
             self._share(action.piece)
+        if not near and stored.value.nbytes <= COPIED_BYTES:
+
+            def copy() -> Outgoing:
+                elements = stored.value.reshape(-1)[_slice(action.span)]
+                return Value(request_id, action.version, action.staleness), (memoryview(elements.tobytes()),)
+
+            self._after(stored, action.rank, request_id, copy, priority, far=True, mark=mark)
+            return
         reader = Reader(action.rank, self.serving.workers.incarnations[action.rank], request_id)
 
         def make() -> Outgoing:
@@ -127,23 +138,22 @@ class Answers:
                 self._replies.post(rank, message, frames, priority, then, mark)
 
         handle = self._work.do(stored, reply, "reply", priority, (stored.var,), (), far=far)
+        if handle is None:
+            return
 
         def ended(error: BaseException | None) -> None:
             if error is not None:
                 failed = Failed(request_id, *to_wire(error))
                 self._replies.post(rank, failed, (), priority)
 
-        if handle is not None:
-            when_ended(handle, ended)
+        when_ended(handle, ended)
 
     def take_back(self, sender: Sender, message: Push | Fetch) -> None:
         """A request says which of the earlier ones' places its worker still reads."""
         piece_id = (message.key, message.piece)
-        speaker = Reader(sender.rank, sender.incarnation, message.request_id)
         with self._lending_lock:
-            over = self._lending.heard(piece_id, speaker, message.held)
-        stored = self._work.stored.get(piece_id)
-        if stored is not None:
+            over = self._lending.heard(piece_id, sender.rank, sender.incarnation, message.request_id, message.held)
+        if over and (stored := self._work.stored.get(piece_id)) is not None:
             for reader in over:
                 stored.give_back(reader)
 

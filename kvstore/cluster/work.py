@@ -82,8 +82,9 @@ class Work:
         stored = self.stored[action.piece]
         pushes = [_elements(payload) for payload in action.payloads]
         rule: Any = action.rule
-        info = {"key": action.piece[0], "bytes": stored.value.nbytes, "round": action.round}
-        far = all(push.flags.writeable for push in pushes)  # what lies in another process's memory is not
+        far = True
+        for push in pushes:
+            far = far and push.flags.writeable  # what lies in another process's memory is not
         reads: tuple[engine.Var, ...]
         work: Callable[[], None]
         if mark is not None:
@@ -94,7 +95,7 @@ class Work:
         else:
             name, reads = "merge+update", (stored.var,)
             work = partial(stored.update, pushes, rule, action.generation, action.factor)
-        self.do(stored, work, name, priority, reads, (stored.var,), info, far=far)
+        self.do(stored, work, name, priority, reads, (stored.var,), action, far=far)
 
     def _update_and_log(self, stored: Stored, pushes: list[Array], action: Apply, mark: Mark) -> None:
         """An update whose merged payload goes to the replica; it gives the same bits as one without."""
@@ -170,7 +171,7 @@ class Work:
         priority: int,
         reads: tuple[engine.Var, ...],
         writes: tuple[engine.Var, ...],
-        info: dict[str, Any] | None = None,
+        about: Apply | None = None,
         far: bool = False,
     ) -> engine.Handle | None:
         """Do this after what was to be done on the piece before: as an op, or at once and then there is no handle.
@@ -185,6 +186,9 @@ class Work:
                 return None
             except Exception as raised:
                 work = partial(_raise, raised)  # so that those hear of it who would hear of an op's error
+        info = (
+            {"key": about.piece[0], "bytes": stored.value.nbytes, "round": about.round} if about is not None else None
+        )
         return self._engine.push(work, reads, writes, priority, name=name, inline=inline, info=info)
 
 

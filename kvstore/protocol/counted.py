@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from kvstore.consistency import Level
 from kvstore.errors import LimitError
@@ -45,8 +46,7 @@ class Piece:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Ticket:
+class Ticket(NamedTuple):
     """A pull, as the cluster level is asked it."""
 
     rank: int

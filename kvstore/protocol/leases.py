@@ -7,13 +7,13 @@ does no harm: it speaks only of requests that were made before it.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from kvstore.protocol.messages import HELD_MAX
 from kvstore.protocol.pieces import PieceId
-from kvstore.records import record
 
 
-@record
-class Reader:
+class Reader(NamedTuple):
     """A worker that reads the place by which one of its requests was answered."""
 
     rank: int
@@ -60,15 +60,17 @@ class Lending:
         """How many places of the piece the worker reads."""
         return len(self._readers.get((piece, rank), ()))
 
-    def heard(self, piece: PieceId, speaker: Reader, held: tuple[int, ...]) -> list[Reader]:
+    def heard(
+        self, piece: PieceId, rank: int, incarnation: int, request_id: int, held: tuple[int, ...]
+    ) -> list[Reader]:
         """A request for the piece has come. Returns the readers that have finished."""
-        readers = self._readers.get((piece, speaker.rank))
+        readers = self._readers.get((piece, rank))
         if not readers:
             return []
-        made = (speaker.incarnation, speaker.request_id)
+        made = (incarnation, request_id)
         over = [r for r in readers if (r.incarnation, r.request_id) < made and r.request_id not in held]
         if over:
-            self._readers[piece, speaker.rank] = [reader for reader in readers if reader not in over]
+            self._readers[piece, rank] = [reader for reader in readers if reader not in over]
         return over
 
     def gone(self, rank: int, incarnation: int) -> list[tuple[PieceId, Reader]]:

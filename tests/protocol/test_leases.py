@@ -20,7 +20,7 @@ def test_what_is_read_is_lent(seed):
     network: list[tuple[int, bool, tuple[int, ...]]] = []
 
     def hear(request_id, near, held):
-        for reader in lending.heard("piece", Reader(0, 1, request_id), held):
+        for reader in lending.heard("piece", 0, 1, request_id, held):
             lent.discard(reader.request_id)
         if near and request_id in unanswered and rng.random() < 0.7:  # else it waits for its round
             lending.lend("piece", Reader(0, 1, request_id))
@@ -57,9 +57,9 @@ def test_a_newer_life_of_a_rank_reads_nothing_of_the_older():
     lending = Lending()
     old = Reader(0, 1, 50)
     lending.lend("piece", old)
-    assert lending.heard("other piece", Reader(0, 2, 1), ()) == []
-    assert lending.heard("piece", Reader(1, 2, 1), ()) == []
-    assert lending.heard("piece", Reader(0, 2, 1), ()) == [old]
+    assert lending.heard("other piece", 0, 2, 1, ()) == []
+    assert lending.heard("piece", 1, 2, 1, ()) == []
+    assert lending.heard("piece", 0, 2, 1, ()) == [old]
 
 
 def test_who_is_gone_reads_nothing():
