@@ -5,6 +5,7 @@ Whatever a peer sends is compared here with what it should be, before the core o
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -72,6 +73,7 @@ def _one_frame(message: Init | Push | Updated, expected: int, dtype: np.dtype[An
     return array
 
 
+@lru_cache(maxsize=65536)
 def _form(spec: Spec, number: int) -> tuple[np.dtype[Any], int]:
     """The dtype of a piece and its size in bytes; -1 if there is no such piece."""
     kind, cut = dtype_named(spec.dtype), spec.cut

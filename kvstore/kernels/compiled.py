@@ -19,7 +19,8 @@ from kvstore.kernels.dispatch import Forms, by_memory
 from kvstore.kernels.loader import LOADER
 from kvstore.kernels.reference import HALVES, Array, Change, States
 
-TINY = 512  # elements: to find fewer takes longer than NumPy takes to add them, if they are two or have dimensions
+TINY = 512  # elements: to find fewer takes longer than NumPy takes to add them, if they have dimensions
+PAIR = 16 << 10  # the same for two arrays, which NumPy adds in one pass as well
 
 NONTEMPORAL_BYTES = 1 << 20  # smaller arrays stay in the caches for whoever reads them; as in ``jitted.py``
 
@@ -66,7 +67,7 @@ def wait(timeout: float | None = None) -> bool:
 def merge(arrays: Sequence[Array], out: Array) -> None:
     """See :func:`kvstore.kernels.reference.merge`."""
     seen, count = _SEEN.get(out.dtype), len(arrays)
-    tiny = out.size < TINY and (count == 2 or out.ndim != 1) and seen not in _HALVES_SEEN
+    tiny = out.size < (PAIR if count == 2 else TINY if out.ndim != 1 else 0) and seen not in _HALVES_SEEN
     if seen is not None and count > 1 and not tiny and out.flags.c_contiguous:
         kernel = LOADER["merge", seen, seen]
         if kernel is not None and (pushes := _pushes(arrays, seen)) is not None:

@@ -99,20 +99,21 @@ _HEADS = [_head(frames) for frames in range(FRAMES_MAX + 1)]
 
 def _frames(packet: bytes) -> Frames:
     """What :meth:`Line.send` was given."""
-    count = int.from_bytes(packet[:4], "little")
+    count = packet[0]
     if not 1 <= count <= FRAMES_MAX or len(packet) < _HEADS[count].size:
         raise ConnectionError(f"a line's packet: expected 1 to {FRAMES_MAX} frames, got {len(packet)} other bytes")
     start = _HEADS[count].size
-    _, header_bytes, *sizes = _HEADS[count].unpack_from(packet)
-    if start + sum(map(_padded, sizes)) + header_bytes != len(packet):
+    said, header_bytes, *sizes = _HEADS[count].unpack_from(packet)
+    view = memoryview(packet)
+    frames: Frames = [b""]
+    for size in sizes:
+        frames.append(view[start : start + size])
+        start += size + -size % ALIGNMENT
+    if said != count or start + header_bytes != len(packet):
         raise ConnectionError(
             f"a line's packet: expected frames of {sizes} and {header_bytes}, got {len(packet)} bytes"
         )
-    view = memoryview(packet)
-    frames: Frames = [view[len(packet) - header_bytes :]]
-    for size in sizes:
-        frames.append(view[start : start + size])
-        start += _padded(size)
+    frames[0] = view[start:]
     return frames
 
 
