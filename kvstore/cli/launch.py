@@ -39,10 +39,13 @@ def run_cluster(
     try:
         return _run(supervisor, workers, servers, replication, command, grace_s, checkpoints or {}, keys)
     finally:
-        daemons = [child for child in supervisor.children if child.name.startswith(("scheduler", "server"))]
-        workers_left = [child for child in supervisor.children if child not in daemons]
+        schedulers, servers_left, workers_left = (
+            [child for child in supervisor.children if child.name.startswith(role)]
+            for role in ("scheduler", "server", "worker")
+        )
         supervisor.stop(workers_left, grace_s)
-        supervisor.stop(daemons, grace_s, signal.SIGINT)  # nobody is left to hand anything over to
+        supervisor.stop(servers_left, grace_s, signal.SIGINT)  # nobody is left to hand anything over to
+        supervisor.stop(schedulers, grace_s, signal.SIGINT)  # last: a server that leaves waits for its answer
         for number, handler in before.items():
             signal.signal(number, handler)
 
