@@ -186,9 +186,9 @@ class Work:
                 return None
             except Exception as raised:
                 work = partial(_raise, raised)  # so that those hear of it who would hear of an op's error
-        info = (
-            {"key": about.piece[0], "bytes": stored.value.nbytes, "round": about.round} if about is not None else None
-        )
+        info = None
+        if about is not None:
+            info = {"key": about.piece[0], "bytes": stored.value.nbytes, "round": about.round}
         return self._engine.push(work, reads, writes, priority, name=name, inline=inline, info=info)
 
 

@@ -22,9 +22,7 @@ from typing import Any
 
 from kvstore.transport.reactor import Reactor
 
-PACKET_BYTES_MAX = (
-    96 << 10
-)  # with what is beside the frames; for larger messages ZeroMQ, which copies in the background, is no worse
+PACKET_BYTES_MAX = 96 << 10  # with what is beside the frames; ZeroMQ, which copies in the background, is no worse above
 FRAMES_MAX = 64
 WAITING_MAX = 64  # lines that have yet to say whose they are
 ALIGNMENT = 16  # of the value frames in a packet: kernels want aligned arrays
