@@ -332,7 +332,7 @@ def _gpu_name() -> str:
 
 def memory(options: Options) -> list[Step]:
     """What a round needs beside time."""
-    size = options.some(1 << 20, 64 << 20)[-1]
+    size = options.some(1 << 20, 256 << 20)[-1]
     smaller = min(size, 16 << 20)
     many_workers, rounds = (3, (5, 10)) if options.quick else (8, (100, 1_000))
     own = {"shared memory": KVSTORE, "tcp": TCP}
