@@ -218,7 +218,11 @@ def _optimizer(plain: Callable[..., None]) -> Callable[..., None]:
             plain(change, states, *numbers)
             return
         _, to_locate, nothing, as_they_are = found
-        own = [nothing if state is None else state for state in states]
+        own: Sequence[Array] = states  # type: ignore[assignment]
+        for state in states:
+            if state is None:
+                own = [nothing if state is None else state for state in states]
+                break
         locate = None if len(pushes) == 1 else LOADER[to_locate]
         if target.ndim != 1 or not as_they_are or (locate is None and len(pushes) > 1):
             flat(code, change, states, own, numbers)
@@ -230,7 +234,7 @@ def _optimizer(plain: Callable[..., None]) -> Callable[..., None]:
             flat(code, change, states, own, numbers)
 
     def flat(
-        code: Callable[..., Any], change: Change, states: States, own: list[Array], numbers: tuple[float, ...]
+        code: Callable[..., Any], change: Change, states: States, own: Sequence[Array], numbers: tuple[float, ...]
     ) -> None:
         value, target, pushes, scale, clip = change
         taken = _pushes(pushes, _SEEN[pushes[0].dtype])

@@ -34,6 +34,7 @@ LANES = 1024  # as in the reference; divides both
 
 LINE = 64  # bytes that the caches handle as one
 STEPS = 256  # elements of a block of int8, as in formats.py; that of 1bit is BLOCK
+FEW = 64  # elements that are sorted by insertion
 DIGIT = 11  # bits that are sorted by at one time
 DIGITS = np.uint64((1 << DIGIT) - 1)
 STREAMED = 1 << 20  # bytes: smaller copies stay in the caches for whoever reads them
@@ -660,8 +661,20 @@ def scatter_add(target: Any, row_ids: Any, rows: Any) -> None:
             to[j] += more[j]
 
 
+@inlined
+def _different(row_ids: Any, positions: Any) -> Any:
+    """How many ids there are, sorted by these positions."""
+    different = 1
+    for i in range(1, positions.size):
+        different += row_ids[positions[i - 1]] != row_ids[positions[i]]
+    return different
+
+
 def order(row_ids: Any, positions: Any) -> Any:
-    """The positions that sort them, equal ones in their order; returns how many are different. By 11 bits at a time."""
+    """The positions that sort them, equal ones in their order; returns how many are different.
+
+    A few are inserted one by one, more are sorted by 11 bits at a time.
+    """
     size, low, high, ascending = row_ids.size, row_ids[0], row_ids[0], True
     for i in range(size):
         positions[i] = i
@@ -669,6 +682,14 @@ def order(row_ids: Any, positions: Any) -> Any:
         ascending &= i == 0 or row_ids[i - 1] < row_ids[i]
     if ascending:
         return size
+    if size <= FEW:
+        for i in range(1, size):
+            at, row = i, row_ids[i]
+            while at > 0 and row_ids[positions[at - 1]] > row:
+                positions[at] = positions[at - 1]
+                at -= 1
+            positions[at] = i
+        return _different(row_ids, positions)
     keys, new_keys, new_positions = np.empty(size, np.uint64), np.empty(size, np.uint64), np.empty(size, np.int64)
     for i in range(size):
         keys[i] = np.uint64(row_ids[i]) - np.uint64(low)  # wraps to what it should be
@@ -690,10 +711,7 @@ def order(row_ids: Any, positions: Any) -> Any:
             begin[digit] = at + 1
         keys, new_keys = new_keys, keys
         positions[:], shift, left = new_positions, shift + np.uint64(DIGIT), left >> np.uint64(DIGIT)
-    different = 1
-    for i in range(1, size):
-        different += keys[i - 1] != keys[i]
-    return different
+    return _different(row_ids, positions)
 
 
 def deduplicate(row_ids: Any, positions: Any, rows: Any, ids: Any, sums: Any) -> None:
