@@ -3,12 +3,13 @@
 To hand work to another thread costs tens of microseconds, and a Python thread more only helps while
 ops leave the GIL alone. So a second thread has to pay:
 
-* A ready op wakes a thread if none of its lane is awake. Another one is woken if the op that ended last,
-  or the one running now, takes long (``LONG_S``).
+* A ready op wakes a thread if none of its lane is awake. Another one is woken if two of the ops that ended last,
+  or the one running now, took long (``LONG_S``).
 * A thread with a short op behind it goes to sleep if another has started one meanwhile: they would only
   pass the GIL to and fro.
 * Nobody knows whether a running op ever ends. So while there are ready ops and threads asleep,
-  a monitor looks every ``LOOK_S``, and wakes another if no op has been started since the last look.
+  a monitor looks every ``LOOK_S`` (less often, if all goes well), and wakes another if no op has been started since the
+  last look.
 
 Two threads lend a hand: one that waits for a ready op runs it itself, and one that waits for all ops
 runs what is ready as if it were of the lane. A thread that waits inside an op lends
@@ -28,7 +29,10 @@ from engine.scheduler import DONE, READY, RUNNING, Op
 
 LONG_S = 100e-6  # worth a thread of its own: a hand-over and the way back
 LOOK_S = 5e-3  # the GIL's switch interval: in less a runnable thread need not have come to run
+LOOK_S_MAX = 20e-3  # while ops are started all the time: whoever looks takes the GIL from them
 LOOKS = 4  # without a reason, then the monitor goes to sleep
+RECENT = 0xFF  # eight ops
+CROWD = 2  # ready ops: for the next one, nobody looks how long the running op has taken but the monitor
 IDLE_S = 30.0  # a thread with nothing to do for so long ends
 
 
@@ -49,10 +53,16 @@ class _Lane:
         self.started = 0  # ops
         self.started_at = 0.0  # the last of them
         self.seen = 0  # ``started`` when the monitor last looked
-        self.long = True  # the op that ended last was
+        self.recent = RECENT  # of the ops that ended last, a bit each: did it take long?
+        self.long = True  # did two of them?
 
     def __repr__(self) -> str:
         return f"<_Lane {self.name}: {self.awake} threads awake, {self.asleep} asleep, {self.ready.count} ready>"
+
+    def took(self, long: bool) -> None:
+        """An op has ended. One that took long among many that did not has waited for the GIL."""
+        self.recent = recent = (self.recent << 1 | long) & RECENT
+        self.long = recent & (recent - 1) != 0
 
     def start(self, op: Op, now: float) -> None:
         """The thread at hand is to run ``op``."""
@@ -96,6 +106,8 @@ class ThreadedEngine(Engine):
     def _dispatch(self, op: Op) -> None:
         lane = self._enqueue(op)
         if lane.awake < lane.size and not self._here.bulks:
+            if lane.ready.count > CROWD and self._monitor.active and lane.awake and not lane.long:
+                return  # as was found for those before it
             self._attend(lane)
 
     def _enqueue(self, op: Op) -> _Lane:
@@ -227,8 +239,9 @@ class ThreadedEngine(Engine):
             if not lock.attempt(False):  # as `with` does, in less time
                 lock.wait()
             try:
-                lane.long = now - op.started_at > LONG_S
-                worker.short = not lane.long
+                took_long = now - op.started_at > LONG_S
+                worker.short = not took_long
+                lane.took(took_long)
                 if op.state == DONE:  # given up meanwhile
                     outcome = None
                 elif outcome is not None:
@@ -299,18 +312,22 @@ class _Monitor:
         self._changed.notify()
 
     def _watch(self) -> None:
-        engine, quiet = self._engine, 0
+        engine, quiet, pause_s = self._engine, 0, LOOK_S
         with engine._lock:
             while True:
-                self._changed.wait(LOOK_S)
+                self._changed.wait(pause_s)
                 quiet += 1
+                moving = False
                 for lane in engine._lanes.values():
                     if lane.ready.count and lane.awake < lane.size:
                         quiet = 0
-                        if lane.started == lane.seen and not lane.called:
-                            lane.long = True
+                        if lane.started != lane.seen:
+                            moving = True
+                        elif not lane.called:
+                            lane.recent, lane.long = RECENT, True
                             engine._wake(lane)
                     lane.seen = lane.started
+                pause_s = min(2 * pause_s, LOOK_S_MAX) if moving else LOOK_S
                 if quiet > LOOKS:
                     self.active = False
                     if not engine._retiring:
