@@ -1,6 +1,6 @@
 """The limit of the transport: a bare pyzmq loop that moves the same bytes and does nothing with them.
 
-Clients send their bytes in pieces without copies; the server sends each piece back to all once it has come
+Clients send their bytes without copies, in pieces as those of a value of ours; the server sends each piece back to all once it has come
 from all. ``python -m kvstore.bench.zmq_loop server|client ...``; started by :mod:`kvstore.bench.systems`.
 """
 
@@ -15,8 +15,8 @@ import numpy as np
 import zmq
 
 from kvstore.bench.apart.member import Member, Round
+from kvstore.protocol.pieces import Cut
 
-PIECE_BYTES = 4 << 20
 TIMEOUT_MS = 60_000
 
 
@@ -39,7 +39,8 @@ def client_round(dealer: zmq.Socket[bytes], case: dict[str, Any]) -> Round:
     """All bytes there and back."""
     total = sum(4 * int(np.prod(shape)) for shape in case["shapes"])
     data = np.ones(total, np.uint8)
-    pieces = [data.data[at : at + PIECE_BYTES] for at in range(0, total, PIECE_BYTES)]
+    cut = Cut.of(total, 1)
+    pieces = [data.data[slice(*cut.span(piece))] for piece in range(len(cut))]
     received: list[int] = []
 
     def once() -> None:
