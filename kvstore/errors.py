@@ -13,6 +13,7 @@ The first level below the root answers *whose fault it is*::
     │   ├── ReadOnlyError          (ValueError)  an ``out`` that cannot be written
     │   ├── OptionError            (ValueError)  an unknown or ill-formed option, model or address
     │   ├── OptimizerError         (ValueError)  an unknown optimizer or hyperparameter, or a second one
+    │   ├── BrokenRoundError       (RuntimeError) an earlier push of the key failed half-way: its rounds are over here
     │   └── ClosedError            (RuntimeError) the store is closed or belongs to another process, or left
     ├── PeerError                  another process of the cluster is at fault, or has failed
     │   ├── DisagreementError      workers (or worker and server) differ; shows both sides
@@ -82,6 +83,13 @@ class OptionError(CallerError, ValueError):
 
 class OptimizerError(CallerError, ValueError):
     """An unknown optimizer or hyperparameter, or a second, different optimizer."""
+
+
+class BrokenRoundError(CallerError, RuntimeError):
+    """An earlier push of the key failed when some of it had been sent: this worker has no part in its rounds any more.
+
+    The servers wait for the rest of that round. To go on, close the store and join again, or load a checkpoint.
+    """
 
 
 class ClosedError(CallerError, RuntimeError):

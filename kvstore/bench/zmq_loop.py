@@ -1,7 +1,8 @@
 """The limit of the transport: a bare pyzmq loop that moves the same bytes and does nothing with them.
 
-Clients send their bytes without copies, in pieces as those of a value of ours; the server sends each piece back to all once it has come
-from all. ``python -m kvstore.bench.zmq_loop server|client ...``; started by :mod:`kvstore.bench.systems`.
+Clients send their bytes without copies, in pieces as those of a value of ours; the server sends each piece back to all
+once it has come from all. ``python -m kvstore.bench.zmq_loop server|client ...``; started by
+:mod:`kvstore.bench.systems`.
 """
 
 from __future__ import annotations

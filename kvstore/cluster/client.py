@@ -252,7 +252,7 @@ class ClusterHome(Home):
         sent: Array = flat
 
         def submit() -> None:
-            remote.round += 1
+            exchange.count()
             is_pull = arrivals is not None
             self._stage_and_send(exchange, unwritten, sent, is_pull, gradient.priority, gradient.samples)
 
@@ -311,7 +311,7 @@ class ClusterHome(Home):
         """Send these pieces, unless something is amiss with those before."""
         if exchange.is_next(some[0]):
             if not some[0]:
-                exchange.remote.round += 1
+                exchange.count()
             self._send(exchange, flat, some, pull, priority, samples)
 
     def _stage_and_send(
@@ -396,9 +396,17 @@ class ClusterHome(Home):
                 if not isinstance(error, Exception):  # Ctrl-C
                     raise
             return True
+
+        def attempt() -> None:
+            try:
+                submit()
+            except BaseException as error:
+                exchange.give_up(error)  # before the next op in this order counts its round
+                raise
+
         push = runtime.push_if_free if if_free else runtime.push
         handle = push(
-            submit, reads=reads, writes=[order], priority=priority, lane=lane, name=f"{name} {remote.key!r}",
+            attempt, reads=reads, writes=[order], priority=priority, lane=lane, name=f"{name} {remote.key!r}",
             inline=True, info={"bytes": nbytes},
         )  # fmt: skip
         if handle is None:

@@ -22,7 +22,7 @@ from kvstore.cluster.near import NEAR_BYTES, Arena, Neighbourhood
 from kvstore.cluster.session import OnOutcome, Session
 from kvstore.cluster.staging import Slot, Staging
 from kvstore.delivery import Delivery, apart
-from kvstore.errors import KVStoreError
+from kvstore.errors import BrokenRoundError, KVStoreError
 from kvstore.handle import Ended
 from kvstore.home import Held, Source
 from kvstore.protocol.dividing import Division
@@ -63,6 +63,7 @@ class Remote:
     divided: bool = False  # since it last began: its keys are on their way one by one
     impatient: bool = False  # since then: somebody waits for its open requests, so that it will soon be divided
     round: int = 0  # pushes handed over, as far as it is counted by itself
+    broken: BaseException | None = None  # what stopped a push after some of its pieces had been sent
     open: dict[int, int] = field(default_factory=dict)  # request id -> server
     lock: threading.Lock = field(default_factory=threading.Lock)
     _staging: Staging | None = None
@@ -367,9 +368,17 @@ class Exchange:
     Args:
         arrivals: where the pieces of a pull go; None for a push alone.
         ended: called when every piece has: a push is committed then; None for a pull alone.
+
+    Raises:
+        BrokenRoundError: an earlier push of the key was sent in part only.
     """
 
     def __init__(self, session: Session, remote: Remote, arrivals: Arrivals | None, ended: Ended | None) -> None:
+        if remote.broken is not None:
+            raise BrokenRoundError(
+                f"key {remote.key!r}: expected whole rounds; of round {remote.round} this worker has sent a part only, "
+                f"as its push failed: {remote.broken!r}"
+            ) from remote.broken
         self._session = session
         self.remote = remote
         self.counted = remote.counted
@@ -377,6 +386,7 @@ class Exchange:
         self._arrivals = arrivals
         self._tell = ended
         self._sent = 0  # pieces handed to the session, in their order; all of them if the rest never will be
+        self._is_round = False
         self._left = remote.pieces
         self._came = 0
         self._error: BaseException | None = None
@@ -428,6 +438,11 @@ class Exchange:
         if concluded is not None:
             self(concluded)
 
+    def count(self) -> None:
+        """A push is its key's next round."""
+        self.remote.round += 1
+        self._is_round = True
+
     def is_next(self, piece: int) -> bool:
         """Is this the piece to be sent now? Not if one before it failed, or all have been given up."""
         return self._sent == piece
@@ -452,12 +467,17 @@ class Exchange:
             raise
 
     def give_up(self, error: BaseException) -> None:
-        """What has not been sent will not be."""
-        pieces = self.remote.pieces
+        """What has not been sent will not be. A round of which nothing has been is none; a part of one is for good."""
+        remote = self.remote
         with self._lock:
-            unsent, self._sent = pieces - self._sent, pieces
-        if unsent:
-            self._ended(unsent, error)
+            sent, self._sent = self._sent, remote.pieces
+        if sent == remote.pieces:
+            return
+        if self._is_round and sent:
+            remote.broken = error
+        elif self._is_round:
+            remote.round -= 1
+        self._ended(remote.pieces - sent, error)
 
     def _ended(self, pieces: int, error: BaseException | None) -> None:
         with self._lock:

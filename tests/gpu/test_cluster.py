@@ -25,6 +25,7 @@ from kvstore.cluster import client, near
 from kvstore.cluster.exchange import Exchange
 from kvstore.delivery import Delivery
 from kvstore.testing import Cluster as Laboratory
+from tests.cluster.test_broken_rounds import fail_merge
 from tests.cluster.test_priority import THREADS, merges_after_urgent
 from tests.clusters import cluster
 from tests.gpu import simulated
@@ -590,24 +591,13 @@ def test_what_a_device_has_not_read_is_not_given_back(cupy, monkeypatch, shared,
 # --- errors and memory --------------------------------------------------------------------------------
 
 
-def fail_next_merge(monkeypatch, error):
-    merge, errors = comm.merge, [error]
-
-    def merge_or_fail(arrays, out, *how, **options):
-        if errors:
-            raise errors.pop()
-        merge(arrays, out, *how, **options)
-
-    monkeypatch.setattr(comm, "merge", merge_or_fail)
-
-
 def test_an_error_before_anything_is_sent_costs_that_push_only(cupy, monkeypatch):
     place = Gpus(cupy)
 
     def work(kv):
         kv.init("w", np.zeros(PARTS, np.float32))
         given = place.array(np.ones(PARTS, np.float32), 0)
-        fail_next_merge(monkeypatch, MemoryError("no room to merge"))
+        fail_merge(monkeypatch, MemoryError("no room to merge"))
         failed = kv.pushpull("w", given, out=place.array(np.zeros(PARTS, np.float32), 0))
         with pytest.raises(MemoryError, match="no room"):
             failed.result()
@@ -617,6 +607,24 @@ def test_an_error_before_anything_is_sent_costs_that_push_only(cupy, monkeypatch
 
     with cluster(1) as running:
         assert running.run(work) == [(1, [False])]
+
+
+def test_an_error_when_a_part_has_been_sent_ends_the_rounds_of_that_key(cupy, monkeypatch):
+    place = Gpus(cupy)
+
+    def work(kv):
+        kv.init(["w", "other"], [np.zeros(PARTS, np.float32)] * 2)
+        assert kv._home._remotes["w"].pieces == 2
+        given = place.array(np.ones(PARTS, np.float32), 0)
+        fail_merge(monkeypatch, MemoryError("no room to merge"), after=1)
+        with pytest.raises(MemoryError, match="no room"):
+            kv.push("w", given).result()
+        with pytest.raises(kvstore.BrokenRoundError, match="round 1"):
+            kv.push("w", given)
+        return float(place.numpy(kv.pushpull("other", given).result()).min())
+
+    with cluster(1) as running:
+        assert running.run(work) == [1]
 
 
 def test_an_error_of_the_device_reaches_the_handle():
@@ -647,7 +655,7 @@ def test_an_interrupted_push_costs_that_push_only(cupy, monkeypatch):
     def work(kv):
         kv.init("w", np.zeros(PARTS, np.float32))
         given = place.array(np.ones(PARTS, np.float32), 0)
-        fail_next_merge(monkeypatch, KeyboardInterrupt())
+        fail_merge(monkeypatch, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
             kv.pushpull("w", given)
         return float(place.numpy(kv.pushpull("w", given).result()).min())
