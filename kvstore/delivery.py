@@ -70,17 +70,18 @@ class Delivery:
         self._begin = begin
         self._tell = ended
         self._begun: list[tuple[engine.Completion, Target, bool]] = []  # and whether it is on devices
+        self._error: BaseException | None = None  # of an op that has ended before all had begun
         self._read: deque[_Read] = deque()  # by devices, as they go on
         self._lock = threading.Lock()
         targets = [(target, target is on_devices) for target in (on_devices, on_host) if target is not None]
         self._to_begin = len(targets)
-        one_ended = last_of(len(targets), self._ended)
+        self._one_over = last_of(len(targets), self._ended)
         for target, is_there in targets:
             op = runtime.push_async(
                 partial(self._one_began, target, is_there), writes=target.writes, priority=priority,
                 lane="copy" if is_there else None, name="pull", inline=True, lent=True,
             )  # fmt: skip
-            when_ended(op, one_ended)
+            when_ended(op, self._one_ended)
 
     def __repr__(self) -> str:
         return f"<Delivery: {self._to_begin} ops have to begin, {len(self._read)} copies under way>"
@@ -153,16 +154,33 @@ class Delivery:
 
     def _one_began(self, target: Target, is_there: bool, completion: engine.Completion) -> None:
         with self._lock:
-            # The host's first, which are copied at once: from then on only a device reads.
-            self._begun.insert(len(self._begun) if is_there else 0, (completion, target, is_there))
-            self._to_begin -= 1
-            if self._to_begin:
-                return
+            failed = self._error
+            if failed is None:
+                # The host's first, which are copied at once: from then on only a device reads.
+                self._begun.insert(len(self._begun) if is_there else 0, (completion, target, is_there))
+                self._to_begin -= 1
+                if self._to_begin:
+                    return
+        if failed is not None:
+            completion.set_exception(failed)
+            return
         try:
             self._begin(self)
         except BaseException as error:
             self.end(error)
             raise
+
+    def _one_ended(self, error: BaseException | None) -> None:
+        """One of the ops has. If it has never begun, the other shall not wait for it."""
+        waiting: list[tuple[engine.Completion, Target, bool]] = []
+        with self._lock:
+            if error is not None and self._to_begin:
+                self._error = self._error or error
+                waiting, self._begun = self._begun, []
+        for completion, *_ in waiting:
+            assert error is not None
+            completion.set_exception(error)
+        self._one_over(error)
 
     def _ended(self, error: BaseException | None) -> None:
         with self._lock:

@@ -99,6 +99,34 @@ def test_an_error_ends_it_once(runtime, places, when):
         runtime.wait(outs[0], timeout=LIMIT_S)
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_what_gets_no_stream_ends_it(runtime, monkeypatch, late):
+    outs = [array(place, np.zeros(10, np.float32)) for place in ("first", "host")]
+    ended, errors, before = threading.Event(), [], []
+
+    def tell(error):
+        errors.append(error)
+        ended.set()
+
+    def no_stream(op):
+        raise MemoryError("no stream")
+
+    if late:  # the host's op has begun by then
+        runtime.push_async(before.append, writes=outs[:1], inline=True)
+    else:
+        monkeypatch.setattr(runtime._streams_in_use, "_enter", no_stream)
+    Delivery(runtime, *apart(outs), 0, lambda delivery: pytest.fail("there is nothing to begin"), tell)
+    if late:
+        monkeypatch.setattr(runtime._streams_in_use, "_enter", no_stream)
+        before[0].set_result(None)
+    assert ended.wait(LIMIT_S)
+    monkeypatch.undo()
+    assert [str(error) for error in errors] == ["no stream"]
+    for out in outs:
+        with pytest.raises(MemoryError, match="no stream"):
+            runtime.wait(out, timeout=LIMIT_S)
+
+
 @pytest.mark.parametrize("type", ["local", "device"])
 @pytest.mark.parametrize("size", [7, 100_000])
 def test_a_pull_that_waits_for_other_devices(cupy, type, size):
