@@ -317,17 +317,18 @@ class _Monitor:
             while True:
                 self._changed.wait(pause_s)
                 quiet += 1
-                moving = False
+                moving, stuck = False, False
                 for lane in engine._lanes.values():
                     if lane.ready.count and lane.awake < lane.size:
                         quiet = 0
                         if lane.started != lane.seen:
                             moving = True
                         elif not lane.called:
+                            stuck = True
                             lane.recent, lane.long = RECENT, True
                             engine._wake(lane)
                     lane.seen = lane.started
-                pause_s = min(2 * pause_s, LOOK_S_MAX) if moving else LOOK_S
+                pause_s = min(2 * pause_s, LOOK_S_MAX) if moving and not stuck else LOOK_S
                 if quiet > LOOKS:
                     self.active = False
                     if not engine._retiring:

@@ -19,7 +19,7 @@ import numpy as np
 import engine
 from kvstore import comm
 from kvstore.arrays import HOST, Array, gpu, memory_of, to_host
-from kvstore.handle import Ended, last_of, when_ended
+from kvstore.handle import Ended, when_ended
 from kvstore.home import Held
 
 UNPINNED_BYTES = 64 << 10  # up to this size CUDA itself puts by what it is to copy
@@ -49,6 +49,12 @@ def _target(outs: Sequence[Array]) -> Target:
     return Target(outs, lambda source, start, large: comm.broadcast(source, outs, start, large=large))
 
 
+def let_go(held: Held | BaseException) -> None:
+    """Nobody wants the value that has come."""
+    if isinstance(held, Held):
+        held.give_back()
+
+
 class Delivery:
     """One value's, all of it or piece by piece. Thread-safe.
 
@@ -56,6 +62,7 @@ class Delivery:
         on_host, on_devices: where it goes; one of them at least.
         begin: called with this when they may be written.
         ended: called once, when they have been, by devices too.
+        unwanted: called in place of ``begin`` when that will never be.
     """
 
     def __init__(
@@ -66,16 +73,18 @@ class Delivery:
         priority: int,
         begin: Callable[[Delivery], None],
         ended: Ended,
+        unwanted: Callable[[], None] = _nothing,
     ) -> None:
         self._begin = begin
         self._tell = ended
+        self._unwanted = unwanted
         self._begun: list[tuple[engine.Completion, Target, bool]] = []  # and whether it is on devices
         self._error: BaseException | None = None  # of an op that has ended before all had begun
         self._read: deque[_Read] = deque()  # by devices, as they go on
         self._lock = threading.Lock()
         targets = [(target, target is on_devices) for target in (on_devices, on_host) if target is not None]
         self._to_begin = len(targets)
-        self._one_over = last_of(len(targets), self._ended)
+        self._left = len(targets)
         for target, is_there in targets:
             op = runtime.push_async(
                 partial(self._one_began, target, is_there), writes=target.writes, priority=priority,
@@ -171,16 +180,22 @@ class Delivery:
             raise
 
     def _one_ended(self, error: BaseException | None) -> None:
-        """One of the ops has. If it has never begun, the other shall not wait for it."""
+        """One of the ops has. If it has never begun, the other shall not wait for it, nor anybody for the value."""
         waiting: list[tuple[engine.Completion, Target, bool]] = []
         with self._lock:
-            if error is not None and self._to_begin:
-                self._error = self._error or error
+            begins_never = error is not None and self._error is None and self._to_begin > 0
+            self._error = self._error or error
+            if begins_never:
                 waiting, self._begun = self._begun, []
-        for completion, *_ in waiting:
-            assert error is not None
-            completion.set_exception(error)
-        self._one_over(error)
+        if error is not None and begins_never:
+            self._unwanted()
+            for completion, *_ in waiting:
+                completion.set_exception(error)
+        with self._lock:
+            self._left -= 1
+            if self._left:
+                return
+        self._ended(self._error)
 
     def _ended(self, error: BaseException | None) -> None:
         with self._lock:

@@ -22,7 +22,7 @@ import engine
 from kvstore import comm
 from kvstore.arrays import HOST, Array, empty, memory_of
 from kvstore.consistency import Answer, Level, Model, Pull, Update
-from kvstore.delivery import Delivery, apart
+from kvstore.delivery import Delivery, apart, let_go
 from kvstore.errors import CallerError, KVStoreError
 from kvstore.handle import Ended, Handle
 from kvstore.home import Gradient, Held, Home, Reading, Source
@@ -174,7 +174,7 @@ class _Delayed(Source):
                 info = {"key": self._key}
                 self._engine.push(lambda: delivery.write_held(held), priority=priority, name="deliver", info=info)
 
-        Delivery(self._engine, *apart(outs), priority, begin, ended)
+        Delivery(self._engine, *apart(outs), priority, begin, ended, lambda: self.hold(let_go))
 
 
 class _Answering:

@@ -88,7 +88,7 @@ class OptimizerError(CallerError, ValueError):
 class BrokenRoundError(CallerError, RuntimeError):
     """An earlier push of the key failed when some of it had been sent: this worker has no part in its rounds any more.
 
-    The servers wait for the rest of that round. To go on, close the store and join again, or load a checkpoint.
+    The servers wait for the rest of that round. Close the store: the others go on without this worker then.
     """
 
 

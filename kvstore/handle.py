@@ -165,6 +165,11 @@ class Handle(Future[Any]):
         """The error so far; does not wait and does not count as looking."""
         return self._exception
 
+    def _has_ended(self) -> None:
+        """It is finished now; before callbacks are called."""
+        if self._on_end is not None:
+            self._on_end(self)
+
     def finish(self, result: Any, error: BaseException | None = None) -> None:
         """Called by the store; the first call counts."""
         with self._lock:
@@ -179,8 +184,7 @@ class Handle(Future[Any]):
                 for waiter in self._waiters:
                     waiter.add_result(self) if error is None else waiter.add_exception(self)
                 watched.notify_all()
-        if self._on_end is not None:
-            self._on_end(self)
+        self._has_ended()
         for tell in callbacks or ():
             try:
                 tell(self)

@@ -24,7 +24,7 @@ import engine
 from kvstore import comm
 from kvstore.arrays import HOST, Array, memory_of
 from kvstore.consistency import Sequential
-from kvstore.delivery import Delivery, Target
+from kvstore.delivery import Delivery, Target, let_go
 from kvstore.devices import Entry, translated
 from kvstore.handle import Ended, Handle
 from kvstore.home import Gradient, Held, Home, HomeBundle, Reading, Source, settled
@@ -160,7 +160,7 @@ class EntryBundle:
         def done(error: BaseException | None) -> None:
             handle.finish(result, translated(error, f"{len(self.entries)} keys, {self.entries[0].key!r} ..."))
 
-        Delivery(self._engine, *self._targets(outs), priority, begin, done)
+        Delivery(self._engine, *self._targets(outs), priority, begin, done, lambda: source.hold(let_go))
 
     def _targets(self, outs: list[Arrays]) -> tuple[Target | None, Target | None]:
         """As :func:`kvstore.delivery.apart`, of the keys' arrays."""

@@ -38,7 +38,6 @@ class OperationHandle(Handle):
         self._operations = operations
         self._timeout_s = operations.timeout_s
         self._drive = operations.drive
-        self._on_end = operations.on_end
         self._explain = explain
 
     @property
@@ -47,6 +46,9 @@ class OperationHandle(Handle):
         if len(self.entries) == 1:
             return f"{self._verb} of key {first!r}"
         return f"{self._verb} of {len(self.entries)} keys, {first!r} ... {last!r}"
+
+    def _has_ended(self) -> None:
+        self._operations.ended(self)
 
     def why(self) -> str:
         return self._operations.explain(self.entries[0]) if self._explain is None else self._explain()
@@ -68,7 +70,6 @@ class Operations:
         self._level = Devices(home, runtime, way)
         self._lists = Lists(home, runtime, way)
         self.drive = home.drive
-        self.on_end = self._ended  # of every handle
         self._pushes: set[Handle] = set()  # not committed yet
         self._lock = threading.Lock()
 
@@ -335,7 +336,8 @@ class Operations:
                 self._pushes.add(handle)
         return handle
 
-    def _ended(self, handle: OperationHandle) -> None:
+    def ended(self, handle: OperationHandle) -> None:
+        """One of the handles has."""
         if handle in self._pushes:
             with self._lock:
                 self._pushes.discard(handle)

@@ -39,10 +39,10 @@ def run_cluster(
     try:
         return _run(supervisor, workers, servers, replication, command, grace_s, checkpoints or {}, keys)
     finally:
-        schedulers, servers_left, workers_left = (
-            [child for child in supervisor.children if child.name.startswith(role)]
-            for role in ("scheduler", "server", "worker")
+        schedulers, servers_left = (
+            [child for child in supervisor.children if child.name.startswith(role)] for role in ("scheduler", "server")
         )
+        workers_left = [child for child in supervisor.children if child not in (*schedulers, *servers_left)]
         supervisor.stop(workers_left, grace_s)
         supervisor.stop(servers_left, grace_s, signal.SIGINT)  # nobody is left to hand anything over to
         supervisor.stop(schedulers, grace_s, signal.SIGINT)  # last: a server that leaves waits for its answer

@@ -205,6 +205,7 @@ class ClusterHome(Home):
         counted = exchange.counted
 
         def submit() -> None:
+            exchange.check_whole()
             requests = []
             for piece, server in enumerate(remote.owners):
                 request_id = self._session.next_id()
@@ -401,7 +402,7 @@ class ClusterHome(Home):
             try:
                 submit()
             except BaseException as error:
-                exchange.give_up(error)  # before the next op in this order counts its round
+                exchange.give_up(error)  # before it is the turn of the next one in this order
                 raise
 
         push = runtime.push_if_free if if_free else runtime.push

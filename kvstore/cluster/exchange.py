@@ -63,7 +63,8 @@ class Remote:
     divided: bool = False  # since it last began: its keys are on their way one by one
     impatient: bool = False  # since then: somebody waits for its open requests, so that it will soon be divided
     round: int = 0  # pushes handed over, as far as it is counted by itself
-    broken: BaseException | None = None  # what stopped a push after some of its pieces had been sent
+    unsent: int = 0  # pieces of the latest of these that have not been handed over
+    broken: BaseException | None = None  # what has kept them from it for good
     open: dict[int, int] = field(default_factory=dict)  # request id -> server
     lock: threading.Lock = field(default_factory=threading.Lock)
     _staging: Staging | None = None
@@ -268,14 +269,16 @@ class Arrivals(Source):
         assert self._claim is not None
         self._claim.end(error)
         with self._lock:
-            self._outcome, tell = (error,), self._tell
+            self._outcome, tell, self._tell = (error,), self._tell, None
         if tell is not None:
             tell(error)
 
     def deliver(self, outs: Sequence[Array], priority: int, ended: Ended) -> None:
         if self._claim is not None or self.begin(outs, priority):
             with self._lock:
-                self._tell, outcome = ended, self._outcome
+                outcome = self._outcome
+                if outcome is None:
+                    self._tell = ended
             if outcome is not None:
                 ended(*outcome)
             return
@@ -294,7 +297,7 @@ class Arrivals(Source):
             times = 0 if on_host is None else len(on_host.writes)
             self._consume(self._each(copy, times, priority), delivery.end)
 
-        Delivery(self._engine, on_host, on_devices, priority, begin, ended)
+        Delivery(self._engine, on_host, on_devices, priority, begin, ended, self._forget)
 
     def _each(self, copy: Callable[[_Piece], None], times: int, priority: int) -> Callable[[_Piece], None]:
         """What copies each piece, in this thread so many times: at once, or by an engine op if it is large."""
@@ -303,20 +306,34 @@ class Arrivals(Source):
         if CROWDED:
             inline_bytes = CROWDED_INLINE_BYTES
 
-        def take(piece: _Piece, inline: bool = False) -> None:
+        def take(piece: _Piece) -> None:
             nbytes = piece.array.nbytes * times
-            if inline or nbytes <= inline_bytes or (piece.place is None and nbytes <= FAR_INLINE_BYTES):
-                error = None
-                try:
-                    copy(piece)
-                except Exception as raised:
-                    error = raised
-                self._took(error)
+            if nbytes <= inline_bytes or (piece.place is None and nbytes <= FAR_INLINE_BYTES):
+                self._take_by(copy, piece)
             else:
                 info = {"key": remote.key, "bytes": nbytes, "piece": piece.number}
-                self._engine.push(partial(take, piece, True), priority=priority, name="deliver", info=info)
+                self._engine.push(
+                    partial(self._take_by, copy, piece), priority=priority, name="deliver", info=info
+                )  # fmt: skip
 
         return take
+
+    def _take_by(self, copy: Callable[[_Piece], None], piece: _Piece) -> None:
+        error = None
+        try:
+            copy(piece)
+        except Exception as raised:
+            error = raised
+        self._took(error)
+
+    def _forget(self) -> None:
+        """Nobody wants them any more."""
+
+        def take(piece: _Piece) -> None:
+            self._remote.give_back(piece.number, piece.request_id)
+            self._took()
+
+        self._consume(take, lambda error: None)
 
     def hold(self, ended: Callable[[Held | BaseException], None]) -> None:
         pieces: list[_Piece] = []
@@ -368,17 +385,9 @@ class Exchange:
     Args:
         arrivals: where the pieces of a pull go; None for a push alone.
         ended: called when every piece has: a push is committed then; None for a pull alone.
-
-    Raises:
-        BrokenRoundError: an earlier push of the key was sent in part only.
     """
 
     def __init__(self, session: Session, remote: Remote, arrivals: Arrivals | None, ended: Ended | None) -> None:
-        if remote.broken is not None:
-            raise BrokenRoundError(
-                f"key {remote.key!r}: expected whole rounds; of round {remote.round} this worker has sent a part only, "
-                f"as its push failed: {remote.broken!r}"
-            ) from remote.broken
         self._session = session
         self.remote = remote
         self.counted = remote.counted
@@ -439,9 +448,25 @@ class Exchange:
             self(concluded)
 
     def count(self) -> None:
-        """A push is its key's next round."""
-        self.remote.round += 1
-        self._is_round = True
+        """A push, whose turn it is, is its key's next round. Raises BrokenRoundError."""
+        remote = self.remote
+        with self._lock:
+            if self._sent == remote.pieces:  # given up
+                return
+            self.check_whole()
+            remote.round += 1
+            remote.unsent = remote.pieces
+            self._is_round = True
+
+    def check_whole(self) -> None:
+        """Has all of the key's latest round been handed over, now that it is this one's turn? Else BrokenRoundError."""
+        remote = self.remote
+        if remote.unsent:
+            why = "" if remote.broken is None else f": {remote.broken!r}"
+            raise BrokenRoundError(
+                f"key {remote.key!r}: expected whole rounds; of round {remote.round} this worker has sent a part only, "
+                f"as its push failed{why}"
+            ) from remote.broken
 
     def is_next(self, piece: int) -> bool:
         """Is this the piece to be sent now? Not if one before it failed, or all have been given up."""
@@ -461,22 +486,25 @@ class Exchange:
             nbytes = len(requests) * self.remote.piece_bytes
             mine = [(request, self) for request in requests]
             self._session.submit(mine, pulls_first=counted.pulls_first, nbytes=nbytes)
-        except BaseException:
+        finally:  # an interrupt may come before they are taken, or after
+            taken = sum([request.taken for request in requests])
             with self._lock:
-                self._sent -= len(requests)
-            raise
+                self._sent -= len(requests) - taken
+                if self._is_round:
+                    self.remote.unsent -= taken
 
     def give_up(self, error: BaseException) -> None:
         """What has not been sent will not be. A round of which nothing has been is none; a part of one is for good."""
         remote = self.remote
         with self._lock:
             sent, self._sent = self._sent, remote.pieces
-        if sent == remote.pieces:
-            return
-        if self._is_round and sent:
-            remote.broken = error
-        elif self._is_round:
-            remote.round -= 1
+            if sent == remote.pieces:
+                return
+            if self._is_round and sent:
+                remote.broken = error
+            elif self._is_round:
+                remote.round -= 1
+                remote.unsent = 0
         self._ended(remote.pieces - sent, error)
 
     def _ended(self, pieces: int, error: BaseException | None) -> None:

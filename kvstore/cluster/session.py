@@ -295,6 +295,7 @@ class Session:
             for request, on_outcome in requests:
                 self._unanswered[request.request_id] = request, on_outcome
                 self._inbox.append((request, pulls_first))
+                request.taken = True
             if nbytes is not None and self._gathering and self._gathers(nbytes):
                 return
             announced, self._announced = self._announced, True

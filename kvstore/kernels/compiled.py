@@ -67,7 +67,8 @@ def wait(timeout: float | None = None) -> bool:
 def merge(arrays: Sequence[Array], out: Array) -> None:
     """See :func:`kvstore.kernels.reference.merge`."""
     seen, count = _SEEN.get(out.dtype), len(arrays)
-    tiny = out.size < (PAIR if count == 2 else TINY if out.ndim != 1 else 0) and seen not in _HALVES_SEEN
+    worth_it = PAIR if count == 2 else TINY if out.ndim != 1 else 0
+    tiny = out.size < worth_it and seen not in _HALVES_SEEN
     if seen is not None and count > 1 and not tiny and out.flags.c_contiguous:
         kernel = LOADER["merge", seen, seen]
         if kernel is not None and (pushes := _pushes(arrays, seen)) is not None:

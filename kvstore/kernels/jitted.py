@@ -6,7 +6,8 @@ GIL, for the whole of an array: to take it again for every block would mean to w
 * No fast-math and no ``parallel=True``: same bits as :mod:`kvstore.kernels.reference`, and threads are the engine's.
 * Pushes come as the first of them and a table of the addresses of all, so that one kernel serves any number;
   the table is empty when there is one.
-* Work goes in blocks that fit the first-level cache, so that memory is read and written once.
+* Work goes in blocks that fit the first-level cache (those of optimizers the second), so that memory is read and
+  written once.
 * Numba has no float16 and bfloat16 on CPUs: uint16 stands for the bits of one, int16 for those of the other.
 * Everything is in this one file, because Numba's cache looks at the time of the file that holds the kernel.
 
@@ -349,7 +350,10 @@ def norm(first: Any, table: Any) -> Any:
 
 @inlined
 def _is_ready(target: Any, value: Any, first: Any, table: Any, scale: Any, clip: Any, decay: Any) -> Any:
-    """Is the gradient the only push, as it came, and the value where it is to be?"""
+    """Is the gradient the only push, as it came, and the value where it is to be?
+
+    Pushes have the target's type or that of a half: where they are as wide, they are the same.
+    """
     return (
         table.size == 0 and first.itemsize == target.itemsize and value.ctypes.data == target.ctypes.data
         and scale == 1.0 and clip == math.inf and decay == 0.0
@@ -661,15 +665,6 @@ def scatter_add(target: Any, row_ids: Any, rows: Any) -> None:
             to[j] += more[j]
 
 
-@inlined
-def _different(row_ids: Any, positions: Any) -> Any:
-    """How many ids there are, sorted by these positions."""
-    different = 1
-    for i in range(1, positions.size):
-        different += row_ids[positions[i - 1]] != row_ids[positions[i]]
-    return different
-
-
 def order(row_ids: Any, positions: Any) -> Any:
     """The positions that sort them, equal ones in their order; returns how many are different.
 
@@ -689,7 +684,10 @@ def order(row_ids: Any, positions: Any) -> Any:
                 positions[at] = positions[at - 1]
                 at -= 1
             positions[at] = i
-        return _different(row_ids, positions)
+        different = 1
+        for i in range(1, size):
+            different += row_ids[positions[i - 1]] != row_ids[positions[i]]
+        return different
     keys, new_keys, new_positions = np.empty(size, np.uint64), np.empty(size, np.uint64), np.empty(size, np.int64)
     for i in range(size):
         keys[i] = np.uint64(row_ids[i]) - np.uint64(low)  # wraps to what it should be
@@ -711,7 +709,10 @@ def order(row_ids: Any, positions: Any) -> Any:
             begin[digit] = at + 1
         keys, new_keys = new_keys, keys
         positions[:], shift, left = new_positions, shift + np.uint64(DIGIT), left >> np.uint64(DIGIT)
-    return _different(row_ids, positions)
+    different = 1
+    for i in range(1, size):
+        different += keys[i - 1] != keys[i]
+    return different
 
 
 def deduplicate(row_ids: Any, positions: Any, rows: Any, ids: Any, sums: Any) -> None:

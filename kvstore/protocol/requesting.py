@@ -45,6 +45,7 @@ class Request:
     channel: Hashable = None  # requests of one channel keep their order; None: no order
     is_push: bool = False
     is_pull: bool = False
+    taken: bool = False  # by the session, which will send it
     accepted: bool = False  # the server has its payload, or does not need it
     sequence: int = field(default=0, init=False)
     committed: bool = field(default=False, init=False)

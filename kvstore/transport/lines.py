@@ -97,7 +97,7 @@ _HEADS = [_head(frames) for frames in range(FRAMES_MAX + 1)]
 
 def _frames(packet: bytes) -> Frames:
     """What :meth:`Line.send` was given."""
-    count = packet[0]
+    count = packet[0]  # the lowest byte of it
     if not 1 <= count <= FRAMES_MAX or len(packet) < _HEADS[count].size:
         raise ConnectionError(f"a line's packet: expected 1 to {FRAMES_MAX} frames, got {len(packet)} other bytes")
     start = _HEADS[count].size

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 import kvstore
-from kvstore import comm
+from kvstore import comm, optim
 from kvstore.cluster import client
+from kvstore.cluster.session import Session
 from tests.clusters import cluster
 
 ITEMS = 3 << 20  # float32: three pieces of 4 MB
@@ -64,11 +65,36 @@ def test_an_error_when_a_part_has_been_sent_ends_the_rounds_of_that_key(monkeypa
         fail_merge(monkeypatch, error, after=1)
         with pytest.raises(type(error)):
             kv.push("w", ones).result()
-        for call in (lambda: kv.push("w", ones), lambda: kv.pull("w"), lambda: kv.pushpull("w", ones)):
+        for call in (lambda: kv.push("w", ones), lambda: kv.pull("w"), lambda: kv.pushpull("w", ones.copy())):
             with pytest.raises(kvstore.BrokenRoundError, match="of round 2 this worker has sent a part only") as raised:
-                call()
+                call().result()
             assert raised.value.__cause__ is error
         return float(kv.pushpull("other", ones).result().max())
 
     with cluster(1) as running:
         assert running.run(work, shared_memory=shared) == [1.0]
+
+
+@pytest.mark.parametrize("sent", [False, True], ids=["before it is sent", "when it has been sent"])
+def test_an_interrupted_push_is_a_round_if_it_has_been_sent(monkeypatch, sent):
+    def work(kv):
+        kv.init("w", np.zeros(4, np.float32), cluster_consistency="eventual")
+        kv.set_optimizer(optim.SGD(lr=1.0))
+        session, submit = kv._home._session, Session.submit
+        interrupts = [KeyboardInterrupt()]
+
+        def submit_and_interrupt(self, requests, **how):
+            if self is session and interrupts and not sent:
+                raise interrupts.pop()
+            submit(self, requests, **how)
+            if self is session and interrupts:
+                raise interrupts.pop()
+
+        monkeypatch.setattr(Session, "submit", submit_and_interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            kv.push("w", np.ones(4, np.float32))
+        kv.push("w", np.full(4, 10, np.float32)).result()
+        return float(kv.pull("w").result().min())
+
+    with cluster(1) as running:
+        assert running.run(work) == [-11.0 if sent else -10.0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import threading
 import time
@@ -411,3 +412,30 @@ def test_an_update_that_fails_is_told_to_those_who_wait_for_it_and_to_those_who_
 
     with cluster(workers=2, servers=1) as c:
         c.run(work)
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["sockets", "shared memory"])
+@pytest.mark.parametrize("size", [1, 30_000])
+def test_a_round_leaves_nothing_to_the_collector(shared, size):
+    def work(kv):
+        gradient, out = np.ones(size, np.float32), np.empty(size, np.float32)
+        kv.init("w", out)
+
+        def rounds(count):
+            for _ in range(count):
+                kv.pushpull("w", gradient, out).result()
+                kv.push("w", gradient).result()
+                kv.pull("w", out).result()
+
+        rounds(20)
+        gc.collect()
+        gc.disable()
+        try:
+            rounds(50)
+            return gc.collect()
+        finally:
+            gc.enable()
+
+    with cluster(1) as running:
+        (unreachable,) = running.run(work, shared_memory=shared)
+    assert unreachable < 50  # other threads may leave a few
