@@ -74,8 +74,8 @@ class Answers:
         if not near and stored.value.nbytes <= COPIED_BYTES:
 
             def copy() -> Outgoing:
-                elements = stored.value.reshape(-1)[_slice(action.span)]
-                return Value(request_id, action.version, action.staleness), (memoryview(elements.tobytes()),)
+                elements = memoryview(stored.snapshot(_slice(action.span)))
+                return Value(request_id, action.version, action.staleness), (elements,)
 
             self._after(stored, action.rank, request_id, copy, priority, far=True, mark=mark)
             return

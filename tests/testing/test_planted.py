@@ -85,14 +85,14 @@ def test_a_stale_read(plant: Plant) -> None:
 
 
 def test_a_value_of_yesterday(plant: Plant) -> None:
-    lend, before = Stored.lend, {}
+    snapshot, before = Stored.snapshot, {}
 
-    def late(self: Stored, reader: Any) -> Any:
-        now = lend(self, reader)
-        value, before[self] = before.get(self, now), now.copy()
+    def late(self: Stored, elements: slice) -> bytes:
+        now, asked = snapshot(self, elements), (self, elements.start, elements.stop)
+        value, before[asked] = before.get(asked, now), now
         return value
 
-    plant(Stored, "lend", late)
+    plant(Stored, "snapshot", late)
     found("own pushes|lost", model="eventual")
 
 
