@@ -143,7 +143,7 @@ class Engine(Core):
             if device is not None:
                 return None
         with self._lock:
-            if self._claimed is not None or self._operands.in_use() or self._trace is not None or self._closed:
+            if self._claimed is not None or self._operands.in_use() or self.profiling or self._closed:
                 return None
             claim = self._claimed = Claim(self, arrays, name, _getframe(1))
         return claim

@@ -19,7 +19,7 @@ import numpy as np
 import engine
 from kvstore import comm
 from kvstore.arrays import HOST, Array, gpu, memory_of, to_host
-from kvstore.handle import Ended, when_ended
+from kvstore.handle import Ended, last_of, when_ended
 from kvstore.home import Held
 
 UNPINNED_BYTES = 64 << 10  # up to this size CUDA itself puts by what it is to copy
@@ -84,13 +84,13 @@ class Delivery:
         self._lock = threading.Lock()
         targets = [(target, target is on_devices) for target in (on_devices, on_host) if target is not None]
         self._to_begin = len(targets)
-        self._left = len(targets)
+        one_over = last_of(len(targets), self._ended)
         for target, is_there in targets:
             op = runtime.push_async(
                 partial(self._one_began, target, is_there), writes=target.writes, priority=priority,
                 lane="copy" if is_there else None, name="pull", inline=True, lent=True,
             )  # fmt: skip
-            when_ended(op, self._one_ended)
+            when_ended(op, partial(self._one_ended, one_over))
 
     def __repr__(self) -> str:
         return f"<Delivery: {self._to_begin} ops have to begin, {len(self._read)} copies under way>"
@@ -179,23 +179,19 @@ class Delivery:
             self.end(error)
             raise
 
-    def _one_ended(self, error: BaseException | None) -> None:
+    def _one_ended(self, over: Ended, error: BaseException | None) -> None:
         """One of the ops has. If it has never begun, the other shall not wait for it, nor anybody for the value."""
         waiting: list[tuple[engine.Completion, Target, bool]] = []
         with self._lock:
             begins_never = error is not None and self._error is None and self._to_begin > 0
-            self._error = self._error or error
             if begins_never:
+                self._error = error
                 waiting, self._begun = self._begun, []
         if error is not None and begins_never:
             self._unwanted()
             for completion, *_ in waiting:
                 completion.set_exception(error)
-        with self._lock:
-            self._left -= 1
-            if self._left:
-                return
-        self._ended(self._error)
+        over(error)
 
     def _ended(self, error: BaseException | None) -> None:
         with self._lock:

@@ -312,19 +312,17 @@ class Arrivals(Source):
                 self._take_by(copy, piece)
             else:
                 info = {"key": remote.key, "bytes": nbytes, "piece": piece.number}
-                self._engine.push(
-                    partial(self._take_by, copy, piece), priority=priority, name="deliver", info=info
-                )  # fmt: skip
+                self._engine.push(partial(self._take_by, copy, piece), priority=priority, name="deliver", info=info)
 
         return take
 
     def _take_by(self, copy: Callable[[_Piece], None], piece: _Piece) -> None:
-        error = None
         try:
             copy(piece)
-        except Exception as raised:
-            error = raised
-        self._took(error)
+        except Exception as error:
+            self._took(error)
+        else:
+            self._took()
 
     def _forget(self) -> None:
         """Nobody wants them any more."""

@@ -202,6 +202,11 @@ def _flat(array: Array, seen: np.dtype[Any]) -> Array:
 # --- optimizers ---------------------------------------------------------------------------------
 
 
+def _present(states: States, nothing: Array) -> list[Array]:
+    """The states, with ``nothing`` in place of those that are left out."""
+    return [nothing if state is None else state for state in states]
+
+
 def _optimizer(plain: Callable[..., None]) -> Callable[..., None]:
     name = plain.__name__
     known = {
@@ -219,25 +224,26 @@ def _optimizer(plain: Callable[..., None]) -> Callable[..., None]:
             plain(change, states, *numbers)
             return
         _, to_locate, nothing, as_they_are = found
-        own: Sequence[Array] = states  # type: ignore[assignment]
+        own: Sequence[Array | None] = states
         for state in states:
             if state is None:
-                own = [nothing if state is None else state for state in states]
+                own = _present(states, nothing)
                 break
         locate = None if len(pushes) == 1 else LOADER[to_locate]
         if target.ndim != 1 or not as_they_are or (locate is None and len(pushes) > 1):
-            flat(code, change, states, own, numbers)
+            flat(code, change, states, nothing, numbers)
             return
         try:
             table = _ONE_PUSH if locate is None else _addresses(pushes, locate)
             code(target, value, pushes[0], table, scale, clip, *own, *numbers)
         except TypeError:
-            flat(code, change, states, own, numbers)
+            flat(code, change, states, nothing, numbers)
 
     def flat(
-        code: Callable[..., Any], change: Change, states: States, own: Sequence[Array], numbers: tuple[float, ...]
+        code: Callable[..., Any], change: Change, states: States, nothing: Array, numbers: tuple[float, ...]
     ) -> None:
         value, target, pushes, scale, clip = change
+        own = _present(states, nothing)
         taken = _pushes(pushes, _SEEN[pushes[0].dtype])
         flats = [array.ravel() for array in (target, value, *own) if array.flags.c_contiguous]
         if taken is not None and len(flats) == 2 + len(own):

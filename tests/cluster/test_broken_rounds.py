@@ -43,9 +43,8 @@ def test_an_error_before_anything_is_sent_costs_that_push_only(monkeypatch, tmp_
         kv.init("w", np.zeros(ITEMS, np.float32))
         assert kv._home._remotes["w"].pieces == 3
         fail_merge(monkeypatch, MemoryError("no room"))
-        with (
-            kv._engine.profile(tmp_path / "trace.json") if late else nullcontext()
-        ):  # while it is profiled, all are ops
+        ops_only = kv._engine.profile(tmp_path / "trace.json")  # while it is profiled, all is done by ops
+        with ops_only if late else nullcontext():
             failed = kv.push("w", np.ones(ITEMS, np.float32))
             with pytest.raises(MemoryError, match="no room"):
                 failed.result()
