@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any, NoReturn
 
 from kvstore.errors import DeadlineError
+from kvstore.promptness import promptly
 
 Staleness = int | tuple[int, int]
 Drive = Callable[[Future[Any], float], bool]  # brings it about, if it can; has it waited so many seconds?
@@ -115,6 +116,14 @@ class Handle(Future[Any]):
         if self.done():
             return
         limit = self._timeout_s if timeout is None else timeout
+        with promptly:
+            self._wait(limit)
+        if not self.done():
+            why = self.why()
+            raise DeadlineError(f"{self.what}: not done after {limit:g} s" + (f"; {why}" if why else ""))
+
+    def _wait(self, limit: float) -> None:
+        """Wait until it is done, for at most ``limit`` seconds."""
         end = time.monotonic() + limit
         if self._drive is not None:
             waited = self._drive(self, limit)
@@ -128,9 +137,6 @@ class Handle(Future[Any]):
                 if left <= 0:
                     break
                 condition.wait(min(left, threading.TIMEOUT_MAX))
-        if not self.done():
-            why = self.why()
-            raise DeadlineError(f"{self.what}: not done after {limit:g} s" + (f"; {why}" if why else ""))
 
     def add_done_callback(self, fn: Callable[[Future[Any]], object]) -> None:
         """Call ``fn(handle)`` when the operation has ended, or now if it has."""
