@@ -14,7 +14,7 @@ import numpy as np
 
 import engine
 from kvstore.cluster.outbox import OnSent, Outgoing
-from kvstore.cluster.replies import Replies
+from kvstore.cluster.replies import Replies, Together
 from kvstore.cluster.stream import Mark
 from kvstore.cluster.values import SharedValues
 from kvstore.cluster.work import Work
@@ -89,7 +89,10 @@ class Answers:
             return value, (stored.lend(reader).reshape(-1)[_slice(action.span)].view(np.uint8),)
 
         on_sent = partial(stored.give_back, reader)
-        self._after(stored, action.rank, request_id, make, priority, on_sent, far=not near, mark=mark)
+        together = (action.rank, action.piece[0]) if near and action.whole else None
+        self._after(
+            stored, action.rank, request_id, make, priority, on_sent, far=not near, mark=mark, together=together
+        )
 
     def _share(self, piece: PieceId) -> None:
         """From here on the value lies in shared memory, if there is enough."""
@@ -123,6 +126,7 @@ class Answers:
         on_sent: OnSent | None = None,
         far: bool = False,
         mark: Mark | None = None,
+        together: Together | None = None,
     ) -> None:
         """Send what ``make`` returns after all earlier ops on the piece; or their failure.
 
@@ -134,9 +138,13 @@ class Answers:
             then = on_sent if frames else None
             if self._loop.is_here:
                 self._replies.reply(rank, message, frames, priority, then, mark)
+                if together is not None:
+                    self._replies.came(together)
             else:
-                self._replies.post(rank, message, frames, priority, then, mark)
+                self._replies.post(rank, message, frames, priority, then, mark, together)
 
+        if together is not None:
+            self._replies.expect(together)
         handle = self._work.do(stored, reply, "reply", priority, (stored.var,), (), far=far)
         if handle is None:
             return
@@ -144,7 +152,7 @@ class Answers:
         def ended(error: BaseException | None) -> None:
             if error is not None:
                 failed = Failed(request_id, *to_wire(error))
-                self._replies.post(rank, failed, (), priority)
+                self._replies.post(rank, failed, (), priority, together=together)
 
         when_ended(handle, ended)
 

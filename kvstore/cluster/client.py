@@ -222,7 +222,9 @@ class ClusterHome(Home):
     def pushpull_remote(self, remote: Remote, gradient: Gradient, ended: Ended) -> tuple[Reading, Source]:
         """:meth:`pushpull` of a key or a bundle."""
         arrivals = Arrivals(remote, self._engine, self._session.neighbourhood, large=self._large)
-        self._push(Exchange(self._session, remote, arrivals, ended), gradient, arrivals)
+        exchange = Exchange(self._session, remote, arrivals, ended)
+        exchange.whole = gradient.outs is None and remote.pieces > 1
+        self._push(exchange, gradient, arrivals)
         return None, arrivals
 
     def staging(self, key: Key, timeout_s: float) -> Array:
@@ -362,7 +364,7 @@ class ClusterHome(Home):
         nbytes = payload.nbytes if place is None else 0
         message = Push(
             request_id, remote.key, piece, remote.round, pull, nbytes > CREDIT_FREE_BYTES,
-            _clamped(priority), near, held, place, samples,
+            _clamped(priority), near, held, place, samples, exchange.whole,
         )  # fmt: skip
         return Request(
             remote.owners[piece], message, payload, nbytes, priority, remote.channel(piece), is_push=True, is_pull=pull

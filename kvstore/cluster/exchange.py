@@ -390,6 +390,7 @@ class Exchange:
         self.remote = remote
         self.counted = remote.counted
         self.slot: Slot | None = None  # what the servers read from
+        self.whole = False  # the value is read once all of it is there, and not as it comes
         self._arrivals = arrivals
         self._tell = ended
         self._sent = 0  # pieces handed to the session, in their order; all of them if the rest never will be

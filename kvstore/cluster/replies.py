@@ -13,6 +13,7 @@ from typing import Any
 from kvstore.cluster.outbox import OnSent, Outbox
 from kvstore.cluster.stream import Mark
 from kvstore.protocol.messages import Message
+from kvstore.protocol.pieces import BundleId, Key
 from kvstore.protocol.wire import Sender, envelope
 from kvstore.transport.network import Loop, Port
 
@@ -22,6 +23,8 @@ OUTBOX_BYTES = 256 << 20  # that wait for one peer, beside OUTBOX_SHARE times wh
 OUTBOX_SHARE = 4
 REPLIES_MAX = 1 << 18  # that wait for one peer
 STALLED_S = 30.0  # how long a peer may take to read anything, while replies wait for it
+
+Together = tuple[int, Key | BundleId]  # a rank and a key: the replies for its pieces had better travel together
 
 
 class Replies:
@@ -42,6 +45,7 @@ class Replies:
         self._outboxes: dict[bytes, Outbox] = {}  # by connection
         self._unflushed: dict[bytes, Outbox] = {}
         self._flushing = False
+        self._expected: dict[Together, int] = {}  # replies that have not come yet
         endpoint.on_gone = self._discard
         endpoint.on_stuck = self._drop
 
@@ -83,14 +87,27 @@ class Replies:
         priority: int = 0,
         on_sent: OnSent | None = None,
         mark: Mark | None = None,
+        together: Together | None = None,
     ) -> None:
-        """As :meth:`reply`, and flush; from any thread."""
+        """As :meth:`reply`, and flush, unless more is expected to go with it; from any thread."""
 
         def reply() -> None:
             self.reply(rank, message, frames, priority, on_sent, mark)
-            self.flush_soon()
+            if together is None or not self.came(together):
+                self.flush_soon()
 
         self._loop.post(reply)
+
+    def expect(self, together: Together) -> None:
+        """One more reply will be posted to go with others; should that not happen, :meth:`came` has to be called."""
+        self._expected[together] = self._expected.get(together, 0) + 1
+
+    def came(self, together: Together) -> bool:
+        """One of those replies is there; are more expected?"""
+        left = self._expected.pop(together) - 1
+        if left:
+            self._expected[together] = left
+        return left > 0
 
     def flush(self) -> None:
         """Send what may be sent now."""

@@ -81,6 +81,7 @@ class ReplyValue:
     staleness: int
     near: bool = False  # it may stay where it is: send its place
     span: Span | None = None
+    whole: bool = False  # it may wait for other pieces of the key that are asked for in the same way
 
 
 @record

@@ -53,6 +53,7 @@ class Ticket(NamedTuple):
     request_id: int
     near: bool
     piece: PieceId
+    whole: bool
 
 
 def ticket_of(ticket: Hashable) -> Ticket:

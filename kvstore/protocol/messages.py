@@ -115,6 +115,7 @@ class Push(Message):
     held: tuple[int, ...] = ()  # earlier requests for this piece whose places are still being read
     place: Place | None = None
     samples: int | None = None  # that it holds, if the key's rounds are of so many samples
+    whole: bool = False  # the value is read once all its pieces are there: their replies may wait for one another
 
 
 @record

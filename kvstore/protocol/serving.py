@@ -360,7 +360,7 @@ class Serving:
             piece.commits[rank, message.round] = message.request_id
             actions += self._commits_due(piece_id, piece, [(rank, message.round)])
         if message.pull:
-            answered = self._pull(rank, message, piece_id, piece)
+            answered = self._pull(rank, message, piece_id, piece, whole=message.whole)
             if not answered and piece.level.in_effect(rank, message.round):
                 answered.append(ReplyAfter(rank, Committed(message.request_id), self.binding.place_of(piece_id)[0]))
             actions += answered
@@ -387,8 +387,10 @@ class Serving:
         actions = self._pull(rank, message, piece_id, piece)
         return actions + self._fail_hopeless(piece_id, piece)
 
-    def _pull(self, rank: int, message: Push | Fetch, piece_id: PieceId, piece: Piece) -> list[Action]:
-        ticket = Ticket(rank, message.request_id, message.near, piece_id)
+    def _pull(
+        self, rank: int, message: Push | Fetch, piece_id: PieceId, piece: Piece, *, whole: bool = False
+    ) -> list[Action]:
+        ticket = Ticket(rank, message.request_id, message.near, piece_id, whole)
         answer = piece.level.pull(Pull(ticket, ((rank, message.round),)))
         return self._parked_now(piece, ticket) if answer is None else [self._value(answer)]
 
@@ -411,7 +413,9 @@ class Serving:
         ticket = ticket_of(answer.ticket)
         piece, span = self.binding.place_of(ticket.piece)
         near = ticket.near and span is None
-        return ReplyValue(ticket.rank, ticket.request_id, piece, answer.version, answer.staleness, near, span)
+        return ReplyValue(
+            ticket.rank, ticket.request_id, piece, answer.version, answer.staleness, near, span, ticket.whole
+        )
 
     def _perform(self, piece_id: PieceId, piece: Piece, updates: list[Update], answers: list[Answer]) -> list[Action]:
         actions: list[Action] = []

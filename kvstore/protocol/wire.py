@@ -319,7 +319,10 @@ _held = _many(_natural, HELD_MAX)
 
 FORMS: dict[int, tuple[type[Message], tuple[Check, ...]]] = {
     1: (Init, (key, _natural, _spec)),
-    2: (Push, (_target, _natural, _natural, _flag, _flag, _priority, _flag, _held, _maybe_place, _maybe_samples)),
+    2: (
+        Push,
+        (_target, _natural, _natural, _flag, _flag, _priority, _flag, _held, _maybe_place, _maybe_samples, _flag),
+    ),
     3: (Fetch, (_target, _natural, _natural, _priority, _flag, _held)),
     4: (SetOptimizer, (_described, _flag, _since)),
     5: (SetHyperparameters, (_described, _since)),

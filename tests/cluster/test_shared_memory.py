@@ -18,9 +18,14 @@ import kvstore
 from kvstore import comm
 from kvstore.cluster import client, exchange
 from kvstore.cluster.near import Arena, Neighbourhood
+from kvstore.cluster.work import Work
 from kvstore.errors import SharedMemoryError
 from kvstore.kernels import nontemporal
+from kvstore.protocol.messages import Value
+from kvstore.protocol.wire import decode
+from kvstore.stored import Stored
 from kvstore.transport.shared import Segment
+from kvstore.transport.zeromq import Endpoint
 from tests.clusters import Cluster, cluster
 
 LIMIT_S = 60
@@ -201,6 +206,51 @@ def test_staging_and_view_are_the_memory_itself():
             return len(seen)
 
         assert running.run(work) == [2, 2]  # two versions take turns: one is read while the next is summed
+
+
+@pytest.mark.parametrize("staged", [True, False])
+def test_the_replies_to_what_is_read_in_place_travel_together(staged, monkeypatch):
+    """The last piece is merged when all have been asked for; if replies come one by one, when there has been one."""
+    sent: list[int] = []
+    asked_for: list[int] = []
+    may_merge = threading.Event()
+    assign, apply, send = Stored.assign, Work.apply, Endpoint.send
+
+    def send_and_tell(endpoint, peer, frames, on_sent=()):
+        _, messages = decode(frames[0], len(frames) - 1)
+        if values := sum(isinstance(message, Value) for message, _ in messages):
+            sent.append(values)
+            may_merge.set()
+        return send(endpoint, peer, frames, on_sent)
+
+    def apply_and_tell(work, action, *args):
+        apply(work, action, *args)
+        asked_for.append(action.piece[1])
+        if staged and len(asked_for) == pieces:
+            may_merge.set()
+
+    def assign_in_time(stored, *args, **options):
+        if stored.var.name == f"'w'[{pieces - 1}]":
+            assert may_merge.wait(LIMIT_S)
+        assign(stored, *args, **options)
+
+    with cluster(1) as running:
+
+        def work(kv):
+            kv.init("w", np.zeros(PIECES, np.float32))
+            nonlocal pieces
+            pieces = len(kv._home._remotes["w"].owners)
+            monkeypatch.setattr(Endpoint, "send", send_and_tell)
+            monkeypatch.setattr(Work, "apply", apply_and_tell)
+            monkeypatch.setattr(Stored, "assign", assign_in_time)
+            gradient = kv.staging("w") if staged else np.empty(PIECES, np.float32)
+            gradient[:] = 1
+            assert kv.pushpull("w", gradient).result(LIMIT_S)[-1] == 1
+
+        pieces = 0
+        running.run(work)
+    assert sum(sent) == pieces > 1
+    assert (len(sent) == 1) == staged
 
 
 def test_a_view_stays_as_it_is_until_the_next_pull_in_place():

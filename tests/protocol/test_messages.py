@@ -222,7 +222,11 @@ def test_another_version_may_look_otherwise():
         (packed([11, 1, ["1.2.3", -1], 0]), 0, "a whole number"),
         (packed([11, 1, None, 0]), 0, "a segment's address"),
         (packed([3, 1, b"x" * 15, 0, 0, 0, False, [], 0]), 0, "a bundle's id of 16 bytes"),
-        (packed([2, 1, b"x" * 17, 0, 1, False, False, 0, False, [], None, None, 0]), 0, "a bundle's id of 16 bytes"),
+        (
+            packed([2, 1, b"x" * 17, 0, 1, False, False, 0, False, [], None, None, False, 0]),
+            0,
+            "a bundle's id of 16 bytes",
+        ),
         (packed([1, 1, b"x" * 16, 0, [[1], "f", 1, "", "", None, None], 0]), 0, "a str of 1-1024"),
         (packed([7, 1, b"x" * 16, 0, 0]), 0, "a str of 1-1024"),
         (packed([12, 1, "x" * 16, ["a"], 0]), 0, "a bundle's id of 16 bytes"),
