@@ -19,7 +19,9 @@ from kvstore.kernels.dispatch import Forms, by_memory
 from kvstore.kernels.loader import LOADER
 from kvstore.kernels.reference import HALVES, Array, Change, States
 
-TINY = 512  # elements: to find fewer takes longer than NumPy takes to add them, if they have dimensions
+TINY = (
+    512  # elements: to find fewer takes longer than to add two of them, or NumPy to add more, if they have dimensions
+)
 PAIR = 16 << 10  # the same for two arrays, which NumPy adds in one pass as well
 
 NONTEMPORAL_BYTES = 1 << 20  # smaller arrays stay in the caches for whoever reads them; as in ``jitted.py``
@@ -67,6 +69,8 @@ def wait(timeout: float | None = None) -> bool:
 def merge(arrays: Sequence[Array], out: Array) -> None:
     """See :func:`kvstore.kernels.reference.merge`."""
     seen, count = _SEEN.get(out.dtype), len(arrays)
+    if count == 2 and out.size < TINY and seen is not None and _add(arrays[0], arrays[1], out, seen):
+        return
     worth_it = PAIR if count == 2 else TINY if out.ndim != 1 else 0
     tiny = out.size < worth_it and seen not in _HALVES_SEEN
     if seen is not None and count > 1 and not tiny and out.flags.c_contiguous:
@@ -75,6 +79,18 @@ def merge(arrays: Sequence[Array], out: Array) -> None:
             kernel(_flat(out, seen), *pushes)
             return
     reference.merge(arrays, out)
+
+
+def _add(one: Array, other: Array, out: Array, seen: np.dtype[Any]) -> bool:
+    """Add two small arrays. False: they do not fit."""
+    kernel = LOADER["add", seen, seen]
+    if kernel is None or out.ndim != 1:
+        return False
+    try:
+        kernel(_flat(out, seen), _flat(one, seen), _flat(other, seen))
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 @by_memory(1)
@@ -100,7 +116,12 @@ def allreduce(arrays: Sequence[Array], out: Array, others: Sequence[Array]) -> N
     if not others:
         merge(arrays, out)
         return
-    seen, outs = _SEEN.get(out.dtype) if out.size >= TINY else None, [out, *others]
+    if out.size < TINY:
+        merge(arrays, out)
+        for other in others:
+            np.copyto(other, out)
+        return
+    seen, outs = _SEEN.get(out.dtype), [out, *others]
     if seen is not None and all(each.flags.c_contiguous for each in outs):
         kernel = LOADER["allreduce", seen, seen]
         if kernel is not None and not any(_overlap_in_part(array, other) for array in arrays for other in others):

@@ -285,6 +285,11 @@ def merge(out: Any, first: Any, table: Any) -> None:
             part[i] = _narrow(total[i], first[0])
 
 
+def add(out: Any, a: Any, b: Any) -> None:
+    for i in range(out.size):
+        out[i] = _narrow(_wide(a[i]) + _wide(b[i]), a[0])
+
+
 def merge_many(out: Any, table: Any, sizes: Any) -> None:
     scratch, count, end = _scratch(out), table.size // sizes.size, 0
     for k in range(sizes.size):
@@ -874,6 +879,8 @@ def signature(name: str, dtype: np.dtype[Any], pushed: np.dtype[Any]) -> tuple[C
             return merge, types.void(_out(element), _in(element), TABLE)
         case "allreduce":
             return allreduce, types.void(TABLE, _in(element), TABLE)
+        case "add":
+            return add, types.void(_out(element), _in(element), _in(element))
         case "merge_many":
             return merge_many, types.void(_out(element), TABLE, TABLE)
         case "norm":
