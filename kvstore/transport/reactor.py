@@ -316,6 +316,7 @@ class Reactor:
         for item in self._watched.values():
             item.close()
         with self._lock:
+            self._stopping = True  # also if it was an error that ended the loop
             self._epoll.close()
             os.close(self._wake_fd)
         self.context.term()

@@ -12,7 +12,7 @@ from kvstore.cluster.work import AT_ONCE_BYTES
 from kvstore.stored import Stored
 from kvstore.transport.reactor import Reactor
 from kvstore.transport.zeromq import LOOPBACK_SNDBUF, Connection, Endpoint
-from tests.clusters import cluster
+from tests.clusters import DEADLINE_S, cluster
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["sockets", "shared memory"])
@@ -69,3 +69,16 @@ def test_a_server_that_others_can_reach_leaves_the_send_buffer_to_the_kernel(add
         assert (endpoint._socket.getsockopt(zmq.SNDBUF) == LOOPBACK_SNDBUF) is near
     finally:
         reactor.abandon()
+
+
+def test_a_loop_that_an_error_has_ended_takes_nothing_more(monkeypatch):
+    def fail(end):
+        raise OSError("the descriptors are gone")
+
+    reactor = Reactor("sockets")
+    monkeypatch.setattr(reactor, "_turn", fail)
+    monkeypatch.setattr(threading, "excepthook", lambda arguments: None)
+    reactor.start()
+    reactor.thread.join(DEADLINE_S)
+    reactor.post(lambda: pytest.fail("the loop is over"))
+    reactor.stop()
