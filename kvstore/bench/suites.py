@@ -138,7 +138,7 @@ def scale(options: Options) -> list[Step]:
         own, mxnet = (replace(system, workers=workers, servers=servers) for system in (KVSTORE, MXNET))
         cases: dict[str, Case] = {}
         lines = []
-        for size in options.some(SMALL, 16 << 20):
+        for size in options.some(SMALL, 16 << 20, 64 << 20):
             shapes, label = one(size), size_name(size)
             cases |= {
                 f"memory {size}": Case(own, "pushpull", shapes),
