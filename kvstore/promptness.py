@@ -1,8 +1,9 @@
 """Who waits for a handle goes on soon after it is done, though other threads of the process run pure Python.
 
 CPython gives the GIL to a thread that asks for it once the switch interval has passed: 5 ms if nobody has set it, which
-is as long as ten small rounds. While somebody waits the interval is shorter, and afterwards it is what it was. What
-the program has set by ``sys.setswitchinterval`` stays.
+is as long as ten small rounds. While somebody waits the interval is shorter, and afterwards it is 5 ms again. Another
+one, set by ``sys.setswitchinterval``, stays. Who reads it while a thread waits, to set it again later, sets the short
+one for good.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ class Promptness:
     """A context for the time in which a thread waits; any number of threads may be in it."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal's handler may wait as well
         self._waiting = 0
         self._shortened = False
 
@@ -30,18 +31,17 @@ class Promptness:
     def __enter__(self) -> None:
         with self._lock:
             self._waiting += 1
-            if self._waiting == 1:
-                self._shortened = _change(DEFAULT_US, PROMPT_US)
+            self._shortened |= _change(DEFAULT_US, PROMPT_US)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         with self._lock:
-            self._waiting -= 1
+            self._waiting = max(0, self._waiting - 1)  # the thread that has forked was not counted any more
             if not self._waiting:
                 self._restore()
 
     def forked(self) -> None:
         """This is the child of a fork: those who waited are not in it."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._waiting = 0
         self._restore()
 

@@ -67,6 +67,15 @@ def test_in_the_child_of_a_fork_nobody_waits() -> None:
     assert interval_us() == DEFAULT_US
 
 
+def test_the_thread_that_has_forked_leaves_too() -> None:
+    promptly = Promptness()
+    with promptly:
+        promptly.forked()
+    with promptly:
+        assert interval_us() == PROMPT_US
+    assert interval_us() == DEFAULT_US
+
+
 def test_a_handle_is_waited_for_promptly() -> None:
     seen: list[int] = []
 

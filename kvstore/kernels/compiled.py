@@ -83,12 +83,17 @@ def merge(arrays: Sequence[Array], out: Array) -> None:
 
 def _add(one: Array, other: Array, out: Array, seen: np.dtype[Any]) -> bool:
     """Add two small arrays. False: they do not fit."""
+    if out.ndim != 1 or not out.flags.c_contiguous:
+        return False
+    for array in (one, other):
+        if array.shape != out.shape or array.dtype != out.dtype or not array.flags.c_contiguous:
+            return False
     kernel = LOADER["add", seen, seen]
-    if kernel is None or out.ndim != 1:
+    if kernel is None:
         return False
     try:
         kernel(_flat(out, seen), _flat(one, seen), _flat(other, seen))
-    except (TypeError, ValueError):
+    except TypeError:  # an ``out`` that may not be written
         return False
     return True
 

@@ -311,12 +311,13 @@ class Reactor:
             self._guarded(self._posted.popleft())
 
     def _release(self) -> None:
+        with self._lock:  # also if it was an error that ended the loop
+            self._stopping, self._polling = True, False
         for socket in self._sockets:
             socket.close(linger=self._linger_ms)
         for item in self._watched.values():
             item.close()
         with self._lock:
-            self._stopping = True  # also if it was an error that ended the loop
             self._epoll.close()
             os.close(self._wake_fd)
         self.context.term()

@@ -135,6 +135,7 @@ def check_sums(merge, shapes, dtype, count):
 def test_merge(form: Form, dtype, count):
     check_sums(kernels.merge, SHAPES, dtype, count)
     assert ("merge" in form.used) == (form.name == "numba" and count > 1 and dtype not in BY_NUMPY_ALWAYS)
+    assert ("add" in form.used) == (form.name == "numba" and count == 2 and dtype not in BY_NUMPY_ALWAYS)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
