@@ -16,6 +16,7 @@ One ``pushpull``, file by file:
 12. ``consistency.py``: the cluster level's rule: merge, apply, park, answer.
 13. ``cluster/work.py``, ``stored.py``, ``optim/`` and ``kernels/``: the update, as an op of the server's engine.
 14. back the same way; ``delivery.py`` and ``comm/`` copy the new weights to the devices.
+15. ``handle.py``: who waits goes on, soon (``promptness.py``) even beside threads of pure Python.
 
 In a ``local`` store ``local.py`` stands in for 6 to 12, and ``places.py`` says in which memory a value lies; what that
 is, of the host or of GPUs, ``arrays/`` knows. The small keys of a list call take the same way together, as one value:

@@ -17,15 +17,15 @@ def interval_us() -> int:
 
 
 @pytest.fixture(autouse=True)
-def default() -> Iterator[None]:
+def promptly() -> Iterator[Promptness]:
+    """One of its own, with the interval that nobody has set."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(DEFAULT_US / 1e6)
-    yield
+    yield Promptness()
     sys.setswitchinterval(before)
 
 
-def test_the_interval_is_short_until_the_last_waiter_goes() -> None:
-    promptly = Promptness()
+def test_the_interval_is_short_until_the_last_waiter_goes(promptly: Promptness) -> None:
     with promptly:
         assert interval_us() == PROMPT_US
         with promptly:
@@ -35,30 +35,26 @@ def test_the_interval_is_short_until_the_last_waiter_goes() -> None:
 
 
 @pytest.mark.parametrize("own_us", [100, PROMPT_US, 20_000])
-def test_what_the_program_has_set_stays(own_us: int) -> None:
-    promptly = Promptness()
+def test_what_the_program_has_set_stays(promptly: Promptness, own_us: int) -> None:
     sys.setswitchinterval(own_us / 1e6)
     with promptly:
         assert interval_us() == own_us
     assert interval_us() == own_us
 
 
-def test_what_the_program_sets_meanwhile_stays() -> None:
-    promptly = Promptness()
+def test_what_the_program_sets_meanwhile_stays(promptly: Promptness) -> None:
     with promptly:
         sys.setswitchinterval(0.02)
     assert interval_us() == 20_000
 
 
-def test_an_error_ends_the_wait() -> None:
-    promptly = Promptness()
+def test_an_error_ends_the_wait(promptly: Promptness) -> None:
     with pytest.raises(KeyError), promptly:
         raise KeyError
     assert interval_us() == DEFAULT_US
 
 
-def test_in_the_child_of_a_fork_nobody_waits() -> None:
-    promptly = Promptness()
+def test_in_the_child_of_a_fork_nobody_waits(promptly: Promptness) -> None:
     promptly.__enter__()  # by a thread that is not in the child
     promptly.forked()
     assert interval_us() == DEFAULT_US
@@ -67,8 +63,7 @@ def test_in_the_child_of_a_fork_nobody_waits() -> None:
     assert interval_us() == DEFAULT_US
 
 
-def test_the_thread_that_has_forked_leaves_too() -> None:
-    promptly = Promptness()
+def test_the_thread_that_has_forked_leaves_too(promptly: Promptness) -> None:
     with promptly:
         promptly.forked()
     with promptly:

@@ -136,12 +136,8 @@ class Answers:
         def reply() -> None:
             message, frames = make()
             then = on_sent if frames else None
-            if self._loop.is_here:
-                self._replies.reply(rank, message, frames, priority, then, mark)
-                if together is not None:
-                    self._replies.came(together)
-            else:
-                self._replies.post(rank, message, frames, priority, then, mark, together)
+            send = self._replies.reply if self._loop.is_here else self._replies.post
+            send(rank, message, frames, priority, then, mark, together)
 
         if together is not None:
             self._replies.expect(together)

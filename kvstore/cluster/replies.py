@@ -68,8 +68,16 @@ class Replies:
         priority: int = 0,
         on_sent: OnSent | None = None,
         mark: Mark | None = None,
+        together: Together | None = None,
     ) -> None:
-        """To a worker, once ``mark`` has been passed. ``on_sent``: the memory of the frames is not needed any more."""
+        """To a worker, once ``mark`` has been passed.
+
+        Args:
+            on_sent: called when the memory of the frames is not needed any more.
+            together: it is one of the replies that were expected under this name.
+        """
+        if together is not None:
+            self._count_off(together)
         if mark is not None and not mark.passed:
             mark.then(lambda: self.reply(rank, message, frames, priority, on_sent))
             return
@@ -92,22 +100,20 @@ class Replies:
         """As :meth:`reply`, and flush, unless more is expected to go with it; from any thread."""
 
         def reply() -> None:
-            self.reply(rank, message, frames, priority, on_sent, mark)
-            if together is None or not self.came(together):
+            self.reply(rank, message, frames, priority, on_sent, mark, together)
+            if together not in self._expected:
                 self.flush_soon()
 
         self._loop.post(reply)
 
     def expect(self, together: Together) -> None:
-        """One more reply will be posted to go with others; should that not happen, :meth:`came` has to be called."""
+        """One more reply that goes with those of this name will come, by :meth:`reply` or :meth:`post`."""
         self._expected[together] = self._expected.get(together, 0) + 1
 
-    def came(self, together: Together) -> bool:
-        """One of those replies is there; are more expected?"""
+    def _count_off(self, together: Together) -> None:
         left = self._expected.pop(together) - 1
         if left:
             self._expected[together] = left
-        return left > 0
 
     def flush(self) -> None:
         """Send what may be sent now."""

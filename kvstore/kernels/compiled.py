@@ -19,10 +19,8 @@ from kvstore.kernels.dispatch import Forms, by_memory
 from kvstore.kernels.loader import LOADER
 from kvstore.kernels.reference import HALVES, Array, Change, States
 
-TINY = (
-    512  # elements: to find fewer takes longer than to add two of them, or NumPy to add more, if they have dimensions
-)
-PAIR = 16 << 10  # the same for two arrays, which NumPy adds in one pass as well
+TINY = 512  # elements: to find fewer takes longer than NumPy takes to add them, if they have dimensions
+PAIR = 16 << 10  # the same for two arrays, which NumPy adds in one pass as well; fewer than TINY need not be found
 
 NONTEMPORAL_BYTES = 1 << 20  # smaller arrays stay in the caches for whoever reads them; as in ``jitted.py``
 
@@ -118,12 +116,9 @@ def merge_nontemporal(arrays: Sequence[Array], out: Array) -> None:
 @by_memory(1)
 def allreduce(arrays: Sequence[Array], out: Array, others: Sequence[Array]) -> None:
     """See :func:`kvstore.kernels.reference.allreduce`."""
-    if not others:
+    if not others or out.size < TINY:
         merge(arrays, out)
-        return
-    if out.size < TINY:
-        merge(arrays, out)
-        for other in others:
+        for other in others:  # of the same shape, so that a broadcast's look at it would be a tenth more
             np.copyto(other, out)
         return
     seen, outs = _SEEN.get(out.dtype), [out, *others]
